@@ -1,0 +1,92 @@
+//! What the engine needs from a host. Implemented by `keel-host` on the real one and by `keel-sim` in memory.
+
+use keel_plan::{Action, ContainerId, DesiredPod, Memory, Observed, PodKey, PodMemory};
+use std::net::Ipv4Addr;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Every method blocks; the driver calls them on threads that may block.
+pub trait Host: Send + Sync {
+    /// One complete read of the world. An error means "unknown", never "empty".
+    fn observe(&self) -> Result<Observed, PortError>;
+
+    /// Does one action. Idempotent: done twice, or begun by a predecessor that died, the result is the same.
+    fn perform(
+        &self,
+        action: &Action,
+        report: &(dyn Fn(Progress) + Sync),
+    ) -> Result<Done, ActionError>;
+
+    /// One try of one probe, within its timeout.
+    fn probe(&self, request: &ProbeRequest) -> ProbeOutcome;
+
+    fn load_memory(&self) -> Memory;
+
+    /// `None` forgets the pod.
+    fn save_memory(&self, pod: &PodKey, memory: Option<&PodMemory>) -> Result<(), PortError>;
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Done {
+    Done,
+    /// The object is not the one that the action was planned against; nothing was touched.
+    Stale,
+}
+
+/// An action's error says what next.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{message}")]
+pub struct ActionError {
+    pub next: Next,
+    /// The whole chain, one line.
+    pub message: String,
+    /// CamelCase word for events and conditions, e.g. `FailedMount`, `ErrImagePull`, `PortInUse`.
+    pub reason: &'static str,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Next {
+    /// Worth another try after the usual back-off.
+    Retry,
+    /// Pointless until the manifest or the host changes; tried again at the slowest rate.
+    Blocked,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct PortError(pub String);
+
+/// Progress of a pull; the only action that is long enough to have any.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Progress {
+    pub image: String,
+    pub done_bytes: u64,
+    pub total_bytes: u64,
+    pub layers_done: u32,
+    pub layers_total: u32,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct ProbeRequest {
+    pub pod: Arc<DesiredPod>,
+    pub container: ContainerId,
+    pub container_index: usize,
+    pub ip: Option<Ipv4Addr>,
+    pub kind: ProbeKind,
+    pub timeout: Duration,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum ProbeKind {
+    Startup,
+    Liveness,
+    Readiness,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ProbeOutcome {
+    Success,
+    Failure(String),
+    /// The probe itself could not be run: no verdict, state unchanged.
+    Error(String),
+}

@@ -1,0 +1,3 @@
+//! The command line: apply, daemon and everything to see.
+
+fn main() {}

@@ -1,0 +1,3 @@
+//! YAML to model, with diagnostics. Pure.
+
+pub mod model;

@@ -1,0 +1,1 @@
+//! A model world that drives the engine under faults. Development only.

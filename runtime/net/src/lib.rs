@@ -1,0 +1,1 @@
+//! Bridge, veth, addresses and nf_tables over netlink.

@@ -1,0 +1,1 @@
+//! The OCI runtime specification, lowered to operations and executed.

@@ -1,0 +1,1 @@
+//! The registry client: pull by tag or digest into the store.

@@ -1,0 +1,1 @@
+//! Images, layers and overlay root file systems on disk.

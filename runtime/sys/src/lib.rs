@@ -1,0 +1,1 @@
+//! Thin, safe wrappers over the Linux system calls that the other crates need.

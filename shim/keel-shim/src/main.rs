@@ -1,0 +1,3 @@
+//! The container monitor: one thread, one container.
+
+fn main() {}

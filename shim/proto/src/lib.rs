@@ -1,0 +1,1 @@
+//! The control protocol between a shim and whoever talks to it.
