@@ -1,1 +1,15 @@
-//! The control API of the daemon.
+//! The control API of the daemon: the types on the wire, the server, and the client that the command line uses.
+//!
+//! Never acts by itself: the server turns requests into calls of [`Control`], which the engine's driver implements, and
+//! answers into views. Never opens a port to the network: a unix socket for root and the daemon's own user, loopback
+//! only when asked.
+
+mod control;
+mod types;
+
+pub use control::{Control, EventSender};
+pub use types::{
+    ActionFailure, ApplyRequest, ControlError, ControlEvent, DeleteRequest, Diagnostic, ErrorCode,
+    Event, EventType, InputFile, PlannedAction, Severity, Snapshot, Status, VersionInfo,
+    WaitingObject, exit,
+};
