@@ -1,0 +1,342 @@
+//! What a process monitor needs and std lacks: pidfds, `wait4`, inherited descriptors, buffers that can be given back.
+
+use std::fs::File;
+use std::io;
+use std::mem;
+use std::ops::{Deref, DerefMut};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+use std::ptr;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// One reaped child.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Reaped {
+    pub pid: i32,
+    /// As `wait(2)` gives it: see [`Status`].
+    pub status: i32,
+    pub user_us: u64,
+    pub system_us: u64,
+    pub max_rss_kb: u64,
+}
+
+/// A decoded wait status.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Status {
+    Exited(i32),
+    Signaled { signal: i32, core: bool },
+}
+
+impl Status {
+    /// `None` for a stop or continue, which are not ends.
+    pub fn decode(raw: i32) -> Option<Status> {
+        if libc::WIFEXITED(raw) {
+            Some(Status::Exited(libc::WEXITSTATUS(raw)))
+        } else if libc::WIFSIGNALED(raw) {
+            Some(Status::Signaled {
+                signal: libc::WTERMSIG(raw),
+                core: libc::WCOREDUMP(raw),
+            })
+        } else {
+            None
+        }
+    }
+}
+
+/// Reaps `pid` (or any child for -1) if it has ended; never blocks. `None`: nothing to reap now.
+/// `ECHILD` is an error: the caller has no such child.
+pub fn reap(pid: i32) -> io::Result<Option<Reaped>> {
+    let mut status = 0;
+    // SAFETY: an all-zero rusage is a valid value of that plain C struct.
+    let mut usage: libc::rusage = unsafe { mem::zeroed() };
+    // SAFETY: both pointers are to live, writable locals of the right type.
+    let got = unsafe { libc::wait4(pid, &mut status, libc::WNOHANG, &mut usage) };
+    match got {
+        -1 => Err(io::Error::last_os_error()),
+        0 => Ok(None),
+        pid => Ok(Some(Reaped {
+            pid,
+            status,
+            user_us: micros(usage.ru_utime),
+            system_us: micros(usage.ru_stime),
+            max_rss_kb: u64::try_from(usage.ru_maxrss).unwrap_or(0),
+        })),
+    }
+}
+
+fn micros(t: libc::timeval) -> u64 {
+    u64::try_from(t.tv_sec).unwrap_or(0) * 1_000_000 + u64::try_from(t.tv_usec).unwrap_or(0)
+}
+
+/// `pidfd_open(2)`; close-on-exec. `ESRCH` when there is no such process.
+pub fn pidfd_open(pid: i32) -> io::Result<OwnedFd> {
+    // SAFETY: takes two integers, touches no memory of ours.
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
+    owned(fd)
+}
+
+/// `pidfd_send_signal(2)`: cannot hit a process that merely got the same number. Signal 0 probes.
+pub fn pidfd_send_signal(pidfd: BorrowedFd<'_>, signal: i32) -> io::Result<()> {
+    // SAFETY: a null siginfo asks the kernel to fill it in, as kill(2) does.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_pidfd_send_signal,
+            pidfd.as_raw_fd(),
+            signal,
+            ptr::null::<libc::siginfo_t>(),
+            0,
+        )
+    };
+    if result == -1 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// `struct pidfd_info` of `linux/pidfd.h` as of 6.15; the kernel copies only as much as it knows.
+#[repr(C)]
+#[derive(Default)]
+struct PidfdInfo {
+    mask: u64,
+    cgroup_id: u64,
+    ids: [u32; 11],
+    exit_code: i32,
+    coredump_mask: u32,
+    coredump_signal: u32,
+}
+
+const PIDFD_INFO_EXIT: u64 = 1 << 3;
+/// `_IOWR(0xFF, 11, struct pidfd_info)`.
+const PIDFD_GET_INFO: libc::c_ulong =
+    (3 << 30) | ((mem::size_of::<PidfdInfo>() as libc::c_ulong) << 16) | (0xFF << 8) | 11;
+
+/// Wait status of the process behind `pidfd`, for those who are not its parent.
+///
+/// `Ok(None)`: it has not been reaped by its parent yet. `ENOTTY` and `EINVAL` come from kernels before 6.15, which
+/// keep no exit information; `ESRCH` from those that had none by the time the process was gone.
+pub fn pidfd_exit_status(pidfd: BorrowedFd<'_>) -> io::Result<Option<i32>> {
+    let mut info = PidfdInfo {
+        mask: PIDFD_INFO_EXIT,
+        ..PidfdInfo::default()
+    };
+    // SAFETY: the request encodes the size of `info`, which is live and writable for the call.
+    let result = unsafe { libc::ioctl(pidfd.as_raw_fd(), PIDFD_GET_INFO, &mut info) };
+    if result == -1 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok((info.mask & PIDFD_INFO_EXIT != 0).then_some(info.exit_code))
+}
+
+/// Makes the kernel send SIGKILL to the spawned process when the thread that spawns it ends.
+pub fn die_with_parent(command: &mut Command) -> &mut Command {
+    let parent = std::process::id();
+    let hook = move || {
+        // SAFETY: prctl with integers; async-signal-safe.
+        if unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL, 0, 0, 0) } == -1 {
+            return Err(io::Error::last_os_error());
+        }
+        // The parent may have died before the line above took effect.
+        // SAFETY: getppid has no preconditions; async-signal-safe.
+        if u32::try_from(unsafe { libc::getppid() }) != Ok(parent) {
+            return Err(io::Error::from_raw_os_error(libc::ESRCH));
+        }
+        Ok(())
+    };
+    // SAFETY: the hook makes two async-signal-safe calls and allocates nothing.
+    unsafe { command.pre_exec(hook) }
+}
+
+/// Descriptors below this can be claimed; a process that re-executes itself passes a handful of small ones.
+const CLAIMABLE: RawFd = 64;
+static CLAIMED: AtomicU64 = AtomicU64::new(0b111);
+
+/// Takes ownership of a descriptor that came through `execve`, and sets close-on-exec on it again.
+///
+/// Each number can be taken once, standard streams never: two owners of one descriptor cannot come from here. To be
+/// called first thing in `main`, before anything else opens files.
+pub fn take_inherited(fd: RawFd) -> io::Result<OwnedFd> {
+    let invalid = || io::Error::from(io::ErrorKind::InvalidInput);
+    if !(0..CLAIMABLE).contains(&fd) {
+        return Err(invalid());
+    }
+    let bit = 1u64 << fd;
+    if CLAIMED.fetch_or(bit, Ordering::Relaxed) & bit != 0 {
+        return Err(invalid());
+    }
+    // SAFETY: F_SETFD takes an integer; a bad number gives EBADF.
+    if unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) } == -1 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the number is open (checked above) and was claimed by nobody else.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Lets a descriptor through the next `execve` (`true`), or closes it there (`false`).
+pub fn set_inheritable(fd: BorrowedFd<'_>, inheritable: bool) -> io::Result<()> {
+    let flags = if inheritable { 0 } else { libc::FD_CLOEXEC };
+    // SAFETY: F_SETFD takes an integer and the descriptor is open by its type.
+    if unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFD, flags) } == -1 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// Puts `/dev/null` in place of the three standard streams.
+pub fn null_standard_streams() -> io::Result<()> {
+    let null = File::options().read(true).write(true).open("/dev/null")?;
+    for target in 0..3 {
+        // SAFETY: both numbers are valid; what was at `target` is closed by the kernel, std does not own it.
+        if unsafe { libc::dup2(null.as_raw_fd(), target) } == -1 {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    Ok(())
+}
+
+/// Window size of a terminal; it may be any descriptor of it, the master too.
+pub fn set_window_size(terminal: BorrowedFd<'_>, rows: u16, columns: u16) -> io::Result<()> {
+    let size = libc::winsize {
+        ws_row: rows,
+        ws_col: columns,
+        ws_xpixel: 0,
+        ws_ypixel: 0,
+    };
+    // SAFETY: TIOCSWINSZ reads one winsize, which is live.
+    if unsafe { libc::ioctl(terminal.as_raw_fd(), libc::TIOCSWINSZ, &size) } == -1 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// Anonymous memory that takes no page until touched, and gives its pages back on request.
+pub struct Buffer {
+    start: ptr::NonNull<u8>,
+    len: usize,
+}
+
+impl Buffer {
+    pub fn new(len: usize) -> io::Result<Buffer> {
+        // SAFETY: a fresh anonymous mapping at an address the kernel picks.
+        let start = unsafe {
+            libc::mmap(
+                ptr::null_mut(),
+                len,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+                -1,
+                0,
+            )
+        };
+        if start == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let start = ptr::NonNull::new(start.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
+        Ok(Buffer { start, len })
+    }
+
+    /// Gives the pages back; the contents are zero afterwards.
+    pub fn discard(&mut self) {
+        // SAFETY: the range is exactly our private anonymous mapping. A failure only keeps the memory.
+        unsafe { libc::madvise(self.start.as_ptr().cast(), self.len, libc::MADV_DONTNEED) };
+    }
+}
+
+impl Deref for Buffer {
+    type Target = [u8];
+    fn deref(&self) -> &[u8] {
+        // SAFETY: the mapping is `len` readable bytes, initialised (zero) by the kernel, and lives as long as self.
+        unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.len) }
+    }
+}
+
+impl DerefMut for Buffer {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as above, writable, and the borrow of self is exclusive.
+        unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr(), self.len) }
+    }
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        // SAFETY: unmaps exactly what `new` mapped; no reference outlives self.
+        unsafe { libc::munmap(self.start.as_ptr().cast(), self.len) };
+    }
+}
+
+fn owned(fd: libc::c_long) -> io::Result<OwnedFd> {
+    match RawFd::try_from(fd) {
+        // SAFETY: the kernel just gave us this descriptor; nobody else owns it.
+        Ok(fd) if fd >= 0 => Ok(unsafe { OwnedFd::from_raw_fd(fd) }),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::fd::{AsFd, IntoRawFd};
+    use std::time::{Duration, Instant};
+
+    #[test]
+    fn wait_status_is_decoded() {
+        assert_eq!(Status::decode(0x2a00), Some(Status::Exited(42)));
+        let killed = Status::Signaled {
+            signal: 9,
+            core: false,
+        };
+        assert_eq!(Status::decode(0x09), Some(killed));
+        let dumped = Status::Signaled {
+            signal: 11,
+            core: true,
+        };
+        assert_eq!(Status::decode(0x8b), Some(dumped));
+        assert_eq!(Status::decode(0x137f), None);
+    }
+
+    #[test]
+    fn child_is_reaped_with_its_usage_and_its_pidfd_still_tells_the_status() {
+        let child = Command::new("/bin/sh")
+            .args(["-c", "exit 7"])
+            .spawn()
+            .unwrap();
+        let pid = i32::try_from(child.id()).unwrap();
+        let pidfd = pidfd_open(pid).unwrap();
+        let deadline = Instant::now() + Duration::from_secs(10);
+        let reaped = loop {
+            if let Some(reaped) = reap(pid).unwrap() {
+                break reaped;
+            }
+            assert!(Instant::now() < deadline);
+            std::thread::yield_now();
+        };
+        assert_eq!(Status::decode(reaped.status), Some(Status::Exited(7)));
+        assert!(reaped.max_rss_kb > 0);
+        match pidfd_exit_status(pidfd.as_fd()) {
+            Ok(status) => assert_eq!(status, Some(7 << 8)),
+            Err(e) => eprintln!("skipped: this kernel keeps no exit status in a pidfd: {e}"),
+        }
+        assert!(pidfd_send_signal(pidfd.as_fd(), 0).is_err());
+    }
+
+    #[test]
+    fn a_descriptor_is_taken_once() {
+        let fd = File::open("/dev/null").unwrap();
+        let number = fd.into_raw_fd();
+        let taken = take_inherited(number).unwrap();
+        assert_eq!(taken.as_raw_fd(), number);
+        assert!(take_inherited(number).is_err());
+        assert!(take_inherited(1).is_err());
+        assert!(take_inherited(-1).is_err());
+    }
+
+    #[test]
+    fn buffer_is_zero_after_discard() {
+        let mut buffer = Buffer::new(8192).unwrap();
+        buffer[5000] = 9;
+        assert_eq!(buffer[5000], 9);
+        buffer.discard();
+        assert_eq!(buffer[5000], 0);
+        assert_eq!(buffer.len(), 8192);
+    }
+}
