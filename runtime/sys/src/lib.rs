@@ -5,13 +5,18 @@
 
 pub mod bpf;
 pub mod cred;
+pub mod epoll;
 pub mod file;
 pub mod memfd;
+pub mod monitor;
 pub mod mount;
 pub mod process;
 pub mod seccomp;
+pub mod seqpacket;
 pub mod socket;
 pub mod tty;
+pub mod writeback;
+pub mod xattr;
 
 use std::io;
 use std::os::fd::{FromRawFd, OwnedFd};
@@ -47,3 +52,5 @@ pub fn errno_text(errno: i32) -> String {
         None => String::new(),
     }
 }
+
+pub mod netlink;

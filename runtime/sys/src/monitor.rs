@@ -69,31 +69,6 @@ fn micros(t: libc::timeval) -> u64 {
     u64::try_from(t.tv_sec).unwrap_or(0) * 1_000_000 + u64::try_from(t.tv_usec).unwrap_or(0)
 }
 
-/// `pidfd_open(2)`; close-on-exec. `ESRCH` when there is no such process.
-pub fn pidfd_open(pid: i32) -> io::Result<OwnedFd> {
-    // SAFETY: takes two integers, touches no memory of ours.
-    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
-    owned(fd)
-}
-
-/// `pidfd_send_signal(2)`: cannot hit a process that merely got the same number. Signal 0 probes.
-pub fn pidfd_send_signal(pidfd: BorrowedFd<'_>, signal: i32) -> io::Result<()> {
-    // SAFETY: a null siginfo asks the kernel to fill it in, as kill(2) does.
-    let result = unsafe {
-        libc::syscall(
-            libc::SYS_pidfd_send_signal,
-            pidfd.as_raw_fd(),
-            signal,
-            ptr::null::<libc::siginfo_t>(),
-            0,
-        )
-    };
-    if result == -1 {
-        return Err(io::Error::last_os_error());
-    }
-    Ok(())
-}
-
 /// `struct pidfd_info` of `linux/pidfd.h` as of 6.15; the kernel copies only as much as it knows.
 #[repr(C)]
 #[derive(Default)]
@@ -172,16 +147,6 @@ pub fn take_inherited(fd: RawFd) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// Lets a descriptor through the next `execve` (`true`), or closes it there (`false`).
-pub fn set_inheritable(fd: BorrowedFd<'_>, inheritable: bool) -> io::Result<()> {
-    let flags = if inheritable { 0 } else { libc::FD_CLOEXEC };
-    // SAFETY: F_SETFD takes an integer and the descriptor is open by its type.
-    if unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFD, flags) } == -1 {
-        return Err(io::Error::last_os_error());
-    }
-    Ok(())
-}
-
 /// Puts `/dev/null` in place of the three standard streams.
 pub fn null_standard_streams() -> io::Result<()> {
     let null = File::options().read(true).write(true).open("/dev/null")?;
@@ -190,21 +155,6 @@ pub fn null_standard_streams() -> io::Result<()> {
         if unsafe { libc::dup2(null.as_raw_fd(), target) } == -1 {
             return Err(io::Error::last_os_error());
         }
-    }
-    Ok(())
-}
-
-/// Window size of a terminal; it may be any descriptor of it, the master too.
-pub fn set_window_size(terminal: BorrowedFd<'_>, rows: u16, columns: u16) -> io::Result<()> {
-    let size = libc::winsize {
-        ws_row: rows,
-        ws_col: columns,
-        ws_xpixel: 0,
-        ws_ypixel: 0,
-    };
-    // SAFETY: TIOCSWINSZ reads one winsize, which is live.
-    if unsafe { libc::ioctl(terminal.as_raw_fd(), libc::TIOCSWINSZ, &size) } == -1 {
-        return Err(io::Error::last_os_error());
     }
     Ok(())
 }
@@ -264,17 +214,10 @@ impl Drop for Buffer {
     }
 }
 
-fn owned(fd: libc::c_long) -> io::Result<OwnedFd> {
-    match RawFd::try_from(fd) {
-        // SAFETY: the kernel just gave us this descriptor; nobody else owns it.
-        Ok(fd) if fd >= 0 => Ok(unsafe { OwnedFd::from_raw_fd(fd) }),
-        _ => Err(io::Error::last_os_error()),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::process::{pidfd_open, pidfd_send_signal};
     use std::os::fd::{AsFd, IntoRawFd};
     use std::time::{Duration, Instant};
 
@@ -316,7 +259,7 @@ mod tests {
             Ok(status) => assert_eq!(status, Some(7 << 8)),
             Err(e) => eprintln!("skipped: this kernel keeps no exit status in a pidfd: {e}"),
         }
-        assert!(pidfd_send_signal(pidfd.as_fd(), 0).is_err());
+        assert!(pidfd_send_signal(&pidfd, 0).is_err());
     }
 
     #[test]
