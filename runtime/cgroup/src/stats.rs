@@ -1,0 +1,245 @@
+//! Usage figures in the shape of runc's `events --stats`.
+
+use crate::group::Cgroup;
+use crate::layout::Mode;
+use serde::Serialize;
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct Stats {
+    pub cpu: CpuStats,
+    pub cpuset: BTreeMap<String, u64>,
+    pub memory: MemoryStats,
+    pub pids: PidsStats,
+    pub blkio: BlkioStats,
+    pub hugetlb: BTreeMap<String, u64>,
+    pub intel_rdt: BTreeMap<String, u64>,
+    pub network_interfaces: Option<Vec<u64>>,
+}
+
+/// Nanoseconds.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct CpuStats {
+    pub usage: CpuUsage,
+    pub throttling: Throttling,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct CpuUsage {
+    pub total: u64,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub percpu: Vec<u64>,
+    pub kernel: u64,
+    pub user: u64,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Throttling {
+    #[serde(skip_serializing_if = "is_zero")]
+    pub periods: u64,
+    #[serde(skip_serializing_if = "is_zero")]
+    pub throttled_periods: u64,
+    #[serde(skip_serializing_if = "is_zero")]
+    pub throttled_time: u64,
+}
+
+fn is_zero(n: &u64) -> bool {
+    *n == 0
+}
+
+/// Bytes.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct MemoryStats {
+    #[serde(skip_serializing_if = "is_zero")]
+    pub cache: u64,
+    pub usage: MemoryEntry,
+    pub swap: MemoryEntry,
+    pub kernel: MemoryEntry,
+    #[serde(rename = "kernelTCP")]
+    pub kernel_tcp: MemoryEntry,
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub raw: BTreeMap<String, u64>,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct MemoryEntry {
+    pub limit: u64,
+    #[serde(skip_serializing_if = "is_zero")]
+    pub usage: u64,
+    #[serde(skip_serializing_if = "is_zero")]
+    pub max: u64,
+    pub failcnt: u64,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct PidsStats {
+    #[serde(skip_serializing_if = "is_zero")]
+    pub current: u64,
+    #[serde(skip_serializing_if = "is_zero")]
+    pub limit: u64,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct BlkioStats {
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub io_service_bytes_recursive: Vec<BlkioEntry>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub io_serviced_recursive: Vec<BlkioEntry>,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct BlkioEntry {
+    pub major: u64,
+    pub minor: u64,
+    pub op: String,
+    pub value: u64,
+}
+
+impl Cgroup {
+    /// A file that is missing counts as zero: controllers differ between hosts.
+    pub fn stats(&self) -> Stats {
+        let mut stats = Stats::default();
+        if self.mode == Mode::V2 {
+            if let Some(entry) = self.v2() {
+                stats_v2(&entry.dir, &mut stats);
+            }
+        } else {
+            stats_v1(self, &mut stats);
+        }
+        stats
+    }
+}
+
+fn text(dir: &Path, file: &str) -> String {
+    fs::read_to_string(dir.join(file)).unwrap_or_default()
+}
+
+/// `max` and what does not parse is `u64::MAX`; a missing file is 0.
+fn number(dir: &Path, file: &str) -> u64 {
+    match text(dir, file).trim() {
+        "" => 0,
+        text => text.parse().unwrap_or(u64::MAX),
+    }
+}
+
+fn flat(text: &str) -> BTreeMap<String, u64> {
+    text.lines()
+        .filter_map(|line| {
+            let (key, value) = line.split_once(' ')?;
+            Some((key.to_owned(), value.trim().parse().ok()?))
+        })
+        .collect()
+}
+
+fn stats_v1(group: &Cgroup, stats: &mut Stats) {
+    if let Some(dir) = group.dir_of("cpuacct") {
+        stats.cpu.usage.total = number(dir, "cpuacct.usage");
+        stats.cpu.usage.kernel = number(dir, "cpuacct.usage_sys");
+        stats.cpu.usage.user = number(dir, "cpuacct.usage_user");
+        stats.cpu.usage.percpu =
+            text(dir, "cpuacct.usage_percpu").split_whitespace().filter_map(|n| n.parse().ok()).collect();
+    }
+    if let Some(dir) = group.dir_of("cpu") {
+        let map = flat(&text(dir, "cpu.stat"));
+        let get = |key: &str| map.get(key).copied().unwrap_or(0);
+        stats.cpu.throttling = Throttling {
+            periods: get("nr_periods"),
+            throttled_periods: get("nr_throttled"),
+            throttled_time: get("throttled_time"),
+        };
+    }
+    if let Some(dir) = group.dir_of("memory") {
+        let entry = |prefix: &str| MemoryEntry {
+            limit: number(dir, &format!("{prefix}.limit_in_bytes")),
+            usage: number(dir, &format!("{prefix}.usage_in_bytes")),
+            max: number(dir, &format!("{prefix}.max_usage_in_bytes")),
+            failcnt: number(dir, &format!("{prefix}.failcnt")),
+        };
+        stats.memory.raw = flat(&text(dir, "memory.stat"));
+        stats.memory.cache = stats.memory.raw.get("cache").copied().unwrap_or(0);
+        stats.memory.usage = entry("memory");
+        stats.memory.swap = entry("memory.memsw");
+        stats.memory.kernel = entry("memory.kmem");
+        stats.memory.kernel_tcp = entry("memory.kmem.tcp");
+    }
+    if let Some(dir) = group.dir_of("pids") {
+        stats.pids = pids(dir);
+    }
+    if let Some(dir) = group.dir_of("blkio") {
+        let entries = |file: &str| text(dir, file).lines().filter_map(blkio_line).collect::<Vec<_>>();
+        stats.blkio.io_service_bytes_recursive = entries("blkio.throttle.io_service_bytes_recursive");
+        stats.blkio.io_serviced_recursive = entries("blkio.throttle.io_serviced_recursive");
+    }
+}
+
+/// `8:0 Read 4096`
+fn blkio_line(line: &str) -> Option<BlkioEntry> {
+    let mut words = line.split_whitespace();
+    let (major, minor) = words.next()?.split_once(':')?;
+    Some(BlkioEntry {
+        major: major.parse().ok()?,
+        minor: minor.parse().ok()?,
+        op: words.next()?.to_owned(),
+        value: words.next()?.parse().ok()?,
+    })
+}
+
+fn pids(dir: &Path) -> PidsStats {
+    let limit = number(dir, "pids.max");
+    PidsStats { current: number(dir, "pids.current"), limit: if limit == u64::MAX { 0 } else { limit } }
+}
+
+fn stats_v2(dir: &Path, stats: &mut Stats) {
+    let cpu = flat(&text(dir, "cpu.stat"));
+    let nanos = |key: &str| cpu.get(key).copied().unwrap_or(0) * 1000;
+    stats.cpu.usage.total = nanos("usage_usec");
+    stats.cpu.usage.user = nanos("user_usec");
+    stats.cpu.usage.kernel = nanos("system_usec");
+    stats.cpu.throttling = Throttling {
+        periods: cpu.get("nr_periods").copied().unwrap_or(0),
+        throttled_periods: cpu.get("nr_throttled").copied().unwrap_or(0),
+        throttled_time: nanos("throttled_usec"),
+    };
+    stats.memory.raw = flat(&text(dir, "memory.stat"));
+    stats.memory.cache = stats.memory.raw.get("file").copied().unwrap_or(0);
+    stats.memory.usage = MemoryEntry {
+        limit: number(dir, "memory.max"),
+        usage: number(dir, "memory.current"),
+        max: number(dir, "memory.peak"),
+        failcnt: flat(&text(dir, "memory.events")).get("max").copied().unwrap_or(0),
+    };
+    stats.memory.swap = MemoryEntry {
+        limit: number(dir, "memory.swap.max"),
+        usage: number(dir, "memory.swap.current"),
+        max: 0,
+        failcnt: 0,
+    };
+    stats.pids = pids(dir);
+    for line in text(dir, "io.stat").lines() {
+        io_stat_line(line, &mut stats.blkio);
+    }
+}
+
+/// `8:0 rbytes=4096 wbytes=0 rios=1 wios=0 ...`
+fn io_stat_line(line: &str, blkio: &mut BlkioStats) {
+    let mut words = line.split_whitespace();
+    let Some((major, minor)) = words.next().and_then(|w| w.split_once(':')) else { return };
+    let (Ok(major), Ok(minor)) = (major.parse(), minor.parse()) else { return };
+    for (key, value) in words.filter_map(|w| w.split_once('=')) {
+        let Ok(value) = value.parse() else { continue };
+        let mut push = |list: fn(&mut BlkioStats) -> &mut Vec<BlkioEntry>, op: &str| {
+            list(blkio).push(BlkioEntry { major, minor, op: op.to_owned(), value });
+        };
+        match key {
+            "rbytes" => push(|b| &mut b.io_service_bytes_recursive, "Read"),
+            "wbytes" => push(|b| &mut b.io_service_bytes_recursive, "Write"),
+            "rios" => push(|b| &mut b.io_serviced_recursive, "Read"),
+            "wios" => push(|b| &mut b.io_serviced_recursive, "Write"),
+            _ => {}
+        }
+    }
+}
