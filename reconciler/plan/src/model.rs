@@ -37,6 +37,12 @@ macro_rules! text_newtype {
             }
         }
 
+        impl std::borrow::Borrow<str> for $name {
+            fn borrow(&self) -> &str {
+                &self.0
+            }
+        }
+
         impl AsRef<str> for $name {
             fn as_ref(&self) -> &str {
                 &self.0
@@ -70,7 +76,7 @@ pub struct Origin {
     pub column: u32,
 }
 
-/// The object that a pod was expanded from (`Pod` owns itself).
+/// The object that a pod was expanded from (a bare `Pod` owns itself). In the pod's namespace.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Owner {
     pub kind: String,
@@ -87,6 +93,25 @@ pub struct Desired {
     pub frozen: BTreeSet<PodKey>,
     /// False until one complete, error-free read of every source: nothing is deleted before that.
     pub complete: bool,
+    /// Declared Deployments, also those without pods.
+    pub deployments: BTreeMap<PodKey, DesiredDeployment>,
+    /// Objects declared twice. The first owner keeps the name, the other declaration has no effect.
+    pub conflicts: Vec<Conflict>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DesiredDeployment {
+    pub replicas: u32,
+    pub origin: Origin,
+}
+
+/// Two declarations of one object.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Conflict {
+    /// `Pod default/web`.
+    pub object: String,
+    pub kept: Origin,
+    pub ignored: Origin,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -101,7 +126,8 @@ pub struct DesiredPod {
     pub annotations: BTreeMap<String, String>,
     /// As written, before defaults: what hashes and diffs are made of.
     pub spec: PodSpec,
-    /// A change means: new pod (namespaces, volume set, pod-level security, init containers).
+    /// A change means: new pod (namespaces, volume set, pod-level security, init containers). The same for all
+    /// replicas of one owner.
     pub sandbox_hash: SpecHash,
     /// A change means: swap the files of configMap and secret volumes, restart nothing.
     pub volumes_hash: SpecHash,
@@ -116,6 +142,7 @@ pub struct DesiredPod {
 pub struct DesiredContainer {
     pub name: ContainerName,
     pub role: Role,
+    /// Canonical, as the store names it: `docker.io/library/busybox:latest`.
     pub image: String,
     pub pull_policy: PullPolicy,
     pub restart: RestartPolicy,
@@ -147,10 +174,13 @@ pub struct EnvEntry {
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum EnvValue {
+    /// As written in the manifest: `$(VAR)` is expanded.
     Literal(String),
+    /// From a ConfigMap or Secret: taken as it is.
+    Verbatim(String),
     /// `fieldRef.fieldPath`, known only once the pod has its addresses, e.g. `status.podIP`.
     Field(String),
-    /// `resourceFieldRef`: the number in bytes or (milli)cores, already divided; a literal in practice.
+    /// `resourceFieldRef`: the number, already divided and rounded up.
     Resource(String),
 }
 
@@ -228,26 +258,32 @@ pub struct Exit {
 /// What must survive a restart of the daemon, per pod. Small, written on change.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Memory {
-    pub pods: BTreeMap<String, PodMemory>,
+    pub pods: BTreeMap<PodId, PodMemory>,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct PodMemory {
+    /// Sandbox that these numbers belong to; another one starts afresh.
+    pub sandbox_hash: SpecHash,
     pub containers: BTreeMap<ContainerName, ContainerMemory>,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct ContainerMemory {
     /// Hash of the container spec that these numbers belong to; a changed spec starts afresh.
     pub hash: SpecHash,
     pub restarts: u32,
-    /// Current delay; 0 before the first failure.
+    /// What the next exit waits: 0 before the first one, so that the first restart is immediate.
     pub delay_ms: u64,
     pub backoff_until: Millis,
     /// The run that has already been counted, so that one exit is never counted twice.
     pub counted: Option<ContainerId>,
-    /// Next attempt number.
+    /// Next attempt number. Saved before the attempt begins, so that no number is used twice.
     pub next_attempt: u32,
+    /// The attempt that an `Always` image was refreshed for.
+    pub refreshed_attempt: Option<u32>,
     pub last_exit: Option<Exit>,
 }
 
@@ -255,49 +291,23 @@ pub struct ContainerMemory {
 #[derive(Clone, Debug, PartialEq)]
 pub enum Action {
     /// Make the image present (or refresh it when `policy` is `Always`).
-    Pull {
-        image: String,
-        policy: PullPolicy,
-        pod: PodKey,
-    },
+    Pull { image: String, policy: PullPolicy, pod: PodKey },
     /// Directories, volumes, namespaces, network of a new pod. Repairs a half-made one.
     CreatePod { pod: Arc<DesiredPod> },
     /// Root file system, OCI spec, shim, process.
-    StartContainer {
-        pod: Arc<DesiredPod>,
-        incarnation: u64,
-        container: ContainerName,
-        attempt: u32,
-    },
+    StartContainer { pod: Arc<DesiredPod>, incarnation: u64, container: ContainerName, attempt: u32 },
     /// Stop signal, grace, then kill of the whole cgroup; returns when it is gone.
-    StopContainer {
-        pod: PodKey,
-        id: ContainerId,
-        grace_ms: u64,
-    },
+    StopContainer { pod: PodKey, id: ContainerId, grace_ms: u64 },
     /// Unmount and delete what a finished or partial run left. Its log stays.
     RemoveContainer { pod: PodKey, id: ContainerId },
-    /// New contents for configMap and secret volumes, one atomic swap per volume.
-    SyncVolumes {
-        pod: Arc<DesiredPod>,
-        incarnation: u64,
-    },
+    /// New contents for configMap and secret volumes, one atomic swap per volume. Rewrites the record too.
+    SyncVolumes { pod: Arc<DesiredPod>, incarnation: u64 },
     /// Fields that need no restart changed (probes, grace, labels, origin): rewrite the record.
-    UpdateRecord {
-        pod: Arc<DesiredPod>,
-        incarnation: u64,
-    },
+    UpdateRecord { pod: Arc<DesiredPod>, incarnation: u64 },
     /// Remove a pod whose containers are all gone.
-    DeletePod {
-        pod: PodKey,
-        id: PodId,
-        incarnation: u64,
-    },
+    DeletePod { pod: PodKey, id: PodId, incarnation: u64 },
     /// Replace published ports and hosts files by what these endpoints say.
-    SyncNetwork {
-        endpoints: Vec<Endpoint>,
-        hash: SpecHash,
-    },
+    SyncNetwork { endpoints: Vec<Endpoint>, hash: SpecHash },
 }
 
 /// A pod on the network, as other pods and the packet filter see it.
@@ -325,7 +335,7 @@ pub struct PublishedPort {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "reason", rename_all_fields = "camelCase")]
 pub enum Waiting {
-    /// Image is being pulled.
+    /// Image is being pulled, or will be as soon as there is room.
     ImagePull {
         image: String,
     },
