@@ -27,10 +27,7 @@ pub trait Control: Send + Sync + 'static {
     ) -> impl Future<Output = Result<(), ControlError>> + Send;
 
     /// The current status at once; with `after`, only once its revision differs from that one.
-    fn status(
-        &self,
-        after: Option<u64>,
-    ) -> impl Future<Output = Result<Snapshot, ControlError>> + Send;
+    fn status(&self, after: Option<u64>) -> impl Future<Output = Result<Snapshot, ControlError>> + Send;
 
     /// Events with a sequence number above `after`, oldest first. With `wait` and none at hand, returns once there is
     /// at least one.

@@ -68,11 +68,7 @@ pub struct DeleteRequest {
 
 /// One line of the answer to `apply` and `delete`. A stream ends with exactly one [`ControlEvent::Result`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(
-    tag = "type",
-    rename_all = "camelCase",
-    rename_all_fields = "camelCase"
-)]
+#[serde(tag = "type", rename_all = "camelCase", rename_all_fields = "camelCase")]
 pub enum ControlEvent {
     /// Problems of the manifests. Any error among them means that nothing was touched.
     Diagnostics {
@@ -263,11 +259,7 @@ pub enum ErrorCode {
 
 impl ControlError {
     pub fn new(code: ErrorCode, message: impl Into<String>) -> Self {
-        ControlError {
-            code,
-            message: message.into(),
-            hints: Vec::new(),
-        }
+        ControlError { code, message: message.into(), hints: Vec::new() }
     }
 
     #[must_use]
