@@ -1,1 +1,28 @@
-//! Bridge, veth, addresses and nf_tables over netlink.
+//! A pod's network: namespaces, bridge, veth, addresses, and the packet filter, spoken to the kernel over netlink.
+//!
+//! Never starts a process (`ip`, `nft`), never touches a link or table that does not bear the instance's mark,
+//! never decides what should run.
+
+mod address;
+mod config;
+mod filter;
+mod link;
+mod namespace;
+mod net;
+mod socket;
+mod sysctl;
+mod wire;
+
+#[cfg(test)]
+mod kernel_tests;
+
+pub use address::{AssignError, NoFreeSubnet, assign, choose_subnet};
+pub use config::{NetConfig, TableOwnership};
+pub use filter::lower::{Protocol, Publish, UnknownProtocol};
+pub use link::POD_LINK;
+pub use namespace::{
+    NamespaceError, NamespaceKind, create_namespaces, in_netns, observe_namespaces, remove_namespaces,
+};
+pub use net::{Attached, BridgeReport, Net, NetError, Observed, observe_used_subnets};
+pub use socket::NetlinkError;
+pub use sysctl::SysctlError;

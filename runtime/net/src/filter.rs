@@ -1,0 +1,9 @@
+//! The packet-filter table: rendered whole from what is published, replaced whole in one transaction.
+//!
+//! `lower` decides what the table says (pure), `model` is that table as data, `encode` turns it into
+//! nf_tables messages, `observe` reads back what the kernel has.
+
+pub(crate) mod encode;
+pub(crate) mod lower;
+pub(crate) mod model;
+pub(crate) mod observe;

@@ -1,0 +1,202 @@
+//! A pod's net, ipc and uts namespaces, kept alive by bind mounts and not by a process.
+
+use std::ffi::CString;
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::thread;
+
+use keel_sys::netlink::NetlinkProtocol;
+use nix::errno::Errno;
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sched::{CloneFlags, setns, unshare};
+use nix::sys::statfs::{NSFS_MAGIC, statfs};
+
+use crate::link;
+use crate::socket::{Netlink, NetlinkError};
+use crate::sysctl::{self, SysctlError};
+
+/// What the network namespace of a pod differs in from a fresh one. A kernel without one of them is fine.
+/// - Ports below 1024 and ping need no capability: the namespace has nobody else to protect.
+/// - Redirects and router advertisements come from other pods on the bridge, never from a router.
+const POD_SYSCTLS: [(&str, &str); 6] = [
+    ("ipv4/ip_unprivileged_port_start", "0"),
+    ("ipv4/ping_group_range", "0 2147483647"),
+    ("ipv4/conf/all/accept_redirects", "0"),
+    ("ipv4/conf/default/accept_redirects", "0"),
+    ("ipv6/conf/all/accept_ra", "0"),
+    ("ipv6/conf/default/accept_ra", "0"),
+];
+
+/// A pin that is mounted over more often than this is not the work of retried creations.
+const STACKED_MOUNTS: usize = 64;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum NamespaceKind {
+    Net,
+    Ipc,
+    Uts,
+}
+
+impl NamespaceKind {
+    pub const ALL: [NamespaceKind; 3] = [NamespaceKind::Net, NamespaceKind::Ipc, NamespaceKind::Uts];
+
+    /// File name, here and under `/proc/<pid>/ns`.
+    pub fn name(self) -> &'static str {
+        match self {
+            NamespaceKind::Net => "net",
+            NamespaceKind::Ipc => "ipc",
+            NamespaceKind::Uts => "uts",
+        }
+    }
+
+    fn flag(self) -> CloneFlags {
+        match self {
+            NamespaceKind::Net => CloneFlags::CLONE_NEWNET,
+            NamespaceKind::Ipc => CloneFlags::CLONE_NEWIPC,
+            NamespaceKind::Uts => CloneFlags::CLONE_NEWUTS,
+        }
+    }
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum NamespaceError {
+    #[error("create the directory {}", path.display())]
+    CreateDir { path: PathBuf, source: io::Error },
+    #[error("create a thread for new namespaces")]
+    Thread { source: io::Error },
+    #[error("create the {kinds} namespace")]
+    Unshare { kinds: String, source: io::Error },
+    #[error("enter the namespace {}", path.display())]
+    Enter { path: PathBuf, source: io::Error },
+    #[error("set the host name {name:?}")]
+    Hostname { name: String, source: io::Error },
+    #[error("set up the network namespace")]
+    Sysctl(#[from] SysctlError),
+    #[error("set up the network namespace")]
+    Loopback(#[from] NetlinkError),
+    #[error("keep the namespace at {}", path.display())]
+    Pin { path: PathBuf, source: io::Error },
+    #[error("remove the namespace file {}", path.display())]
+    Remove { path: PathBuf, source: io::Error },
+}
+
+/// Creates the namespaces of `kinds` as files `dir/net`, `dir/ipc`, `dir/uts`. What exists is kept and set up
+/// again, so a creation that died half-way is completed. The host name goes into the uts namespace.
+pub fn create_namespaces(dir: &Path, kinds: &[NamespaceKind], hostname: &str) -> Result<(), NamespaceError> {
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(dir)
+        .map_err(|source| NamespaceError::CreateDir { path: dir.to_owned(), source })?;
+    // The thread takes its namespaces with it when it ends; only the pins stay.
+    thread::scope(|scope| {
+        let worker = thread::Builder::new()
+            .name("namespaces".to_owned())
+            .spawn_scoped(scope, || build(dir, kinds, hostname))
+            .map_err(|source| NamespaceError::Thread { source })?;
+        worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
+}
+
+/// Lets go of the namespaces. The kernel removes them, and the links in them, when their last user is
+/// gone. Absence is fine.
+pub fn remove_namespaces(dir: &Path) -> Result<(), NamespaceError> {
+    for kind in NamespaceKind::ALL {
+        let path = dir.join(kind.name());
+        let failed = |source| NamespaceError::Remove { path: path.clone(), source };
+        for _ in 0..STACKED_MOUNTS {
+            match umount2(&path, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
+                Ok(()) => {}
+                Err(Errno::EINVAL | Errno::ENOENT | Errno::ENOTDIR) => break,
+                Err(errno) => return Err(failed(errno.into())),
+            }
+        }
+        absent_is_fine(fs::remove_file(&path)).map_err(failed)?;
+    }
+    absent_is_fine(fs::remove_dir(dir))
+        .map_err(|source| NamespaceError::Remove { path: dir.to_owned(), source })
+}
+
+/// The kinds that exist under `dir` as namespaces (not merely as files).
+pub fn observe_namespaces(dir: &Path) -> Vec<NamespaceKind> {
+    NamespaceKind::ALL.into_iter().filter(|kind| is_pinned(&dir.join(kind.name()))).collect()
+}
+
+/// Runs `f` on a thread of its own inside the network namespace at `path`. Sockets that `f` opens stay
+/// in that namespace wherever they are used.
+pub fn in_netns<T: Send>(path: &Path, f: impl FnOnce() -> T + Send) -> io::Result<T> {
+    let file = File::open(path).map_err(|error| named(error, "open the network namespace", path))?;
+    thread::scope(|scope| {
+        let worker = thread::Builder::new().name("netns".to_owned()).spawn_scoped(scope, || {
+            setns(&file, CloneFlags::CLONE_NEWNET)
+                .map_err(|errno| named(errno.into(), "enter the network namespace", path))?;
+            Ok(f())
+        })?;
+        worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
+}
+
+fn named(error: io::Error, doing: &str, path: &Path) -> io::Error {
+    io::Error::new(error.kind(), format!("{doing} {}: {error}", path.display()))
+}
+
+fn build(dir: &Path, kinds: &[NamespaceKind], hostname: &str) -> Result<(), NamespaceError> {
+    let (kept, missing): (Vec<_>, Vec<_>) =
+        kinds.iter().copied().partition(|kind| is_pinned(&dir.join(kind.name())));
+    for kind in kept {
+        enter(&dir.join(kind.name()), kind)?;
+    }
+    let flags = missing.iter().fold(CloneFlags::empty(), |flags, kind| flags | kind.flag());
+    unshare(flags).map_err(|errno| NamespaceError::Unshare {
+        kinds: missing.iter().map(|kind| kind.name()).collect::<Vec<_>>().join(", "),
+        source: errno.into(),
+    })?;
+    // Set up before it is pinned: a pin that others can see is complete.
+    if kinds.contains(&NamespaceKind::Uts) {
+        nix::unistd::sethostname(hostname)
+            .map_err(|errno| NamespaceError::Hostname { name: hostname.to_owned(), source: errno.into() })?;
+    }
+    if kinds.contains(&NamespaceKind::Net) {
+        for (name, value) in POD_SYSCTLS {
+            sysctl::ensure(name, value)?;
+        }
+        link::apply_ops(&mut Netlink::open(NetlinkProtocol::Route)?, &[link::lower_loopback()])?;
+    }
+    missing.into_iter().try_for_each(|kind| pin(&dir.join(kind.name()), kind))
+}
+
+fn enter(path: &Path, kind: NamespaceKind) -> Result<(), NamespaceError> {
+    let failed = |source| NamespaceError::Enter { path: path.to_owned(), source };
+    let file = File::open(path).map_err(failed)?;
+    setns(&file, kind.flag()).map_err(|errno| failed(errno.into()))
+}
+
+fn pin(path: &Path, kind: NamespaceKind) -> Result<(), NamespaceError> {
+    let failed = |source| NamespaceError::Pin { path: path.to_owned(), source };
+    OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .custom_flags(nix::libc::O_NOFOLLOW)
+        .open(path)
+        .map_err(failed)?;
+    let source = CString::new(format!("/proc/thread-self/ns/{}", kind.name()))
+        .expect("a kind's name has no zero byte");
+    mount(Some(source.as_c_str()), path, None::<&str>, MsFlags::MS_BIND, None::<&str>)
+        .map_err(|errno| failed(errno.into()))
+}
+
+fn is_pinned(path: &Path) -> bool {
+    // `statfs` follows links; nobody but root can place one in the directory.
+    statfs(path).is_ok_and(|found| found.filesystem_type() == NSFS_MAGIC)
+}
+
+fn absent_is_fine(result: io::Result<()>) -> io::Result<()> {
+    match result {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
+}
