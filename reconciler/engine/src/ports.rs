@@ -1,6 +1,6 @@
 //! What the engine needs from a host. Implemented by `keel-host` on the real one and by `keel-sim` in memory.
 
-use keel_plan::{Action, ContainerId, DesiredPod, Memory, Observed, PodKey, PodMemory};
+use keel_plan::{Action, ContainerId, DesiredPod, Memory, Observed, PodId, PodMemory};
 use std::net::Ipv4Addr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -20,10 +20,12 @@ pub trait Host: Send + Sync {
     /// One try of one probe, within its timeout.
     fn probe(&self, request: &ProbeRequest) -> ProbeOutcome;
 
+    /// What cannot be read counts as forgotten: counts start at 0 again, nothing else is lost.
     fn load_memory(&self) -> Memory;
 
-    /// `None` forgets the pod.
-    fn save_memory(&self, pod: &PodKey, memory: Option<&PodMemory>) -> Result<(), PortError>;
+    /// `None` forgets the pod. Written on each start and each exit, so it must be cheap: a rename without fsync
+    /// survives a restart of the daemon, and a power cut ends every back-off anyway.
+    fn save_memory(&self, pod: &PodId, memory: Option<&PodMemory>) -> Result<(), PortError>;
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
