@@ -1,3 +1,68 @@
 //! The container monitor: one thread, one container.
+//!
+//! Never: an async runtime, an argument or serialisation library, a second thread, a wait on the daemon, or memory that
+//! grows with what the container does.
+//!
+//! ```text
+//! keel-shim run    validates, forks off ──> setup ──> execve of itself ──> hold (until the container has ended)
+//! keel-shim adopt  validates, forks off ──> adopt ──> execve of itself ──> hold
+//! ```
+//! Set-up may use memory freely because `execve` throws it away; `hold` is what an idle container pays for. The same
+//! `execve` is how a running shim changes to a newer binary.
 
-fn main() {}
+mod adopt;
+mod args;
+mod cgroup;
+mod clients;
+mod cri;
+mod error;
+mod hold;
+mod log;
+mod machine;
+mod memory;
+mod process;
+mod record;
+mod replay;
+mod runtime;
+mod setup;
+
+use std::io::Write as _;
+use std::process::ExitCode;
+
+use args::Command;
+use error::Error;
+
+/// A command line that cannot be understood.
+const USAGE: u8 = 2;
+
+fn main() -> ExitCode {
+    let words: Vec<_> = std::env::args_os().skip(1).collect();
+    match Command::parse(&words) {
+        Ok(Command::Help) => print(args::HELP),
+        Ok(Command::Version) => print(concat!("keel-shim ", env!("CARGO_PKG_VERSION"), "\n")),
+        Ok(Command::Run(options)) => finish(setup::launch(&words, &options.dir)),
+        Ok(Command::Adopt(options)) => finish(setup::launch(&words, &options.dir)),
+        Ok(Command::Setup(options)) => setup::run(*options),
+        Ok(Command::SetupAdopt(options)) => adopt::run(&options),
+        Ok(Command::Hold(inherited)) => finish(hold::run(&inherited)),
+        Err(e) => {
+            eprintln!("keel-shim: {e}");
+            eprintln!("hint: keel-shim --help");
+            println!("error {e}");
+            ExitCode::from(USAGE)
+        }
+    }
+}
+
+fn print(text: &str) -> ExitCode {
+    // A reader that has gone away wanted no more.
+    let _ = std::io::stdout().write_all(text.as_bytes());
+    ExitCode::SUCCESS
+}
+
+fn finish(result: Result<ExitCode, Error>) -> ExitCode {
+    result.unwrap_or_else(|e| {
+        println!("error {}", e.one_line());
+        ExitCode::FAILURE
+    })
+}

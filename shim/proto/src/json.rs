@@ -1,4 +1,4 @@
-//! Just enough JSON for the exit record: a writer with a fixed layout and a reader of flat objects.
+//! Just enough JSON for the exit record and for a runtime's log: a writer with a fixed layout, a reader of flat objects.
 
 use std::fmt::Write as _;
 
@@ -50,7 +50,7 @@ impl Writer {
 
 /// A scalar of a flat object; nested values are skipped by the reader.
 #[derive(Debug, PartialEq, Eq)]
-pub(crate) enum Value {
+pub enum Value {
     Number(i64),
     Bool(bool),
     Text(String),
@@ -59,7 +59,7 @@ pub(crate) enum Value {
 }
 
 /// Calls `each` with every member of the object. `None`: not one well-formed JSON object.
-pub(crate) fn members(text: &str, mut each: impl FnMut(&str, Value)) -> Option<()> {
+pub fn members(text: &str, mut each: impl FnMut(&str, Value)) -> Option<()> {
     let mut reader = Reader { rest: text.trim_ascii() };
     reader.take(b'{')?;
     if !reader.accept(b'}') {

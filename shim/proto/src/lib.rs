@@ -5,7 +5,7 @@
 
 mod client;
 mod exit;
-mod json;
+pub mod json;
 mod message;
 
 pub use client::{Attachment, Client, ClientError, Event, SpareReaders, Spares};

@@ -1,0 +1,66 @@
+//! Taking over a container whose shim was killed.
+
+use std::process::ExitCode;
+
+use keel_proto::file;
+use keel_sys::monitor::take_inherited;
+use keel_sys::process::pidfd_open;
+use keel_sys::seqpacket;
+
+use crate::args::AdoptOptions;
+use crate::error::{Context, Error};
+use crate::memory::Memory;
+use crate::process::{Identity, replace};
+use crate::setup::{Access, BACKLOG, Descriptors, become_hold, detach, open};
+
+pub(crate) fn run(options: &AdoptOptions) -> ExitCode {
+    match adopt(options) {
+        Ok((memory, fds)) => become_hold(&memory, &fds),
+        Err(e) => {
+            println!("error {}", e.one_line());
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn adopt(options: &AdoptOptions) -> Result<(Memory, Descriptors), Error> {
+    let dir = std::path::absolute(&options.dir).at("resolve", &options.dir)?;
+    let take = |fd: Option<i32>| fd.map(take_inherited).transpose().doing("take inherited descriptor");
+    let given_pidfd = take(options.pidfd)?;
+    let terminal = take(options.terminal)?;
+    detach()?;
+    let mut memory = Memory::load(&dir)?;
+    memory.options.dir.clone_from(&dir);
+    if memory.started_at_ms == 0 {
+        return Err(Error::new("the container was never started"));
+    }
+    let shim_file = dir.join(file::SHIM_PID);
+    let old = std::fs::read_to_string(&shim_file).at("read", &shim_file)?;
+    if let Some(old) = Identity::parse(&old).filter(|old| old.exists()) {
+        return Err(Error::new(format!("shim {} still runs", old.pid)));
+    }
+    // Opened first and checked afterwards: the number cannot have been given to somebody else in between.
+    let pidfd = match given_pidfd {
+        Some(pidfd) => Some(pidfd),
+        None => pidfd_open(memory.container.pid).ok().filter(|_| memory.container.exists()),
+    };
+    memory.adopted = true;
+    replace(&shim_file, Identity::current()?.to_line().as_bytes())?;
+    let listener =
+        seqpacket::listen(&dir, file::CONTROL, BACKLOG).at("listen on", &dir.join(file::CONTROL))?;
+    let fifo = |name, access| open(&dir, name, access).map(Into::into);
+    let fds = if memory.options.tty {
+        Descriptors { pidfd, listener, stdin: None, stdout: terminal, stderr: None }
+    } else {
+        Descriptors {
+            pidfd,
+            listener,
+            // Nobody reads the input of a container that has ended.
+            stdin: if memory.options.stdin { fifo(file::STDIN, Access::Write).ok() } else { None },
+            stdout: fifo(file::STDOUT, Access::Read).ok(),
+            stderr: fifo(file::STDERR, Access::Read).ok(),
+        }
+    };
+    memory.save()?;
+    Ok((memory, fds))
+}

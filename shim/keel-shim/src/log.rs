@@ -1,0 +1,329 @@
+//! The log file: bounded by rotation, never truncated, and honest about what it could not take.
+
+use std::fs::{self, File};
+use std::io::{self, Write as _};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+
+use keel_proto::Stream;
+
+use crate::cri::{Formatter, HEADER};
+use crate::error::{Context, Error};
+
+/// Logs may hold secrets: the owner writes, the group reads.
+const MODE: u32 = 0o640;
+
+pub(crate) struct Log {
+    path: PathBuf,
+    /// Absent while the file cannot be opened.
+    file: Option<File>,
+    size: u64,
+    max_bytes: u64,
+    max_files: u32,
+    /// Over the life of the container.
+    pub(crate) lost: Lost,
+    /// Not yet told in the log.
+    untold: Lost,
+    reason: Option<io::Error>,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Lost {
+    pub(crate) lines: u64,
+    pub(crate) bytes: u64,
+}
+
+impl Log {
+    pub(crate) fn open(path: &Path, max_bytes: u64, max_files: u32, lost: Lost) -> Result<Log, Error> {
+        let (file, size) = open_end(path).at("open log", path)?;
+        Ok(Log {
+            path: path.to_owned(),
+            file: Some(file),
+            size,
+            max_bytes,
+            max_files,
+            lost,
+            untold: Lost::default(),
+            reason: None,
+        })
+    }
+
+    /// Writes whole records. What the disk refuses is counted, and told in the log as soon as it takes writes again.
+    pub(crate) fn append(&mut self, records: &[u8]) {
+        if let Err((unwritten, e)) = self.tell_loss().and_then(|()| self.write(records)) {
+            let rest = if unwritten == usize::MAX { records } else { &records[unwritten..] };
+            self.count(rest);
+            self.reason = Some(e);
+        }
+    }
+
+    /// Opens the file by name again, after somebody moved it away.
+    pub(crate) fn reopen(&mut self) -> Result<(), Error> {
+        let (file, size) = open_end(&self.path).at("open log", &self.path)?;
+        self.file = Some(file);
+        self.size = size;
+        Ok(())
+    }
+
+    pub(crate) fn sync(&self) {
+        if let Some(file) = &self.file {
+            // Whether the disk took it is not something that an ending container can act on.
+            let _ = file.sync_data();
+        }
+    }
+
+    fn count(&mut self, records: &[u8]) {
+        let lines = memchr::memchr_iter(b'\n', records).count();
+        let bytes = records.len().saturating_sub(lines * HEADER);
+        for lost in [&mut self.lost, &mut self.untold] {
+            lost.lines += lines as u64;
+            lost.bytes += bytes as u64;
+        }
+    }
+
+    fn tell_loss(&mut self) -> Result<(), (usize, io::Error)> {
+        if self.untold.lines == 0 {
+            return Ok(());
+        }
+        let Lost { lines, bytes } = self.untold;
+        let reason = self.reason.as_ref().map(|e| format!(": {e}")).unwrap_or_default();
+        let text = format!("keel-shim: {lines} lines ({bytes} bytes) of output are missing here{reason}\n");
+        let mut out = vec![0; HEADER + text.len()];
+        let mut formatter = Formatter::new(Stream::Stderr);
+        formatter.set_time(SystemTime::now());
+        formatter.format(text.as_bytes(), &mut out);
+        self.write(&out).map_err(|(_, e)| (usize::MAX, e))?;
+        self.untold = Lost::default();
+        self.reason = None;
+        Ok(())
+    }
+
+    /// On error, how many bytes are in the log: a whole number of records.
+    fn write(&mut self, records: &[u8]) -> Result<(), (usize, io::Error)> {
+        let mut done = 0;
+        while done < records.len() {
+            let rest = &records[done..];
+            let room = usize::try_from(self.max_bytes.saturating_sub(self.size)).unwrap_or(usize::MAX);
+            let fits = match rest.get(..room) {
+                None => rest.len(),
+                Some(head) => memchr::memrchr(b'\n', head).map_or(0, |at| at + 1),
+            };
+            if fits == 0 && self.size > 0 {
+                self.rotate().map_err(|e| (done, e))?;
+                continue;
+            }
+            // A record that is larger than a whole file gets a file of its own.
+            let first = || memchr::memchr(b'\n', rest).map_or(rest.len(), |at| at + 1);
+            let part = &rest[..if fits == 0 { first() } else { fits }];
+            self.write_part(part).map_err(|(n, e)| (done + n, e))?;
+            done += part.len();
+        }
+        Ok(())
+    }
+
+    fn write_part(&mut self, part: &[u8]) -> Result<(), (usize, io::Error)> {
+        if self.file.is_none() {
+            let (file, size) = open_end(&self.path).map_err(|e| (0, e))?;
+            self.file = Some(file);
+            self.size = size;
+        }
+        let Some(file) = &mut self.file else { return Ok(()) };
+        let mut done = 0;
+        while done < part.len() {
+            let result = match file.write(&part[done..]) {
+                Ok(0) => Err(io::ErrorKind::WriteZero.into()),
+                other => other,
+            };
+            match result {
+                Ok(n) => done += n,
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => {
+                    // Half a record would run into the next one. Only our own unfinished tail is taken back.
+                    let whole = memchr::memrchr(b'\n', &part[..done]).map_or(0, |at| at + 1);
+                    if whole < done {
+                        let _ = file.set_len(self.size + whole as u64);
+                    }
+                    self.size += whole as u64;
+                    return Err((whole, e));
+                }
+            }
+        }
+        self.size += done as u64;
+        Ok(())
+    }
+
+    /// `log` becomes `log.1`, `log.1` becomes `log.2`, and so on; the oldest is replaced. The new file is there before
+    /// anything moves, so a full disk leaves everything as it was. Killed half-way, the numbers have a hole, which the
+    /// next rotation fills before it drops anything.
+    fn rotate(&mut self) -> io::Result<()> {
+        let next = numbered(&self.path, "new");
+        let mut options = File::options();
+        let file = options.append(true).create(true).mode(MODE).open(&next)?;
+        let backups = self.max_files - 1;
+        let backup = |n: u32| numbered(&self.path, &n.to_string());
+        if backups > 0 {
+            let hole = (1..backups).find(|n| !backup(*n).exists()).unwrap_or(backups);
+            for n in (1..hole).rev() {
+                rename_if_there(&backup(n), &backup(n + 1))?;
+            }
+            rename_if_there(&self.path, &backup(1))?;
+        }
+        fs::rename(&next, &self.path)?;
+        self.file = Some(file);
+        self.size = 0;
+        Ok(())
+    }
+}
+
+/// `log` with `.suffix` added.
+pub(crate) fn numbered(path: &Path, suffix: &str) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(".");
+    name.push(suffix);
+    name.into()
+}
+
+fn rename_if_there(from: &Path, to: &Path) -> io::Result<()> {
+    match fs::rename(from, to) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
+}
+
+fn open_end(path: &Path) -> io::Result<(File, u64)> {
+    let file = File::options().append(true).create(true).mode(MODE).open(path)?;
+    let size = file.metadata()?.len();
+    Ok((file, size))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Dir(PathBuf);
+
+    impl Dir {
+        fn new(name: &str) -> Dir {
+            let dir = std::env::temp_dir().join(format!("keel-log-{name}-{}", std::process::id()));
+            let _ = fs::remove_dir_all(&dir);
+            fs::create_dir(&dir).unwrap();
+            Dir(dir)
+        }
+
+        fn log(&self) -> PathBuf {
+            self.0.join("0.log")
+        }
+
+        fn open(&self, max_bytes: u64, max_files: u32) -> Log {
+            Log::open(&self.log(), max_bytes, max_files, Lost::default()).unwrap()
+        }
+
+        fn read(&self, suffix: &str) -> String {
+            let path = if suffix.is_empty() { self.log() } else { numbered(&self.log(), suffix) };
+            fs::read_to_string(path).unwrap_or_else(|_| "absent".into())
+        }
+    }
+
+    impl Drop for Dir {
+        fn drop(&mut self) {
+            let _ = fs::remove_dir_all(&self.0);
+        }
+    }
+
+    #[test]
+    fn files_are_full_records_newest_first_and_bounded_in_number() {
+        let dir = Dir::new("rotate");
+        let mut log = dir.open(8, 3);
+        log.append(b"aaa\nbbb\nccc\n");
+        assert_eq!([dir.read(""), dir.read("1"), dir.read("2")], ["ccc\n", "aaa\nbbb\n", "absent"]);
+        log.append(b"ddd\neee\n");
+        log.append(b"f\n");
+        assert_eq!([dir.read(""), dir.read("1"), dir.read("2")], ["eee\nf\n", "ccc\nddd\n", "aaa\nbbb\n"]);
+        log.append(b"ggggggg\n");
+        assert_eq!([dir.read(""), dir.read("1"), dir.read("2")], ["ggggggg\n", "eee\nf\n", "ccc\nddd\n"]);
+        assert_eq!(dir.read("3"), "absent");
+    }
+
+    #[test]
+    fn a_record_larger_than_a_file_is_kept_whole() {
+        let dir = Dir::new("large");
+        let mut log = dir.open(4, 2);
+        log.append(b"a\n0123456789\nb\n");
+        assert_eq!([dir.read(""), dir.read("1")], ["b\n", "0123456789\n"]);
+    }
+
+    #[test]
+    fn one_file_means_no_history() {
+        let dir = Dir::new("one");
+        let mut log = dir.open(4, 1);
+        log.append(b"aaa\nbbb\n");
+        assert_eq!([dir.read(""), dir.read("1")], ["bbb\n", "absent"]);
+    }
+
+    #[test]
+    fn a_restarted_monitor_goes_on_where_the_file_ends() {
+        let dir = Dir::new("resume");
+        dir.open(8, 2).append(b"aaa\n");
+        let mut log = dir.open(8, 2);
+        log.append(b"bbb\n");
+        assert_eq!(dir.read(""), "aaa\nbbb\n");
+        log.append(b"c\n");
+        assert_eq!([dir.read(""), dir.read("1")], ["c\n", "aaa\nbbb\n"]);
+    }
+
+    #[test]
+    fn a_rotation_that_was_killed_half_way_loses_nothing() {
+        let dir = Dir::new("killed");
+        let mut log = dir.open(4, 3);
+        log.append(b"aaa\nbbb\n");
+        // Killed after the current file was moved and before the new one got its name.
+        fs::rename(dir.0.join("0.log.1"), dir.0.join("0.log.2")).unwrap();
+        fs::rename(dir.log(), dir.0.join("0.log.1")).unwrap();
+        fs::write(dir.0.join("0.log.new"), "").unwrap();
+        let mut log = dir.open(4, 3);
+        log.append(b"ccc\n");
+        assert_eq!([dir.read(""), dir.read("1"), dir.read("2")], ["ccc\n", "bbb\n", "aaa\n"]);
+    }
+
+    #[test]
+    fn reopen_follows_the_name_and_keeps_what_is_there() {
+        let dir = Dir::new("reopen");
+        let mut log = dir.open(100, 2);
+        log.append(b"a\n");
+        fs::rename(dir.log(), dir.0.join("moved")).unwrap();
+        log.append(b"b\n");
+        log.reopen().unwrap();
+        log.append(b"c\n");
+        log.reopen().unwrap();
+        log.append(b"d\n");
+        assert_eq!(fs::read_to_string(dir.0.join("moved")).unwrap(), "a\nb\n");
+        assert_eq!(dir.read(""), "c\nd\n");
+    }
+
+    #[test]
+    fn loss_is_counted_and_told_when_writing_works_again() {
+        let dir = Dir::new("full");
+        let mut log = dir.open(1 << 20, 2);
+        let record = |text: &str| {
+            let mut out = vec![0; HEADER + text.len() + 1];
+            let mut formatter = Formatter::new(Stream::Stdout);
+            formatter.format(format!("{text}\n").as_bytes(), &mut out);
+            out
+        };
+        log.append(&record("before"));
+        log.file = Some(File::options().write(true).open("/dev/full").unwrap());
+        log.append(&[record("lost"), record("gone")].concat());
+        assert_eq!(log.lost, Lost { lines: 2, bytes: 10 });
+        log.reopen().unwrap();
+        log.append(&record("after"));
+        let text = dir.read("");
+        let lines: Vec<_> = text.lines().map(|l| &l[HEADER..]).collect();
+        assert_eq!(lines.len(), 3, "{text}");
+        assert_eq!([lines[0], lines[2]], ["before", "after"]);
+        assert!(lines[1].starts_with("keel-shim: 2 lines (10 bytes) of output are missing here: No space"));
+        log.append(&record("more"));
+        assert_eq!(dir.read("").lines().count(), 4);
+        assert_eq!(log.lost.lines, 2);
+    }
+}

@@ -1,0 +1,163 @@
+//! A container's end, as a table.
+//!
+//! ```text
+//!             Stop                Deadline
+//!  Running ─────────> Stopping ─────────────> Killing ⟲ Deadline (kill again)
+//!     │                  │                       │
+//!     └──────────────────┴───────── Exited ──────┘
+//!                                      v
+//!                                  Draining
+//!                                      │ Drained or Deadline
+//!                                      v
+//!                                  Recording ⟲ RecordFailed, Deadline (write again)
+//!                                      │ Recorded
+//!                                      v
+//!                                  Deleting ── Deleted or Deadline ──> Gone
+//! ```
+//!
+//! There is one deadline; every state that has one arms it on entry. Nobody is told of the end before the record is
+//! durable, and nothing that the record is read from (the cgroup) goes before it.
+
+use keel_proto::Phase;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Event {
+    /// A client asked for a stop.
+    Stop,
+    /// The container's first process has ended.
+    Exited,
+    /// The armed deadline has passed.
+    Deadline,
+    /// Both output streams reached their end.
+    Drained,
+    Recorded,
+    RecordFailed,
+    /// The runtime's `delete` has ended, well or not.
+    Deleted,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Effect {
+    SendStopSignal,
+    /// The end of the grace period; a later request can only bring it nearer.
+    ArmGrace,
+    KillCgroup,
+    ArmKillAgain,
+    ArmDrain,
+    /// Read what is left of the output, and end the log properly.
+    CloseStreams,
+    WriteRecord,
+    ArmWriteAgain,
+    TellClients,
+    StartDelete,
+    ArmDelete,
+    Disarm,
+    Quit,
+}
+
+pub(crate) type Row = (Phase, Event, Phase, &'static [Effect]);
+
+/// Pairs that are absent change nothing.
+pub(crate) const TABLE: &[Row] = {
+    use Effect::*;
+    use Event::*;
+    use Phase::*;
+    // What still lives in the cgroup after its first process is no longer wanted, and would hold the streams open.
+    const EXITED: &[Effect] = &[KillCgroup, ArmDrain];
+    const DRAINED: &[Effect] = &[CloseStreams, Disarm, WriteRecord];
+    &[
+        (Running, Stop, Stopping, &[SendStopSignal, ArmGrace]),
+        (Running, Exited, Draining, EXITED),
+        (Stopping, Stop, Stopping, &[SendStopSignal, ArmGrace]),
+        (Stopping, Exited, Draining, EXITED),
+        (Stopping, Deadline, Killing, &[KillCgroup, ArmKillAgain]),
+        (Killing, Exited, Draining, EXITED),
+        (Killing, Deadline, Killing, &[KillCgroup, ArmKillAgain]),
+        (Draining, Drained, Recording, DRAINED),
+        (Draining, Deadline, Recording, DRAINED),
+        (Recording, RecordFailed, Recording, &[ArmWriteAgain]),
+        (Recording, Deadline, Recording, &[WriteRecord]),
+        (Recording, Recorded, Deleting, &[TellClients, StartDelete, ArmDelete]),
+        (Deleting, Deleted, Gone, &[Disarm, Quit]),
+        (Deleting, Deadline, Gone, &[Disarm, Quit]),
+    ]
+};
+
+/// The state after `event`, and what to do, in order.
+pub(crate) fn step(phase: Phase, event: Event) -> (Phase, &'static [Effect]) {
+    TABLE.iter().find(|row| row.0 == phase && row.1 == event).map_or((phase, &[]), |row| (row.2, row.3))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use Effect::*;
+
+    const EVENTS: [Event; 7] = [
+        Event::Stop,
+        Event::Exited,
+        Event::Deadline,
+        Event::Drained,
+        Event::Recorded,
+        Event::RecordFailed,
+        Event::Deleted,
+    ];
+
+    fn pairs() -> impl Iterator<Item = (Phase, Event, Phase, &'static [Effect])> {
+        Phase::ALL.into_iter().flat_map(|phase| {
+            EVENTS.into_iter().map(move |event| {
+                let (next, effects) = step(phase, event);
+                (phase, event, next, effects)
+            })
+        })
+    }
+
+    #[test]
+    fn no_pair_is_listed_twice_and_every_row_is_reached() {
+        for (i, a) in TABLE.iter().enumerate() {
+            assert!(TABLE[..i].iter().all(|b| (a.0, a.1) != (b.0, b.1)), "{a:?}");
+            assert_eq!(step(a.0, a.1), (a.2, a.3));
+        }
+    }
+
+    #[test]
+    fn a_container_never_comes_back_and_its_end_is_never_skipped() {
+        for (phase, event, next, effects) in pairs() {
+            assert!(next >= phase, "{phase:?} {event:?}");
+            if phase < Phase::Draining && next >= Phase::Draining {
+                assert_eq!((event, next), (Event::Exited, Phase::Draining));
+            }
+            if next == Phase::Deleting && phase != next {
+                assert_eq!((phase, event), (Phase::Recording, Event::Recorded));
+            }
+            assert_eq!(effects.contains(&TellClients), (phase, event) == (Phase::Recording, Event::Recorded));
+            assert_eq!(effects.contains(&Quit), next == Phase::Gone && phase != Phase::Gone);
+        }
+    }
+
+    #[test]
+    fn nothing_is_killed_or_signalled_once_the_record_is_due() {
+        for (phase, event, _, effects) in pairs().filter(|p| p.0 >= Phase::Draining) {
+            let hits = effects.iter().any(|e| matches!(e, KillCgroup | SendStopSignal));
+            assert!(!hits, "{phase:?} {event:?}");
+        }
+    }
+
+    #[test]
+    fn every_state_with_a_deadline_leaves_it_or_arms_it_again() {
+        for phase in Phase::ALL {
+            let (next, effects) = step(phase, Event::Deadline);
+            let arms = |e: &Effect| {
+                matches!(e, ArmGrace | ArmKillAgain | ArmDrain | ArmWriteAgain | ArmDelete | WriteRecord)
+            };
+            let none = matches!(phase, Phase::Running | Phase::Gone);
+            assert_eq!(effects.is_empty(), none, "{phase:?}");
+            assert!(none || next > phase || effects.iter().any(arms), "{phase:?}");
+        }
+    }
+
+    #[test]
+    fn gone_is_final() {
+        assert!(pairs().filter(|p| p.0 == Phase::Gone).all(|p| p.2 == Phase::Gone && p.3.is_empty()));
+    }
+}

@@ -1,0 +1,121 @@
+//! Earlier output for a new attachment, read back from the log: an idle shim keeps none of it in memory.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use keel_proto::{Attach, MAX_DATA, Stream};
+
+use crate::clients::Client;
+use crate::cri::HEADER;
+use crate::log::numbered;
+
+/// Sends the last `what.replay_kib` KiB of the log, as far as `text` holds them, without the log's headers. `packed` is
+/// where messages are put together.
+pub(crate) fn send(
+    client: &mut Client,
+    log: &Path,
+    what: Attach,
+    text: &mut [u8],
+    packed: &mut [u8],
+) -> io::Result<()> {
+    let wanted = (usize::from(what.replay_kib) << 10).min(text.len());
+    let text = &mut text[..wanted];
+    // The current file may just have been rotated.
+    let mut start = tail(log, text)?;
+    if start > 0 {
+        start = tail(&numbered(log, "1"), &mut text[..start]).unwrap_or(start);
+    }
+    let text = &text[start..];
+    let cut = start == 0;
+    // A window that starts in the middle of a record starts with the next one.
+    let first = if cut { memchr::memchr(b'\n', text).map_or(text.len(), |at| at + 1) } else { 0 };
+    let mut pack = Pack { client, bytes: &mut packed[..MAX_DATA], len: 0, stream: Stream::Stdout };
+    for record in text[first..].split_inclusive(|b| *b == b'\n') {
+        if let Some((stream, output)) = parse(record) {
+            let wanted = if stream == Stream::Stdout { what.stdout } else { what.stderr };
+            if wanted {
+                pack.add(stream, output)?;
+            }
+        }
+    }
+    pack.flush()
+}
+
+/// Fills the end of `buffer` with the end of the file; returns where that starts.
+fn tail(path: &Path, buffer: &mut [u8]) -> io::Result<usize> {
+    let file = File::open(path)?;
+    let size = file.metadata()?.len();
+    let take = usize::try_from(size).unwrap_or(usize::MAX).min(buffer.len());
+    let start = buffer.len() - take;
+    file.read_exact_at(&mut buffer[start..], size - take as u64)?;
+    Ok(start)
+}
+
+/// Stream and output of a record, with the newline if it ends a line.
+pub(crate) fn parse(record: &[u8]) -> Option<(Stream, &[u8])> {
+    let (header, text) = record.split_first_chunk::<HEADER>()?;
+    let [.., tag, b' '] = header else { return None };
+    let stream = match &header[HEADER - 9..HEADER - 3] {
+        b"stdout" => Stream::Stdout,
+        b"stderr" => Stream::Stderr,
+        _ => return None,
+    };
+    match tag {
+        b'F' => Some((stream, text)),
+        b'P' => Some((stream, text.strip_suffix(b"\n").unwrap_or(text))),
+        _ => None,
+    }
+}
+
+/// Small records of one stream go into one message: a socket holds a few hundred messages whatever their size.
+struct Pack<'a> {
+    client: &'a mut Client,
+    bytes: &'a mut [u8],
+    len: usize,
+    stream: Stream,
+}
+
+impl Pack<'_> {
+    fn add(&mut self, stream: Stream, output: &[u8]) -> io::Result<()> {
+        if stream != self.stream || self.len + output.len() > self.bytes.len() {
+            self.flush()?;
+            self.stream = stream;
+        }
+        if output.len() > self.bytes.len() {
+            return self.client.output(stream, output);
+        }
+        self.bytes[self.len..self.len + output.len()].copy_from_slice(output);
+        self.len += output.len();
+        Ok(())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        let len = std::mem::take(&mut self.len);
+        if len == 0 {
+            return Ok(());
+        }
+        self.client.output(self.stream, &self.bytes[..len])
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn records_give_back_what_was_written() {
+        let check = |rest: &str, expected: Option<(Stream, &str)>| {
+            let record = format!("2026-01-02T15:04:05.000000007Z {rest}");
+            let parsed = parse(record.as_bytes());
+            assert_eq!(parsed, expected.map(|(s, t)| (s, t.as_bytes())), "{rest}");
+        };
+        check("stdout F a\n", Some((Stream::Stdout, "a\n")));
+        check("stderr P a\n", Some((Stream::Stderr, "a")));
+        check("stdout F \n", Some((Stream::Stdout, "\n")));
+        check("stdlog F a\n", None);
+        check("stdout X a\n", None);
+        check("stdout", None);
+    }
+}
