@@ -34,9 +34,9 @@ pub struct NoFreeSubnet {
     pub prefix: u8,
 }
 
-/// An address for each key. A valid address in `already` is kept; the others start at an offset that
-/// depends on the key alone and move on where that is taken. Same input, same answer; keys of
-/// `already` that are not in `keys` are free again.
+/// An address for each of `keys`. A valid address in `already` is kept; the others start at an offset that depends on
+/// the key alone and move on where that is taken. Addresses in `already` of keys that are not asked for
+/// are not given away. Same input, same answer.
 pub fn assign<K: Ord + Clone + Display>(
     keys: &[K],
     already: &BTreeMap<K, Ipv4Addr>,
@@ -49,7 +49,9 @@ pub fn assign<K: Ord + Clone + Display>(
     let base = u32::from(subnet.network());
     let count = u32::from(subnet.broadcast()) - base - FIRST_POD_OFFSET;
     let pods = base + FIRST_POD_OFFSET..base + FIRST_POD_OFFSET + count;
-    let mut taken = BTreeSet::new();
+    let asked: BTreeSet<&K> = keys.iter().collect();
+    let mut taken: BTreeSet<Ipv4Addr> =
+        already.iter().filter(|(key, _)| !asked.contains(key)).map(|(_, ip)| *ip).collect();
     let mut all = BTreeMap::new();
     for key in keys {
         if let Some(ip) = already.get(key)
@@ -135,17 +137,29 @@ mod tests {
             ("network".to_owned(), ip(0)),
             ("broadcast".to_owned(), ip(255)),
             ("foreign".to_owned(), Ipv4Addr::new(10, 2, 0, 9)),
-            ("gone".to_owned(), ip(10)),
+            ("other".to_owned(), ip(10)),
         ]);
-        let keys: Vec<String> = already.keys().filter(|key| *key != "gone").cloned().collect();
+        let keys: Vec<String> = already.keys().filter(|key| *key != "other").cloned().collect();
         let all = assign(&keys, &already, subnet).unwrap();
         assert_eq!(all["kept"], ip(9));
-        assert!(!all.contains_key("gone"));
+        assert!(!all.contains_key("other"));
         let unique: BTreeSet<_> = all.values().collect();
         assert_eq!(unique.len(), all.len());
         for address in all.values() {
             assert!((2..255).contains(&address.octets()[3]) && subnet.contains(address), "{address}");
         }
+    }
+
+    #[test]
+    fn addresses_of_others_are_not_given_away() {
+        let subnet = net("192.0.2.0/29");
+        let mut taken = BTreeMap::new();
+        for key in names(5) {
+            let one = assign(std::slice::from_ref(&key), &taken, subnet).unwrap();
+            assert!(!taken.values().any(|ip| *ip == one[&key]));
+            taken.extend(one);
+        }
+        assert!(matches!(assign(&["sixth".to_owned()], &taken, subnet), Err(AssignError::Full { .. })));
     }
 
     #[test]
@@ -176,6 +190,8 @@ mod tests {
             let Ok(old) = assign(&subset(before), &BTreeMap::new(), subnet) else { continue };
             for after in 0..64u32 {
                 let wanted = subset(after);
+                let mut old = old.clone();
+                old.retain(|key, _| wanted.contains(key));
                 let Ok(new) = assign(&wanted, &old, subnet) else {
                     assert!(wanted.len() > 5);
                     continue;

@@ -9,6 +9,8 @@ mod filter;
 mod link;
 mod namespace;
 mod net;
+mod port;
+mod resolver;
 mod socket;
 mod sysctl;
 mod wire;
@@ -24,5 +26,10 @@ pub use namespace::{
     NamespaceError, NamespaceKind, create_namespaces, in_netns, observe_namespaces, remove_namespaces,
 };
 pub use net::{Attached, BridgeReport, Net, NetError, Observed, observe_used_subnets};
+pub use port::{PortError, PortHolder, check_host_port};
+pub use resolver::{
+    Dns, HostsEntry, host_resolv_conf, render_host_network_resolv_conf, render_hosts, render_hosts_entries,
+    render_resolv_conf,
+};
 pub use socket::NetlinkError;
 pub use sysctl::SysctlError;
