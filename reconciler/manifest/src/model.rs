@@ -433,9 +433,7 @@ pub struct ContainerPort {
 }
 
 /// Transport protocol of a port.
-#[derive(
-    Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema,
-)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "UPPERCASE")]
 pub enum Protocol {
     #[default]
@@ -724,11 +722,7 @@ impl Probe {
     /// The effective numbers: (initial delay, period, timeout) in seconds.
     pub fn times_s(&self) -> (u32, u32, u32) {
         let or = |value: Option<u32>, default| value.filter(|v| *v > 0).unwrap_or(default);
-        (
-            self.initial_delay_seconds.unwrap_or(0),
-            or(self.period_seconds, 10),
-            or(self.timeout_seconds, 1),
-        )
+        (self.initial_delay_seconds.unwrap_or(0), or(self.period_seconds, 10), or(self.timeout_seconds, 1))
     }
 
     /// The effective numbers: (successes, failures) in a row.
@@ -955,17 +949,13 @@ impl PodSpec {
 }
 
 fn plain(from: &BTreeMap<String, String>) -> impl Iterator<Item = (String, Vec<u8>)> {
-    from.iter()
-        .map(|(k, v)| (k.clone(), v.clone().into_bytes()))
+    from.iter().map(|(k, v)| (k.clone(), v.clone().into_bytes()))
 }
 
 fn decode(from: &BTreeMap<String, String>) -> Result<BTreeMap<String, Vec<u8>>, NotBase64> {
     from.iter()
         .map(|(key, text)| {
-            Ok((
-                key.clone(),
-                decode_base64(text).ok_or_else(|| NotBase64 { key: key.clone() })?,
-            ))
+            Ok((key.clone(), decode_base64(text).ok_or_else(|| NotBase64 { key: key.clone() })?))
         })
         .collect()
 }
@@ -974,7 +964,5 @@ fn decode(from: &BTreeMap<String, String>) -> Result<BTreeMap<String, Vec<u8>>, 
 pub(crate) fn decode_base64(text: &str) -> Option<Vec<u8>> {
     use base64::Engine as _;
     let packed: String = text.chars().filter(|c| !matches!(c, '\n' | '\r')).collect();
-    base64::engine::general_purpose::STANDARD
-        .decode(packed)
-        .ok()
+    base64::engine::general_purpose::STANDARD.decode(packed).ok()
 }

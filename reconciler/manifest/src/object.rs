@@ -1,5 +1,7 @@
 //! An object of any kind, with the place it was declared at.
 
+use std::sync::Arc;
+
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -10,6 +12,18 @@ use crate::model::{ConfigMap, Deployment, ObjectMeta, Pod, Secret};
 pub struct Object {
     pub origin: Origin,
     pub kind: Kind,
+    /// The name's place, then that of everything which `check::visit` visits, in its order.
+    pub(crate) places: Arc<[Place]>,
+}
+
+/// A token in a file, for messages that are made when other files are known.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Place {
+    pub line: u32,
+    pub column: u32,
+    pub width: u32,
+    pub path: String,
+    pub source_line: String,
 }
 
 /// Where an object was declared: line and column count from 1.
@@ -44,6 +58,11 @@ impl std::fmt::Display for ObjectKey {
 }
 
 impl Object {
+    /// An object that was not read from a file's text.
+    pub fn new(origin: Origin, kind: Kind) -> Object {
+        Object { origin, kind, places: Arc::new([]) }
+    }
+
     pub fn metadata(&self) -> &ObjectMeta {
         match &self.kind {
             Kind::Pod(pod) => &pod.metadata,

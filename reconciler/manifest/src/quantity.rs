@@ -80,9 +80,7 @@ fn parse_millis(text: &str) -> Result<i64, QuantityError> {
         Some(b'+') => (1, &text[1..]),
         _ => (1, text),
     };
-    let end = rest
-        .find(|c: char| !c.is_ascii_digit() && c != '.')
-        .unwrap_or(rest.len());
+    let end = rest.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(rest.len());
     let (number, suffix) = rest.split_at(end);
     let (whole, fraction) = number.split_once('.').unwrap_or((number, ""));
     if (whole.is_empty() && fraction.is_empty()) || fraction.contains('.') {
@@ -94,19 +92,13 @@ fn parse_millis(text: &str) -> Result<i64, QuantityError> {
     let kept = &fraction[..fraction.len().min(18)];
     let lost = fraction[kept.len()..].bytes().any(|b| b != b'0');
     let digits = format!("{whole}{kept}");
-    let value: i128 = if digits.len() > 36 {
-        None
-    } else {
-        digits.parse().ok()
-    }
-    .ok_or(QuantityError::TooLarge)?;
+    let value: i128 =
+        if digits.len() > 36 { None } else { digits.parse().ok() }.ok_or(QuantityError::TooLarge)?;
     let divisor = 10i128
         .pow(u32::try_from(kept.len()).unwrap_or(18))
         .checked_mul(denominator)
         .ok_or(QuantityError::TooLarge)?;
-    let scaled = value
-        .checked_mul(numerator)
-        .ok_or(QuantityError::TooLarge)?;
+    let scaled = value.checked_mul(numerator).ok_or(QuantityError::TooLarge)?;
     let millis = scaled / divisor + i128::from(scaled % divisor != 0 || lost);
     if millis > MAX_MILLIS {
         return Err(QuantityError::TooLarge);
@@ -142,8 +134,7 @@ fn scale(suffix: &str) -> Option<(i128, i128)> {
         _ => {
             let exponent = suffix.strip_prefix(['e', 'E'])?;
             let digits = exponent.strip_prefix(['+', '-']).unwrap_or(exponent);
-            if digits.is_empty() || digits.len() > 2 || !digits.bytes().all(|b| b.is_ascii_digit())
-            {
+            if digits.is_empty() || digits.len() > 2 || !digits.bytes().all(|b| b.is_ascii_digit()) {
                 return None;
             }
             decimal(exponent.parse().ok()?)
@@ -186,10 +177,7 @@ mod tests {
         check("128 Mi", Err(QuantityError::Syntax));
         check("1K", Err(QuantityError::Syntax));
         check("abc", Err(QuantityError::Syntax));
-        check(
-            "9999999999999999999999999999999999999999",
-            Err(QuantityError::TooLarge),
-        );
+        check("9999999999999999999999999999999999999999", Err(QuantityError::TooLarge));
         check("1e99", Err(QuantityError::Syntax));
     }
 

@@ -1,0 +1,172 @@
+//! Which objects hold when some files are broken: the last good version of each file.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use serde::{Deserialize, Serialize};
+
+use crate::object::{Object, ObjectKey};
+use crate::parse::Parsed;
+
+/// What was good before: the objects of each file, and which file owns which object.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct LastGood {
+    files: BTreeMap<String, Vec<Object>>,
+    owners: BTreeMap<ObjectKey, String>,
+    /// Objects of files that went away in the same round in which a broken file came, by that broken file: it may be
+    /// the same file under a new name.
+    held: BTreeMap<String, Vec<Object>>,
+    /// Broken files without any good version, of the last round.
+    never_good: BTreeSet<String>,
+}
+
+/// The state of one file.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "state", rename_all = "camelCase")]
+pub enum FileCondition {
+    /// Read and in force.
+    Valid,
+    /// Broken; its last good version stays in force.
+    Stale { message: String },
+    /// Broken, and no good version is known: what it declares is left as it is.
+    Broken { message: String },
+    /// In force, except objects that another file declared first.
+    Conflict { message: String },
+}
+
+/// What is in force now.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Effective {
+    /// One object per key, ordered by key.
+    pub objects: Vec<Object>,
+    pub conditions: BTreeMap<String, FileCondition>,
+    /// Objects that a broken file names and that no good version is known of: neither create nor delete them.
+    pub frozen: Vec<ObjectKey>,
+    pub last_good: LastGood,
+}
+
+impl LastGood {
+    /// From texts kept on disk: files that no longer read are left out.
+    pub fn restore(files: impl IntoIterator<Item = (String, Parsed)>) -> LastGood {
+        let files: BTreeMap<_, _> =
+            files.into_iter().filter(|(_, p)| !p.has_errors()).map(|(file, p)| (file, p.objects)).collect();
+        LastGood { files, ..LastGood::default() }
+    }
+
+    /// Files that have a good version.
+    pub fn files(&self) -> impl Iterator<Item = &str> {
+        self.files.keys().map(String::as_str)
+    }
+}
+
+impl FileCondition {
+    pub fn is_valid(&self) -> bool {
+        *self == FileCondition::Valid
+    }
+}
+
+/// Decides what is in force from what was good before and from one whole, successful reading of the directory. When
+/// the directory itself could not be read, do not call this: what was in force stays.
+pub fn effective(previous: &LastGood, parsed: BTreeMap<String, Parsed>) -> Effective {
+    let mut result = Effective::default();
+    let names: BTreeSet<String> = parsed.keys().cloned().collect();
+    let mut claims: BTreeMap<String, Vec<ObjectKey>> = BTreeMap::new();
+    for (file, parsed) in parsed {
+        if !parsed.has_errors() {
+            result.conditions.insert(file.clone(), FileCondition::Valid);
+            result.last_good.files.insert(file, parsed.objects);
+            continue;
+        }
+        let message = summary(&parsed);
+        let condition = match previous.files.get(&file) {
+            Some(objects) => {
+                result.last_good.files.insert(file.clone(), objects.clone());
+                FileCondition::Stale { message }
+            }
+            None => {
+                result.last_good.never_good.insert(file.clone());
+                claims.insert(file.clone(), parsed.claims);
+                FileCondition::Broken { message }
+            }
+        };
+        result.conditions.insert(file, condition);
+    }
+    result.last_good.held = held_back(previous, &names, &claims);
+    own(previous, &mut result);
+    let known: BTreeSet<ObjectKey> = result.objects.iter().map(Object::key).collect();
+    let claimed: BTreeSet<ObjectKey> = claims.into_values().flatten().collect();
+    result.frozen = claimed.into_iter().filter(|k| !known.contains(k)).collect();
+    result
+}
+
+/// Objects of files that are gone stay while a broken file without a good version may be their new home: it names
+/// them, or it came in the same round in which they went.
+fn held_back(
+    previous: &LastGood,
+    names: &BTreeSet<String>,
+    claims: &BTreeMap<String, Vec<ObjectKey>>,
+) -> BTreeMap<String, Vec<Object>> {
+    let gone =
+        || previous.files.iter().filter(|(file, _)| !names.contains(*file)).flat_map(|(_, objects)| objects);
+    let mut held: BTreeMap<String, Vec<Object>> = BTreeMap::new();
+    for (file, claimed) in claims {
+        let is_new = !previous.never_good.contains(file);
+        let moved = gone().filter(|o| is_new || claimed.contains(&o.key())).cloned();
+        let objects: Vec<Object> =
+            previous.held.get(file).into_iter().flatten().cloned().chain(moved).collect();
+        if !objects.is_empty() {
+            held.insert(file.clone(), objects);
+        }
+    }
+    held
+}
+
+/// One object per key: the file that owned it before keeps it, else the first by name.
+fn own(previous: &LastGood, result: &mut Effective) {
+    let mut chosen: BTreeMap<ObjectKey, Object> = BTreeMap::new();
+    for (file, objects) in &result.last_good.files {
+        for object in objects {
+            let key = object.key();
+            let is_owner = previous.owners.get(&key).is_some_and(|owner| owner == file);
+            if is_owner || !chosen.contains_key(&key) {
+                chosen.insert(key, object.clone());
+            }
+        }
+    }
+    for object in result.last_good.held.values().flatten() {
+        chosen.entry(object.key()).or_insert_with(|| object.clone());
+    }
+    for (file, objects) in &result.last_good.files {
+        let lost = objects.iter().find_map(|o| {
+            let winner = chosen.get(&o.key())?;
+            (winner.origin.file != *file).then(|| (o, winner))
+        });
+        if let Some((object, winner)) = lost
+            && let Some(condition) = result.conditions.get_mut(file).filter(|c| c.is_valid())
+        {
+            *condition = FileCondition::Conflict {
+                message: format!(
+                    "{} at {}:{}:{} is already declared at {}:{}:{}, which stays in force",
+                    object.key(),
+                    object.origin.file,
+                    object.origin.line,
+                    object.origin.column,
+                    winner.origin.file,
+                    winner.origin.line,
+                    winner.origin.column
+                ),
+            };
+        }
+    }
+    result.last_good.owners = chosen.iter().map(|(key, o)| (key.clone(), o.origin.file.clone())).collect();
+    result.objects = chosen.into_values().collect();
+}
+
+/// The first error, and how many more there are.
+fn summary(parsed: &Parsed) -> String {
+    let mut errors = parsed.diagnostics.iter().filter(|d| d.is_error());
+    let first = errors.next().map(|d| d.one_line()).unwrap_or_default();
+    match errors.count() {
+        0 => first,
+        more => format!("{first} (and {more} more)"),
+    }
+}
