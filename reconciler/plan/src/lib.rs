@@ -3,14 +3,33 @@
 //! Pure: no clock, no I/O, no random numbers, no iteration over unordered maps. The same input twice gives the
 //! same output. Kept by `tests/it/walls.rs`.
 
+mod account;
+mod diff;
+mod endpoints;
 mod env;
 mod hash;
 mod image;
 mod lower;
+mod phase;
+mod planner;
+mod preview;
+mod reason;
+mod status;
+mod time;
 
 pub mod model;
 
+pub use account::{account, exit_of, wants_restart};
+pub use diff::{FieldChange, diff};
 pub use env::{expand, expand_env};
 pub use image::canonical_image;
 pub use lower::lower_desired;
 pub use model::*;
+pub use phase::Phase;
+pub use planner::{Plan, Planned, Settings, container_of, next_attempt, plan};
+pub use preview::{mark_refreshed, preview};
+pub use reason::Reason;
+pub use status::{
+    Condition, ContainerFacts, ContainerStatus, DeploymentStatus, Facts, PodStatus, State, Status, status,
+};
+pub use time::rfc3339;

@@ -5,7 +5,7 @@ use std::fmt;
 use std::net::Ipv4Addr;
 use std::sync::Arc;
 
-use keel_manifest::model::{PodSpec, PullPolicy, RestartPolicy};
+use keel_manifest::model::{Container, PodSpec, PullPolicy, RestartPolicy};
 use serde::{Deserialize, Serialize};
 
 /// Milliseconds since the Unix epoch. Always a parameter, never read inside this crate.
@@ -138,6 +138,32 @@ pub struct DesiredPod {
     pub resolved: Resolved,
 }
 
+impl DesiredPod {
+    pub fn container(&self, name: &ContainerName) -> Option<&DesiredContainer> {
+        self.containers.iter().find(|container| container.name == *name)
+    }
+
+    pub fn container_id(&self, name: &ContainerName, attempt: u32) -> ContainerId {
+        ContainerId::of(&self.id, name, attempt)
+    }
+
+    /// The part of the spec behind a desired container.
+    pub fn container_spec(&self, container: &DesiredContainer) -> Option<&Container> {
+        match container.role {
+            Role::Init => self.spec.init_containers.get(container.index),
+            Role::Main => self.spec.containers.get(container.index),
+        }
+    }
+
+    /// Between stop signal and kill. Never less than two seconds, as for the kubelet: even a pod that asks for none
+    /// gets the chance to write its last lines.
+    pub fn grace_ms(&self) -> u64 {
+        const DEFAULT_S: u64 = 30;
+        const FLOOR_S: u64 = 2;
+        self.spec.termination_grace_period_seconds.unwrap_or(DEFAULT_S).max(FLOOR_S).saturating_mul(1000)
+    }
+}
+
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct DesiredContainer {
     pub name: ContainerName,
@@ -213,6 +239,19 @@ pub struct ObservedPod {
     pub ip: Option<Ipv4Addr>,
     /// Every run that still has a directory, oldest first.
     pub containers: Vec<ObservedContainer>,
+}
+
+impl ObservedPod {
+    /// The newest run of a container.
+    pub fn latest(&self, name: &ContainerName) -> Option<&ObservedContainer> {
+        self.containers.iter().filter(|run| run.name == *name).max_by_key(|run| run.attempt)
+    }
+}
+
+impl ObservedContainer {
+    pub fn is_running(&self) -> bool {
+        matches!(self.state, ContainerState::Running { .. })
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
