@@ -8,6 +8,9 @@ use sha2::{Digest, Sha256};
 /// Longest interface name, without the terminating zero (IFNAMSIZ - 1).
 pub(crate) const LINK_NAME_BYTES: usize = 15;
 
+/// Every instance's table begins so.
+pub(crate) const TABLE_PREFIX: &str = "evenkeel";
+
 /// Names, numbers and addresses of one instance. Two tags share none of them.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NetConfig {
@@ -43,7 +46,7 @@ impl NetConfig {
             tag: tag.to_owned(),
             subnet: subnet.trunc(),
             bridge: if bare.is_empty() { "ek0".to_owned() } else { format!("ek{bare}") },
-            table: format!("evenkeel{tag}"),
+            table: format!("{TABLE_PREFIX}{tag}"),
             veth_prefix: "ek".to_owned(),
             group: group_of(tag),
             mtu: None,

@@ -1,5 +1,6 @@
 //! Against the real kernel, in network and mount namespaces of their own: nothing of the host is touched.
 
+use std::collections::BTreeSet;
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream, UdpSocket};
 use std::path::{Path, PathBuf};
@@ -311,4 +312,367 @@ fn attach_is_idempotent_and_links_go_with_their_namespace() {
         assert_eq!(net.observe().unwrap().bridge, None);
         net.purge().unwrap();
     });
+}
+
+/// What `nft` decodes from the kernel, in the words of our own rendering. Releases differ in how much they add to a
+/// line (end of a range, flags, counts); only the common part counts.
+fn decoded(table: &str) -> Vec<String> {
+    let mut lines = Vec::new();
+    for line in run(&format!("nft --debug=netlink list table inet {table}")).lines() {
+        if let Some(expression) = line.trim().strip_prefix("[ ") {
+            let words: Vec<&str> = expression.trim_end_matches(" ]").split(' ').collect();
+            let kept = match words[0] {
+                "lookup" => words[..7].to_vec(),
+                "nat" => vec!["nat", "dnat", "ip", "addr_min", "reg", "1", "proto_min", "reg", "9"],
+                "counter" => vec!["counter"],
+                _ => words,
+            };
+            lines.push(format!("[ {} ]", kept.join(" ")));
+        } else if let Some(rest) = line.strip_prefix(&format!("inet {table} ")) {
+            lines.push(format!("rule of {}", rest.split(' ').next().unwrap()));
+        }
+        if line.starts_with("table ") {
+            break;
+        }
+    }
+    lines
+}
+
+#[test]
+fn the_kernel_holds_exactly_the_rules_that_were_rendered() {
+    on_a_private_host(|dir| {
+        for tag in ["", "-12ab9f"] {
+            let net = Net::open(config(tag)).unwrap();
+            let web = Pod { ns: dir.to_owned(), ip: nth(net.config(), 20) };
+            let wanted = [
+                publish(None, 8080, &web, Protocol::Tcp),
+                publish(None, 8080, &web, Protocol::Sctp),
+                publish(Some(LOCALHOST), 53, &web, Protocol::Udp),
+            ];
+            net.apply(&wanted).unwrap();
+            let table = filter::lower::lower_table(net.config(), &wanted);
+            let mut rendered = Vec::new();
+            for chain in &table.chains {
+                for rule in &chain.rules {
+                    rendered.push(format!("rule of {}", chain.name));
+                    rendered.extend(rule.expressions.iter().map(ToString::to_string));
+                }
+            }
+            let found: Vec<String> = decoded(&table.name)
+                .into_iter()
+                .filter(|line| !line.starts_with("rule of @")) // the elements of the maps
+                .collect();
+            assert_eq!(found, rendered);
+            // And people can read it.
+            let listing = run(&format!("nft list table inet {}", table.name));
+            for line in [
+                "comment \"managed by evenkeel, ",
+                "127.0.0.1 . udp . 53 : ",
+                "tcp . 8080 : ",
+                "sctp . 8080 : ",
+                "ip daddr . meta l4proto . th dport map @publish-by-address",
+                "comment \"pods are reached through published ports only\"",
+            ] {
+                assert!(listing.contains(line), "{line} is not in\n{listing}");
+            }
+        }
+    });
+}
+
+#[test]
+fn every_way_to_lose_a_rule_is_noticed_and_repaired() {
+    on_a_private_host(|dir| {
+        let net = Net::open(config("")).unwrap();
+        let watch = FilterWatch::open().unwrap();
+        let web = Pod { ns: dir.to_owned(), ip: nth(net.config(), 20) };
+        let wanted =
+            [publish(None, 8080, &web, Protocol::Tcp), publish(Some(LOCALHOST), 81, &web, Protocol::Tcp)];
+        assert!(!net.in_sync(&wanted).unwrap(), "there is no table yet");
+        net.apply(&wanted).unwrap();
+        assert!(net.in_sync(&wanted).unwrap());
+        assert!(!net.in_sync(&wanted[..1]).unwrap(), "other ports are another table");
+        watch.changed().unwrap();
+        assert!(!watch.changed().unwrap());
+        for damage in [
+            "nft flush ruleset",
+            "nft delete table inet evenkeel",
+            "nft flush table inet evenkeel",
+            "nft flush chain inet evenkeel raw",
+            "nft flush map inet evenkeel publish-any",
+            "nft add rule inet evenkeel prerouting drop",
+            "nft add chain inet evenkeel more",
+            "nft add element inet evenkeel publish-any '{ tcp . 22 : 10.77.0.9 . 22 }'",
+            "nft delete element inet evenkeel publish-by-address '{ 127.0.0.1 . tcp . 81 }'",
+        ] {
+            let before = net.observe().unwrap().generation;
+            run(damage);
+            assert!(watch.changed().unwrap(), "{damage}");
+            assert!(!net.in_sync(&wanted).unwrap(), "{damage}");
+            assert_ne!(before, net.observe().unwrap().generation, "{damage}");
+            net.apply(&wanted).unwrap();
+            assert!(net.in_sync(&wanted).unwrap(), "{damage}");
+            watch.changed().unwrap();
+        }
+    });
+}
+
+#[test]
+fn an_owned_table_survives_flushes_and_its_owner() {
+    on_a_private_host(|dir| {
+        let owned = NetConfig { ownership: TableOwnership::Owned, ..config("") };
+        let web = Pod { ns: dir.to_owned(), ip: nth(&owned, 20) };
+        let wanted = [publish(None, 8080, &web, Protocol::Tcp)];
+        let first = Net::open(owned.clone()).unwrap();
+        first.apply(&wanted).unwrap();
+        if !run("nft list table inet evenkeel").contains("flags owner") {
+            eprintln!("SKIPPED: this kernel has no persistent owned tables; the table is shared");
+            return;
+        }
+        run("nft flush ruleset");
+        assert!(first.in_sync(&wanted).unwrap(), "a flush passes by an owned table");
+        let second = Net::open(config("")).unwrap();
+        let refused = second.apply(&wanted).unwrap_err();
+        assert!(matches!(refused, NetError::TableOwned { .. }), "{refused}");
+        first.apply(&[]).unwrap();
+        first.apply(&wanted).unwrap();
+
+        drop(first);
+        assert!(second.in_sync(&wanted).unwrap(), "the table outlives its owner");
+        let next = Net::open(owned).unwrap();
+        next.apply(&wanted).unwrap();
+        run("nft flush ruleset");
+        assert!(next.in_sync(&wanted).unwrap(), "the next process owns it");
+        drop(next);
+        second.apply(&[]).unwrap();
+        assert!(second.in_sync(&[]).unwrap(), "an orphan can be made a shared table again");
+        second.purge().unwrap();
+    });
+}
+
+#[test]
+fn two_instances_side_by_side() {
+    on_a_private_host(|dir| {
+        let (a, b) = (Net::open(config("")).unwrap(), Net::open(config("-0000b0")).unwrap());
+        let outsider = add_outsider(dir, a.config().subnet);
+        a.ensure_bridge().unwrap();
+        b.ensure_bridge().unwrap();
+        let (web_a, web_b) = (add_pod(&a, dir, "web", 20), add_pod(&b, &dir.join("b"), "web", 20));
+        let _a = Server::new(&web_a.ns, Ipv4Addr::UNSPECIFIED, 80, "a");
+        let _b = Server::new(&web_b.ns, Ipv4Addr::UNSPECIFIED, 80, "b");
+        a.apply(&[publish(None, 8080, &web_a, Protocol::Tcp)]).unwrap();
+        b.apply(&[publish(None, 8081, &web_b, Protocol::Tcp)]).unwrap();
+
+        in_netns(&outsider, || {
+            assert_eq!(tcp(HOST, 8080).unwrap(), format!("a {OUTSIDER}"));
+            assert_eq!(tcp(HOST, 8081).unwrap(), format!("b {OUTSIDER}"));
+        })
+        .unwrap();
+        in_netns(&web_a.ns, || {
+            assert_eq!(tcp(HOST, 8081).unwrap(), format!("b {}", b.config().gateway()));
+            tcp(web_b.ip, 80).expect_err("instances are apart");
+        })
+        .unwrap();
+        in_netns(&web_b.ns, || tcp(web_a.ip, 80).expect_err("instances are apart")).unwrap();
+
+        // A port of the other instance, a port of the host, an address that the host does not have.
+        let clash = |host_ip, port| b.check_port(&publish(host_ip, port, &web_b, Protocol::Tcp));
+        let error = clash(None, 8080).unwrap_err();
+        assert!(
+            matches!(&error, NetPortError::Port(PortError::Published { table, .. }) if table == "evenkeel")
+        );
+        clash(Some(LOCALHOST), 8080).unwrap_err();
+        clash(None, 8081).unwrap();
+        b.check_port(&publish(None, 8080, &web_b, Protocol::Udp)).unwrap();
+        let _holder = TcpListener::bind("127.0.0.1:8090").unwrap();
+        let error = clash(None, 8090).unwrap_err().to_string();
+        assert!(error.contains(&format!("(pid {})", std::process::id())), "{error}");
+        clash(Some(Ipv4Addr::new(192, 0, 2, 1)), 8090).unwrap_err();
+
+        a.purge().unwrap();
+        let left = a.observe().unwrap();
+        assert!(left.bridge.is_none() && left.links.is_empty() && left.table.is_none(), "{left:?}");
+        let other = in_netns(&outsider, || tcp(HOST, 8081)).unwrap();
+        assert_eq!(other.unwrap(), format!("b {OUTSIDER}"));
+    });
+}
+
+#[test]
+fn a_pod_created_anew_answers_at_once_under_its_old_address() {
+    on_a_private_host(|dir| {
+        let net = Net::open(config("")).unwrap();
+        net.ensure_bridge().unwrap();
+        let old = add_pod(&net, dir, "web", 20);
+        let other = add_pod(&net, dir, "other", 21);
+        let server = Server::new(&old.ns, Ipv4Addr::UNSPECIFIED, 80, "old");
+        assert_eq!(tcp(old.ip, 80).unwrap(), format!("old {}", net.config().gateway()));
+        // The server's sockets keep the old namespace alive, the worst case.
+        remove_namespaces(&dir.join("web")).unwrap();
+        let new = add_pod(&net, dir, "web", 20);
+        assert_eq!(net.observe().unwrap().links["web"].len(), 2);
+        let _new = Server::new(&new.ns, Ipv4Addr::UNSPECIFIED, 80, "new");
+        assert_eq!(tcp(new.ip, 80).unwrap(), format!("new {}", net.config().gateway()));
+        let from_other = in_netns(&other.ns, || tcp(new.ip, 80)).unwrap();
+        assert_eq!(from_other.unwrap(), format!("new {}", other.ip));
+
+        drop(server);
+        until("the old link goes with its namespace", || net.observe().unwrap().links["web"].len() == 1);
+        assert_eq!(net.sweep(&BTreeSet::from(["web".to_owned()])).unwrap(), 1);
+        assert_eq!(net.observe().unwrap().links.keys().collect::<Vec<_>>(), ["web"]);
+        assert_eq!(net.detach("web").unwrap(), 1);
+        assert_eq!(net.detach("web").unwrap(), 0);
+        assert!(net.observe().unwrap().links.is_empty());
+    });
+}
+
+#[test]
+fn a_udp_client_follows_its_port_to_another_pod() {
+    on_a_private_host(|dir| {
+        let net = Net::open(config("")).unwrap();
+        let outsider = add_outsider(dir, net.config().subnet);
+        net.ensure_bridge().unwrap();
+        let (a, b) = (add_pod(&net, dir, "a", 20), add_pod(&net, dir, "b", 21));
+        let _a = Server::new(&a.ns, Ipv4Addr::UNSPECIFIED, 80, "a");
+        let _b = Server::new(&b.ns, Ipv4Addr::UNSPECIFIED, 80, "b");
+        net.apply(&[]).unwrap();
+        let client = in_netns(&outsider, || UdpSocket::bind((OUTSIDER, 5000)).unwrap()).unwrap();
+        client.set_read_timeout(Some(SILENCE)).unwrap();
+        let ask = || {
+            client.send_to(b"?", (HOST, 5353)).unwrap();
+            let mut buffer = [0; 64];
+            client.recv(&mut buffer).map(|length| String::from_utf8_lossy(&buffer[..length]).into_owned())
+        };
+        ask().expect_err("nobody is there, but the flow is tracked from now on");
+        net.apply(&[publish(None, 5353, &a, Protocol::Udp)]).unwrap();
+        assert_eq!(ask().unwrap(), format!("a {OUTSIDER}"));
+        net.apply(&[publish(None, 5353, &b, Protocol::Udp)]).unwrap();
+        assert_eq!(ask().unwrap(), format!("b {OUTSIDER}"));
+    });
+}
+
+#[test]
+fn refusals_say_what_and_why() {
+    on_a_private_host(|dir| {
+        let mut taken = config("");
+        run("ip link add ek0 type veth peer name other");
+        let net = Net::open(taken.clone()).unwrap();
+        assert!(matches!(net.ensure_bridge(), Err(NetError::BridgeTaken { name }) if name == "ek0"));
+        let error = net.attach("web", &dir.join("missing"), nth(&taken, 2)).unwrap_err();
+        assert!(error.to_string().contains("missing"), "{error}");
+        net.purge().unwrap();
+        run("ip link show ek0");
+
+        taken.bridge = "a-name-that-is-too-long".to_owned();
+        let error = Net::open(taken).unwrap().ensure_bridge().unwrap_err().to_string();
+        assert!(error.contains("a-name-that-is-too-long"), "{error}");
+
+        let net = Net::open(NetConfig { bridge: "ekx".to_owned(), ..config("") }).unwrap();
+        create_namespaces(&dir.join("ns"), &[NamespaceKind::Net], "").unwrap();
+        let error = net.attach("web", &dir.join("ns/net"), nth(net.config(), 2)).unwrap_err();
+        assert!(matches!(error, NetError::NoBridge { .. }), "{error}");
+
+        run(
+            "nft add table ip filter; nft add chain ip filter FORWARD '{ type filter hook forward priority 0; policy drop; }'",
+        );
+        assert_eq!(net.forward_drops().unwrap(), ["ip filter FORWARD"]);
+    });
+}
+
+#[test]
+fn mtu_follows_the_default_route_unless_it_is_given() {
+    on_a_private_host(|dir| {
+        let given = config("");
+        add_outsider(dir, given.subnet);
+        run("ip link set up0 mtu 1400");
+        let net = Net::open(given.clone()).unwrap();
+        assert_eq!(net.ensure_bridge().unwrap().mtu, 1400);
+        let web = add_pod(&net, dir, "web", 20);
+        let link = in_netns(&web.ns, || run("ip -o link show eth0")).unwrap();
+        assert!(link.contains("mtu 1400"), "{link}");
+        let net = Net::open(NetConfig { mtu: Some(1300), ..given }).unwrap();
+        net.ensure_bridge().unwrap();
+        let web = add_pod(&net, dir, "web2", 21);
+        let link = in_netns(&web.ns, || run("ip -o link show eth0")).unwrap();
+        assert!(link.contains("mtu 1300"), "{link}");
+        let used = observe_used_subnets("ek0").unwrap();
+        assert!(used.contains(&"198.51.100.0/24".parse().unwrap()), "{used:?}");
+        assert!(!used.iter().any(|net| net.addr().octets()[..2] == [10, 77]), "{used:?}");
+        assert_eq!(
+            choose_subnet("", &observe_used_subnets("-").unwrap()).unwrap().to_string(),
+            "10.78.0.0/16"
+        );
+    });
+}
+
+/// Prints figures; asserts only that everything is there and goes away.
+#[test]
+fn many_pods_and_many_ports() {
+    const PODS: u32 = 50;
+    on_a_private_host(|dir| {
+        let net = Net::open(config("")).unwrap();
+        let started = Instant::now();
+        net.ensure_bridge().unwrap();
+        eprintln!("bridge created in {:?}", started.elapsed());
+        let (mut namespaces, mut attach, mut again, mut bridge) = (vec![], vec![], vec![], vec![]);
+        let timed = |into: &mut Vec<Duration>, f: &mut dyn FnMut()| {
+            let started = Instant::now();
+            f();
+            into.push(started.elapsed());
+        };
+        for n in 0..PODS {
+            let (ns, ip) = (dir.join(format!("p{n}")), nth(net.config(), n + 2));
+            let id = format!("p{n}");
+            timed(&mut namespaces, &mut || create_namespaces(&ns, &NamespaceKind::ALL, &id).unwrap());
+            timed(&mut attach, &mut || drop(net.attach(&id, &ns.join("net"), ip).unwrap()));
+            timed(&mut again, &mut || drop(net.attach(&id, &ns.join("net"), ip).unwrap()));
+            timed(&mut bridge, &mut || assert!(!net.ensure_bridge().unwrap().created));
+        }
+        for (what, times) in [
+            ("namespaces", namespaces),
+            ("attach", attach),
+            ("attach again", again),
+            ("bridge again", bridge),
+        ] {
+            print_times(what, times);
+        }
+        assert_eq!(net.observe().unwrap().links.len(), PODS as usize);
+
+        for ports in [1u16, 500, 5000] {
+            let web = Pod { ns: dir.to_owned(), ip: nth(net.config(), 2) };
+            let wanted: Vec<Publish> =
+                (0..ports).map(|n| publish(None, 10_000 + n, &web, Protocol::Tcp)).collect();
+            let (mut replace, mut check) = (vec![], vec![]);
+            for _ in 0..20 {
+                timed(&mut replace, &mut || net.apply(&wanted).unwrap());
+                timed(&mut check, &mut || assert!(net.in_sync(&wanted).unwrap()));
+            }
+            print_times(&format!("replace a table of {ports} ports"), replace);
+            print_times(&format!("check a table of {ports} ports"), check);
+        }
+
+        let started = Instant::now();
+        for n in 0..PODS / 2 {
+            remove_namespaces(&dir.join(format!("p{n}"))).unwrap();
+        }
+        eprintln!("{} pods' namespaces let go of in {:?}", PODS / 2, started.elapsed());
+        until("the links of removed namespaces are gone", || {
+            net.observe().unwrap().links.len() == (PODS - PODS / 2) as usize
+        });
+        eprintln!("their links gone after {:?}", started.elapsed());
+
+        // A crash leaves everything; a fresh process clears it.
+        drop(net);
+        let started = Instant::now();
+        let net = Net::open(NetConfig::new("", "10.77.0.0/16".parse().unwrap())).unwrap();
+        net.purge().unwrap();
+        eprintln!("{} pods purged in {:?}", PODS - PODS / 2, started.elapsed());
+        let left = net.observe().unwrap();
+        assert!(left.bridge.is_none() && left.links.is_empty() && left.table.is_none(), "{left:?}");
+        assert!(!run("ip -br link").contains("ek"));
+    });
+}
+
+fn print_times(what: &str, mut times: Vec<Duration>) {
+    times.sort_unstable();
+    let (median, worst) = (times[times.len() / 2], times[times.len() - 1]);
+    eprintln!("{what}: median {median:?}, worst {worst:?} of {}", times.len());
 }

@@ -21,11 +21,12 @@ mod kernel_tests;
 pub use address::{AssignError, NoFreeSubnet, assign, choose_subnet};
 pub use config::{NetConfig, TableOwnership};
 pub use filter::lower::{Protocol, Publish, UnknownProtocol};
+pub use filter::watch::FilterWatch;
 pub use link::POD_LINK;
 pub use namespace::{
     NamespaceError, NamespaceKind, create_namespaces, in_netns, observe_namespaces, remove_namespaces,
 };
-pub use net::{Attached, BridgeReport, Net, NetError, Observed, observe_used_subnets};
+pub use net::{Attached, BridgeReport, Net, NetError, NetPortError, Observed, observe_used_subnets};
 pub use port::{PortError, PortHolder, check_host_port};
 pub use resolver::{
     Dns, HostsEntry, host_resolv_conf, render_host_network_resolv_conf, render_hosts, render_hosts_entries,

@@ -122,6 +122,11 @@ pub(crate) enum LinkOp {
         index: u32,
         name: String,
     },
+    MoveToGroup {
+        index: u32,
+        name: String,
+        group: u32,
+    },
     RemoveGroup {
         group: u32,
     },
@@ -144,6 +149,7 @@ impl std::fmt::Display for LinkOp {
                 write!(f, "set the default route via {gateway} on {name}")
             }
             LinkOp::Remove { name, .. } => write!(f, "remove the link {name}"),
+            LinkOp::MoveToGroup { name, .. } => write!(f, "mark the link {name} for removal"),
             LinkOp::RemoveGroup { group } => write!(f, "remove the links of group {group}"),
         }
     }
@@ -325,6 +331,10 @@ fn encode(op: &LinkOp, sequence: u32, writer: &mut Writer) {
             w.u32(RTA_OIF, *index);
         }),
         LinkOp::Remove { index, .. } => message(RTM_DELLINK, asked, &|w| link_header(w, *index, 0, 0)),
+        LinkOp::MoveToGroup { index, group, .. } => message(RTM_NEWLINK, asked, &|w| {
+            link_header(w, *index, 0, 0);
+            w.u32(IFLA_GROUP, *group);
+        }),
         LinkOp::RemoveGroup { group } => message(RTM_DELLINK, asked, &|w| {
             link_header(w, 0, 0, 0);
             w.u32(IFLA_GROUP, *group);

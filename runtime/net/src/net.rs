@@ -1,6 +1,6 @@
 //! `Net`: everything that one instance does to the network of the host.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io;
 use std::net::Ipv4Addr;
@@ -14,17 +14,21 @@ use keel_sys::netlink::NetlinkProtocol;
 use nix::errno::Errno;
 
 use crate::config::{NetConfig, TableOwnership};
+use crate::filter::conntrack;
 use crate::filter::encode::{Batch, TABLE_FLAG_OWNER, TABLE_FLAG_PERSIST};
-use crate::filter::lower::{Publish, fingerprint, lower_table};
+use crate::filter::lower::{Protocol, Publish, fingerprint, lower_table};
 use crate::filter::model::Table;
-use crate::filter::observe::{self, FoundTable};
+use crate::filter::observe::{self, Elements, FoundTable};
 use crate::link::{self, Link, LinkOp, POD_LINK};
 use crate::namespace::in_netns;
+use crate::port::{PortError, check_host_port};
 use crate::socket::{Netlink, NetlinkError};
 use crate::sysctl::{self, SysctlError};
 
 /// MTU where no default route tells one (Ethernet).
 const FALLBACK_MTU: u32 = 1500;
+/// Links on their way out. An offset keeps it apart for each instance.
+const TRASH_GROUP_OFFSET: u32 = 0x0100_0000;
 /// The table may come or go between looking and replacing, by an administrator's hand.
 const REPLACE_TRIES: u32 = 3;
 
@@ -46,6 +50,14 @@ pub enum NetError {
     NoPeer { link: String, path: PathBuf },
     #[error("the packet-filter table {table} belongs to another running process")]
     TableOwned { table: String, source: NetlinkError },
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum NetPortError {
+    #[error(transparent)]
+    Port(#[from] PortError),
+    #[error(transparent)]
+    Net(#[from] NetError),
 }
 
 /// What `ensure_bridge` had to change on the host.
@@ -184,23 +196,68 @@ impl Net {
         Ok(removed)
     }
 
+    /// Removes the links of pods that `live` does not name, all of them in one request. Links go with their
+    /// namespace; this is for namespaces that something else keeps alive. Answers how many there were.
+    pub fn sweep(&self, live: &BTreeSet<String>) -> Result<usize, NetError> {
+        let mut route = self.route();
+        let trash = self.config.group.wrapping_add(TRASH_GROUP_OFFSET);
+        let mut moved = 0;
+        for link in self.own_links(&mut route)? {
+            if link.name == self.config.bridge || live.contains(&link.alias) {
+                continue;
+            }
+            let mark = [LinkOp::MoveToGroup { index: link.index, name: link.name, group: trash }];
+            match link::apply_ops(&mut route, &mark) {
+                Ok(()) => moved += 1,
+                Err(error) if error.is(Errno::ENODEV) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        // Also what a sweep that died half-way has marked.
+        link::remove_group(&mut route, trash)?;
+        Ok(moved)
+    }
+
     /// Replaces the whole table by what `publish` says, in one transaction. Where two entries claim one host port,
-    /// the first one keeps it.
+    /// the first one keeps it. UDP flows through ports that now lead elsewhere start anew.
     pub fn apply(&self, publish: &[Publish]) -> Result<(), NetError> {
         let table = lower_table(&self.config, publish);
         let comment = fingerprint(&table);
         let mut filter = self.filter();
+        let before = observe::observe_table(&mut filter, &table)?;
+        let mut exists = before.is_some();
         let mut tries = 0;
         loop {
             tries += 1;
-            let exists = observe::find_table(&mut filter, &table.name)?.is_some();
             match replace(&mut filter, &table, &comment, exists, self.config.ownership) {
+                Ok(()) => break,
                 Err(error)
-                    if tries < REPLACE_TRIES && (error.is(Errno::ENOENT) || error.is(Errno::EEXIST)) => {}
+                    if tries < REPLACE_TRIES && (error.is(Errno::ENOENT) || error.is(Errno::EEXIST)) =>
+                {
+                    exists = observe::find_table(&mut filter, &table.name)?.is_some();
+                }
                 Err(error) if error.is(Errno::EPERM) && exists => {
                     return Err(NetError::TableOwned { table: table.name, source: error });
                 }
-                other => return Ok(other?),
+                Err(error) => return Err(error.into()),
+            }
+        }
+        let moved = moved_udp_ports(&before.unwrap_or_default().elements, &table);
+        conntrack::forget_udp(&mut filter, &moved)?;
+        Ok(())
+    }
+
+    /// Whether the host port of `publish` is free: no socket of the host and no other instance has it.
+    /// Entries of this instance do not count.
+    pub fn check_port(&self, publish: &Publish) -> Result<(), NetPortError> {
+        check_host_port(publish.host_ip, publish.host_port, publish.protocol)?;
+        let taken = observe::find_published(&mut self.filter(), &self.config.table, publish)
+            .map_err(NetError::from)?;
+        match taken {
+            None => Ok(()),
+            Some(table) => {
+                let (port, protocol) = (publish.host_port, publish.protocol);
+                Err(PortError::Published { port, protocol, table }.into())
             }
         }
     }
@@ -342,4 +399,25 @@ fn replace(
         }
     }
     write(filter, 0)
+}
+
+/// UDP host ports that `before` sent elsewhere than `after` does, or one of them nowhere.
+fn moved_udp_ports(before: &BTreeMap<String, Elements>, after: &Table) -> BTreeSet<u16> {
+    let udp = Protocol::Udp.number();
+    let mut moved = BTreeSet::new();
+    for map in &after.maps {
+        let new: Elements = map.elements.iter().cloned().collect();
+        let none = Elements::new();
+        let old = before.get(map.name).unwrap_or(&none);
+        for key in old.keys().chain(new.keys()) {
+            // Every key ends with the protocol and the port, four bytes each.
+            if let [.., protocol, _, _, _, high, low, _, _] = key[..]
+                && protocol == udp
+                && old.get(key) != new.get(key)
+            {
+                moved.insert(u16::from_be_bytes([high, low]));
+            }
+        }
+    }
+    moved
 }

@@ -49,6 +49,19 @@ impl Netlink {
         Ok(Netlink { socket, sequence: 0, buffer: vec![0; BUFFER_BYTES] })
     }
 
+    /// One request that answers only yes or no.
+    pub(crate) fn request(
+        &mut self,
+        doing: &str,
+        kind: u16,
+        body: impl FnOnce(&mut Writer),
+    ) -> Result<(), NetlinkError> {
+        let sequence = self.next_sequence();
+        let mut writer = Writer::default();
+        writer.message(kind, flag::REQUEST | flag::ACK, sequence, body);
+        self.transact(&writer.into_bytes(), &[(sequence, doing)])
+    }
+
     /// Sends `datagram` and collects the verdict on each numbered message in it; the first error wins.
     pub(crate) fn transact(&mut self, datagram: &[u8], sent: &[(u32, &str)]) -> Result<(), NetlinkError> {
         let whole = sent.last().map_or("send", |(_, doing)| doing);

@@ -91,15 +91,28 @@ pub struct Publish {
     pub protocol: Protocol,
 }
 
+impl Publish {
+    /// `None`: every address of the host.
+    pub(crate) fn address(&self) -> Option<Ipv4Addr> {
+        self.host_ip.filter(|ip| !ip.is_unspecified())
+    }
+}
+
+/// The end of the key in both maps.
+pub(crate) fn key_of_port(publish: &Publish) -> [u8; 8] {
+    let [high, low] = publish.host_port.to_be_bytes();
+    [publish.protocol.number(), 0, 0, 0, high, low, 0, 0]
+}
+
 /// The whole table. Where two entries claim one host port, the first one keeps it.
 pub(crate) fn lower_table(config: &NetConfig, publish: &[Publish]) -> Table {
     let (mut by_address, mut any) = (BTreeMap::new(), BTreeMap::new());
     for entry in publish {
-        let port = [&[entry.protocol.number(), 0, 0, 0], &padded(entry.host_port)[..]].concat();
+        let port = key_of_port(entry);
         let target = [&entry.ip.octets()[..], &padded(entry.container_port)].concat();
-        match entry.host_ip.filter(|ip| !ip.is_unspecified()) {
+        match entry.address() {
             Some(ip) => by_address.entry([&ip.octets()[..], &port].concat()).or_insert(target),
-            None => any.entry(port).or_insert(target),
+            None => any.entry(port.to_vec()).or_insert(target),
         };
     }
     use DataType::{Address, Protocol, Service};
@@ -124,9 +137,9 @@ pub(crate) fn lower_table(config: &NetConfig, publish: &[Publish]) -> Table {
     }
 }
 
-/// Changes with every change of the table: what the table carries as its comment.
+/// What the table carries as its comment: it names the owner to people and changes with every change of the table.
 pub(crate) fn fingerprint(table: &Table) -> String {
-    hex(&digest(&["table", &format!("{table:?}")])[..16])
+    format!("managed by evenkeel, {}", hex(&digest(&["table", &table.to_string()])[..16]))
 }
 
 fn chains(config: &NetConfig) -> Vec<Chain> {

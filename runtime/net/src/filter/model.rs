@@ -105,6 +105,32 @@ pub(crate) struct Table {
     pub(crate) chains: Vec<Chain>,
 }
 
+impl fmt::Display for Table {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for map in &self.maps {
+            writeln!(f, "map {}", map.name)?;
+            for (key, data) in &map.elements {
+                writeln!(f, "  {} : {}", words(key), words(data))?;
+            }
+        }
+        for chain in &self.chains {
+            match &chain.hook {
+                Some(hook) => writeln!(
+                    f,
+                    "chain {} type {} hook {} priority {}",
+                    chain.name, hook.kind, hook.number, hook.priority
+                )?,
+                None => writeln!(f, "chain {}", chain.name)?,
+            }
+            for rule in &chain.rules {
+                writeln!(f, "  # {}", rule.comment)?;
+                rule.expressions.iter().try_for_each(|expression| writeln!(f, "  {expression}"))?;
+            }
+        }
+        Ok(())
+    }
+}
+
 impl fmt::Display for Expression {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {

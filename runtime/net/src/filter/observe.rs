@@ -2,7 +2,9 @@
 
 use std::collections::BTreeMap;
 
+use crate::config::TABLE_PREFIX;
 use crate::filter::encode::{self, COMMENT, NFPROTO_INET, NFPROTO_UNSPEC};
+use crate::filter::lower::{self, Publish};
 use crate::filter::model::{Expression, Table};
 use crate::socket::{Netlink, NetlinkError};
 use crate::wire::{self, Writer};
@@ -23,7 +25,7 @@ pub(crate) struct FoundTable {
     pub(crate) fingerprint: String,
     /// Rules and jumps per chain.
     pub(crate) chains: BTreeMap<String, u32>,
-    pub(crate) elements: BTreeMap<String, BTreeMap<Vec<u8>, Vec<u8>>>,
+    pub(crate) elements: BTreeMap<String, Elements>,
 }
 
 impl FoundTable {
@@ -98,6 +100,33 @@ pub(crate) fn forward_drops(socket: &mut Netlink) -> Result<Vec<String>, Netlink
         .collect())
 }
 
+/// Name of the table of another instance that has the host port of `publish`.
+pub(crate) fn find_published(
+    socket: &mut Netlink,
+    own: &str,
+    publish: &Publish,
+) -> Result<Option<String>, NetlinkError> {
+    let body = |w: &mut Writer| encode::family_header(w, NFPROTO_INET, 0);
+    let tables =
+        socket.list("list the packet-filter tables", encode::message_type(GETTABLE), body, |body| {
+            Some(wire::text(wire::find(body.get(HEADER..)?, 1)?))
+        })?;
+    let port = lower::key_of_port(publish);
+    for table in tables.into_iter().filter(|table| table.starts_with(TABLE_PREFIX) && table != own) {
+        for map in [lower::MAP_BY_ADDRESS, lower::MAP_ANY] {
+            let elements = list_elements(socket, &table, map)?.unwrap_or_default();
+            let clash = |key: &[u8]| match publish.address() {
+                Some(ip) if key.len() > port.len() => key == [&ip.octets()[..], &port].concat(),
+                _ => key.ends_with(&port),
+            };
+            if elements.keys().any(|key| clash(key)) {
+                return Ok(Some(table));
+            }
+        }
+    }
+    Ok(None)
+}
+
 struct FoundChain {
     family: u8,
     table: String,
@@ -123,7 +152,8 @@ fn list_chains(socket: &mut Netlink, family: u8) -> Result<Vec<FoundChain>, Netl
     })
 }
 
-type Elements = BTreeMap<Vec<u8>, Vec<u8>>;
+/// Key to data, as in `Map::elements`.
+pub(crate) type Elements = BTreeMap<Vec<u8>, Vec<u8>>;
 
 fn list_elements(socket: &mut Netlink, table: &str, map: &str) -> Result<Option<Elements>, NetlinkError> {
     let body = |w: &mut Writer| {
