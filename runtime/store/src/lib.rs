@@ -1,1 +1,39 @@
-//! Images, layers and overlay root file systems on disk.
+//! Images on disk: verified blobs, unpacked layers, image records, and the overlay root file systems made of them.
+//!
+//! Never: the network, an async runtime, a database; following a path that an image wrote; a panic on what is found
+//! on disk. Whatever file of the store is lost or damaged is rebuilt, set aside or reported.
+//!
+//! ```text
+//! R/oci-layout, R/index.json, R/blobs/sha256/<hex>   an OCI image layout, readable by other tools; index.json is derived
+//! R/partial/<hex>/data                               blobs that are still arriving
+//! R/layers/<diff id>/{fs/,layer.json}                one directory per layer, shared by all images
+//! R/images/<name>.json                               one record per reference: the truth about what images there are
+//! ```
+//!
+//! Order of a commit: blobs and layers are written aside, one `syncfs` makes them durable, renames publish them, the
+//! image record is written last. A power cut at any moment leaves the image complete or absent.
+
+mod blob;
+mod digest;
+mod fsio;
+mod image;
+mod layer;
+mod path;
+mod reference;
+mod space;
+mod store;
+mod stream;
+mod tar;
+mod unpack;
+
+pub use blob::{BlobError, BlobWriter, Partial};
+pub use digest::{Digest, DigestError};
+pub use fsio::{FsError, is_no_space};
+pub use image::{CommitError, Image, ImageError, Layer, MAX_CONFIG, MAX_MANIFEST};
+pub use layer::{LayerError, LayerIngest};
+pub use path::PathError;
+pub use reference::{Reference, ReferenceError, canonical_reference};
+pub use space::Space;
+pub use store::{Lease, OpenError, Options, Store};
+pub use tar::TarError;
+pub use unpack::UnpackError;

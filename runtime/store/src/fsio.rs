@@ -1,0 +1,137 @@
+//! Files of the store itself: every error says what was done to which path, and every write that matters is
+//! temporary file, fsync, rename, fsync of the directory.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+/// An operation on one path that failed.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot {op} {}", path.display())]
+pub struct FsError {
+    pub op: &'static str,
+    pub path: PathBuf,
+    #[source]
+    pub source: io::Error,
+}
+
+/// Whether an error chain ends in a full disk or an exhausted quota: the caller may free space and try again.
+pub fn is_no_space(error: &(dyn std::error::Error + 'static)) -> bool {
+    let mut next = Some(error);
+    while let Some(error) = next {
+        if let Some(io) = error.downcast_ref::<io::Error>()
+            && matches!(io.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT))
+        {
+            return true;
+        }
+        next = error.source();
+    }
+    false
+}
+
+/// Names the operation and the path of an io error.
+pub(crate) trait At<T> {
+    fn at(self, op: &'static str, path: &Path) -> Result<T, FsError>;
+}
+
+impl<T> At<T> for io::Result<T> {
+    fn at(self, op: &'static str, path: &Path) -> Result<T, FsError> {
+        self.map_err(|source| FsError { op, path: path.to_owned(), source })
+    }
+}
+
+impl<T> At<T> for nix::Result<T> {
+    fn at(self, op: &'static str, path: &Path) -> Result<T, FsError> {
+        self.map_err(io::Error::from).at(op, path)
+    }
+}
+
+/// Replaces `path` by `bytes`: after a power cut it holds the old or the new content, never part of either.
+pub(crate) fn write_durably(path: &Path, bytes: &[u8]) -> Result<(), FsError> {
+    let dir = parent(path);
+    let temporary = dir.join(format!("{TEMPORARY}{}", unique()));
+    let written = (|| {
+        let mut file = OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .mode(0o644)
+            .open(&temporary)
+            .at("create", &temporary)?;
+        file.write_all(bytes).at("write", &temporary)?;
+        file.sync_all().at("sync", &temporary)?;
+        fs::rename(&temporary, path).at("rename into place", path)
+    })();
+    if let Err(e) = written {
+        // The first failure is the one to report; a left-over is swept by the next open.
+        let _ = fs::remove_file(&temporary);
+        return Err(e);
+    }
+    sync_dir(dir)
+}
+
+/// Makes names created, renamed or removed in `dir` durable.
+pub(crate) fn sync_dir(dir: &Path) -> Result<(), FsError> {
+    File::open(dir).at("open", dir)?.sync_all().at("sync", dir)
+}
+
+pub(crate) fn parent(path: &Path) -> &Path {
+    path.parent().unwrap_or(Path::new("/"))
+}
+
+/// `true` when it was there.
+pub(crate) fn remove_file(path: &Path) -> Result<bool, FsError> {
+    match fs::remove_file(path) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(false),
+        other => other.at("remove", path).map(|()| true),
+    }
+}
+
+pub(crate) fn remove_tree(path: &Path) -> Result<(), FsError> {
+    match fs::remove_dir_all(path) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other.at("remove", path),
+    }
+}
+
+/// The content of a file of at most `limit` bytes, `None` when there is no such file.
+pub(crate) fn read_small(path: &Path, limit: u64) -> Result<Option<Vec<u8>>, FsError> {
+    use std::io::Read;
+    let file = match File::open(path) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+        other => other.at("open", path)?,
+    };
+    let mut bytes = Vec::new();
+    file.take(limit + 1).read_to_end(&mut bytes).at("read", path)?;
+    if bytes.len() as u64 > limit {
+        let too_long = io::Error::other(format!("longer than the limit of {limit} bytes"));
+        return Err(too_long).at("read", path);
+    }
+    Ok(Some(bytes))
+}
+
+/// The names in a directory, sorted; empty when the directory is not there.
+pub(crate) fn list(dir: &Path) -> Result<Vec<std::ffi::OsString>, FsError> {
+    let entries = match fs::read_dir(dir) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        other => other.at("list", dir)?,
+    };
+    let mut names = Vec::new();
+    for entry in entries {
+        names.push(entry.at("list", dir)?.file_name());
+    }
+    names.sort();
+    Ok(names)
+}
+
+/// Names that start like this are unfinished: [`crate::Store::open`] removes them.
+pub(crate) const TEMPORARY: &str = ".tmp-";
+
+/// A name part that no other call in any living process of this boot has made.
+pub(crate) fn unique() -> String {
+    use std::sync::atomic::{AtomicU64, Ordering};
+    use std::time::{SystemTime, UNIX_EPOCH};
+    static NEXT: AtomicU64 = AtomicU64::new(0);
+    let nanos = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_nanos() as u64);
+    format!("{}-{:x}-{}", std::process::id(), nanos, NEXT.fetch_add(1, Ordering::Relaxed))
+}

@@ -1,0 +1,316 @@
+//! Image records: which reference means which manifest, config and layers.
+
+use crate::blob::BlobError;
+use crate::fsio::{self, At, FsError};
+use crate::{Digest, ReferenceError, Store, canonical_reference};
+use oci_spec::image::{ImageConfiguration, ImageManifest};
+use serde::{Deserialize, Serialize};
+use std::io;
+use std::path::PathBuf;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+/// The registries' own limit for manifests, and every client's.
+pub const MAX_MANIFEST: u64 = 4 << 20;
+pub const MAX_CONFIG: u64 = 4 << 20;
+const MAX_RECORD: u64 = 1 << 20;
+/// The kernel stacks at most 500 overlay layers.
+const MAX_LAYERS: usize = 490;
+
+pub(crate) const OCI_MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
+pub(crate) const DOCKER_MANIFEST: &str = "application/vnd.docker.distribution.manifest.v2+json";
+
+/// An image that is complete in the store.
+#[derive(Clone, Debug)]
+pub struct Image {
+    /// Canonical: `docker.io/library/x:tag` or `...@sha256:...`.
+    pub reference: String,
+    pub manifest_digest: Digest,
+    pub manifest_media_type: String,
+    pub config_digest: Digest,
+    pub config: ImageConfiguration,
+    /// Base first.
+    pub layers: Vec<Layer>,
+    pub pulled_at_ms: u64,
+    /// Of the unpacked layers, each counted once.
+    pub size_bytes: u64,
+    /// Garbage collection leaves it alone.
+    pub pinned: bool,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Layer {
+    pub diff_id: Digest,
+    pub blob_digest: Digest,
+    pub media_type: String,
+    /// Of the blob.
+    pub size: u64,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum ImageError {
+    #[error(transparent)]
+    Fs(#[from] FsError),
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum CommitError {
+    #[error(transparent)]
+    Reference(#[from] ReferenceError),
+    #[error(transparent)]
+    Fs(#[from] FsError),
+    #[error("manifest is longer than {MAX_MANIFEST} bytes")]
+    ManifestTooLong,
+    #[error("config is longer than {MAX_CONFIG} bytes")]
+    ConfigTooLong,
+    #[error("manifest type {0:?} is not an image manifest")]
+    MediaType(String),
+    #[error("manifest is not valid")]
+    Manifest(#[source] serde_json::Error),
+    #[error("config is not valid")]
+    Config(#[source] serde_json::Error),
+    #[error("{0}")]
+    Mismatch(String),
+    #[error("layer {0} is not in the store")]
+    LayerMissing(Digest),
+}
+
+/// `images/<name>.json`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct ImageRecord {
+    version: u32,
+    pub(crate) reference: String,
+    pub(crate) manifest: ManifestRecord,
+    pub(crate) config: Digest,
+    pub(crate) layers: Vec<Layer>,
+    pulled_at_ms: u64,
+    size_bytes: u64,
+    #[serde(default)]
+    pinned: bool,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct ManifestRecord {
+    pub(crate) digest: Digest,
+    pub(crate) media_type: String,
+    pub(crate) size: u64,
+}
+
+impl Store {
+    /// The image of a reference, which need not be in canonical form.
+    pub fn image(&self, reference: &str) -> Result<Option<Image>, ImageError> {
+        let Ok(reference) = canonical_reference(reference) else { return Ok(None) };
+        let path = self.inner.record_path(&reference);
+        match self.read_record(&path)? {
+            Some(record) if record.reference == reference => self.load(record, &path),
+            _ => Ok(None),
+        }
+    }
+
+    /// All images, by reference.
+    pub fn images(&self) -> Result<Vec<Image>, ImageError> {
+        let mut images = Vec::new();
+        for (path, record) in self.records()? {
+            images.extend(self.load(record, &path)?);
+        }
+        images.sort_by(|a, b| a.reference.cmp(&b.reference));
+        Ok(images)
+    }
+
+    /// Publishes an image whose layers are in the store: staged layers become durable, the record is written last.
+    pub fn commit_image(
+        &self,
+        reference: &str,
+        manifest: &[u8],
+        media_type: &str,
+        config: &[u8],
+        pinned: bool,
+    ) -> Result<Image, CommitError> {
+        let reference = canonical_reference(reference)?;
+        let lowered = lower(manifest, media_type, config)?;
+        let mut size_bytes = 0;
+        let mut counted = std::collections::BTreeSet::new();
+        for layer in &lowered.layers {
+            let record =
+                self.layer_record(&layer.diff_id)?.ok_or(CommitError::LayerMissing(layer.diff_id))?;
+            if counted.insert(layer.diff_id) {
+                size_bytes += record.size_bytes;
+            }
+        }
+        let _commit = self.inner.commit();
+        self.inner.settle_locked()?;
+        let record = ImageRecord {
+            version: 1,
+            reference,
+            manifest: ManifestRecord {
+                digest: self.put_blob(manifest)?,
+                media_type: media_type.to_owned(),
+                size: manifest.len() as u64,
+            },
+            config: self.put_blob(config)?,
+            layers: lowered.layers,
+            pulled_at_ms: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis() as u64),
+            size_bytes,
+            pinned,
+        };
+        let path = self.inner.record_path(&record.reference);
+        let bytes = serde_json::to_vec_pretty(&record).map_err(io::Error::from).at("write", &path)?;
+        fsio::write_durably(&path, &bytes)?;
+        self.refresh_index()?;
+        Ok(record.into_image(lowered.config))
+    }
+
+    /// Readable records with their files, by file name.
+    pub(crate) fn records(&self) -> Result<Vec<(PathBuf, ImageRecord)>, FsError> {
+        let dir = self.inner.images_dir();
+        let mut records = Vec::new();
+        for name in fsio::list(&dir)? {
+            let path = dir.join(&name);
+            if path.extension().is_some_and(|e| e == "json")
+                && let Some(record) = self.read_record(&path)?
+            {
+                records.push((path, record));
+            }
+        }
+        Ok(records)
+    }
+
+    /// `None` when there is none or when it is damaged, which sets it aside.
+    fn read_record(&self, path: &std::path::Path) -> Result<Option<ImageRecord>, FsError> {
+        let Some(bytes) = fsio::read_small(path, MAX_RECORD)? else { return Ok(None) };
+        match serde_json::from_slice(&bytes) {
+            Ok(record) => Ok(Some(record)),
+            Err(_) => {
+                self.quarantine(path)?;
+                Ok(None)
+            }
+        }
+    }
+
+    /// The record with its config; `None` sets a record aside whose config is lost or damaged.
+    fn load(&self, record: ImageRecord, path: &std::path::Path) -> Result<Option<Image>, ImageError> {
+        let config = match self.read_blob(&record.config, MAX_CONFIG) {
+            Ok(Some(bytes)) => serde_json::from_slice(&bytes).ok(),
+            Ok(None) | Err(BlobError::WrongDigest { .. }) => None,
+            Err(BlobError::Fs(e)) => return Err(e.into()),
+            Err(_) => None,
+        };
+        match config {
+            Some(config) => Ok(Some(record.into_image(config))),
+            None => {
+                self.quarantine(path)?;
+                Ok(None)
+            }
+        }
+    }
+
+    /// A damaged record keeps its bytes for a person to look at, under a name that nobody reads.
+    fn quarantine(&self, path: &std::path::Path) -> Result<(), FsError> {
+        let mut name = path.as_os_str().to_owned();
+        name.push(".damaged");
+        std::fs::rename(path, &name).at("set aside", path)
+    }
+
+    /// Rewrites `index.json` from the records when it says something else.
+    pub(crate) fn refresh_index(&self) -> Result<(), FsError> {
+        let manifests: Vec<_> = self
+            .records()?
+            .into_iter()
+            .map(|(_, record)| {
+                serde_json::json!({
+                    "mediaType": record.manifest.media_type,
+                    "digest": record.manifest.digest,
+                    "size": record.manifest.size,
+                    "annotations": { "org.opencontainers.image.ref.name": record.reference },
+                })
+            })
+            .collect();
+        let index = serde_json::json!({
+            "schemaVersion": 2,
+            "mediaType": "application/vnd.oci.image.index.v1+json",
+            "manifests": manifests,
+        });
+        let path = self.inner.root.join("index.json");
+        let mut bytes = serde_json::to_vec_pretty(&index).map_err(io::Error::from).at("write", &path)?;
+        bytes.push(b'\n');
+        match fsio::read_small(&path, bytes.len() as u64) {
+            Ok(Some(there)) if there == bytes => Ok(()),
+            _ => fsio::write_durably(&path, &bytes),
+        }
+    }
+}
+
+/// What manifest and config say together, checked against each other.
+pub(crate) struct Lowered {
+    pub(crate) config: ImageConfiguration,
+    pub(crate) layers: Vec<Layer>,
+}
+
+/// Pure: from the bytes of an image's manifest and config to its layers.
+pub(crate) fn lower(manifest: &[u8], media_type: &str, config: &[u8]) -> Result<Lowered, CommitError> {
+    if manifest.len() as u64 > MAX_MANIFEST {
+        return Err(CommitError::ManifestTooLong);
+    }
+    if config.len() as u64 > MAX_CONFIG {
+        return Err(CommitError::ConfigTooLong);
+    }
+    if !matches!(media_type, OCI_MANIFEST | DOCKER_MANIFEST) {
+        return Err(CommitError::MediaType(media_type.to_owned()));
+    }
+    let parsed: ImageManifest = serde_json::from_slice(manifest).map_err(CommitError::Manifest)?;
+    let image: ImageConfiguration = serde_json::from_slice(config).map_err(CommitError::Config)?;
+    let stated = parsed.config().digest().to_string();
+    let actual = Digest::of(config).to_string();
+    if stated != actual {
+        return Err(CommitError::Mismatch(format!("manifest names config {stated}, this one is {actual}")));
+    }
+    let diff_ids = image.rootfs().diff_ids();
+    if diff_ids.len() != parsed.layers().len() {
+        return Err(CommitError::Mismatch(format!(
+            "manifest has {} layers, config has {}",
+            parsed.layers().len(),
+            diff_ids.len()
+        )));
+    }
+    if diff_ids.len() > MAX_LAYERS {
+        return Err(CommitError::Mismatch(format!("image has more than {MAX_LAYERS} layers")));
+    }
+    let digest = |text: &str| text.parse().map_err(|e| CommitError::Mismatch(format!("{e}")));
+    let layers = parsed.layers().iter().zip(diff_ids).map(|(layer, diff_id)| {
+        Ok(Layer {
+            diff_id: digest(diff_id)?,
+            blob_digest: digest(layer.digest().as_ref())?,
+            media_type: layer.media_type().to_string(),
+            size: layer.size(),
+        })
+    });
+    Ok(Lowered { layers: layers.collect::<Result<_, CommitError>>()?, config: image })
+}
+
+impl ImageRecord {
+    fn into_image(self, config: ImageConfiguration) -> Image {
+        Image {
+            reference: self.reference,
+            manifest_digest: self.manifest.digest,
+            manifest_media_type: self.manifest.media_type,
+            config_digest: self.config,
+            config,
+            layers: self.layers,
+            pulled_at_ms: self.pulled_at_ms,
+            size_bytes: self.size_bytes,
+            pinned: self.pinned,
+        }
+    }
+}
+
+impl crate::store::Inner {
+    /// Readable and unique: the reference with what a file name cannot hold replaced, and a piece of its digest.
+    fn record_path(&self, reference: &str) -> PathBuf {
+        let readable: String = reference
+            .chars()
+            .map(|c| if c.is_ascii_alphanumeric() || matches!(c, '.' | '-') { c } else { '_' })
+            .take(120)
+            .collect();
+        let unique = &Digest::of(reference.as_bytes()).hex()[..12];
+        self.images_dir().join(format!("{readable}-{unique}.json"))
+    }
+}

@@ -1,0 +1,22 @@
+//! Starting and forcing write-back.
+
+use crate::check;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+
+/// Starts writing the dirty pages of a file without waiting for them (`sync_file_range(2)`, `WRITE` only). A hint:
+/// it makes nothing durable, it only leaves less for the `syncfs` that does.
+pub fn start(fd: impl AsFd) -> io::Result<()> {
+    // SAFETY: plain numbers; offset and length 0 mean the whole file.
+    check(i64::from(unsafe {
+        libc::sync_file_range(fd.as_fd().as_raw_fd(), 0, 0, libc::SYNC_FILE_RANGE_WRITE)
+    }))?;
+    Ok(())
+}
+
+/// `syncfs(2)`: everything written to the file system that `fd` is on, and the errors since the last call.
+pub fn syncfs(fd: impl AsFd) -> io::Result<()> {
+    // SAFETY: plain number.
+    check(i64::from(unsafe { libc::syncfs(fd.as_fd().as_raw_fd()) }))?;
+    Ok(())
+}
