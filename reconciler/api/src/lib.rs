@@ -15,9 +15,11 @@ mod tests;
 
 pub use client::{Client, ClientError, Lines};
 pub use control::{Control, EventSender};
+pub use keel_manifest::{Diagnostic, Severity};
+pub use keel_plan::Status;
 pub use server::serve;
 pub use socket::{ListenError, Listener};
 pub use types::{
-    ActionFailure, ApplyRequest, ControlError, ControlEvent, DeleteRequest, Diagnostic, ErrorCode, Event,
-    EventType, InputFile, PlannedAction, Severity, Snapshot, Status, VersionInfo, WaitingObject, exit,
+    ActionFailure, ApplyRequest, ControlError, ControlEvent, DeleteRequest, ErrorCode, Event, InputFile,
+    PlannedAction, Snapshot, VersionInfo, WaitingObject, exit,
 };

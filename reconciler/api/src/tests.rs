@@ -28,7 +28,7 @@ impl Told {
         self.events.lock().unwrap().push(Event {
             seq,
             time_ms: seq,
-            kind: EventType::Normal,
+            warning: false,
             object: "Pod/default/web".into(),
             reason: "Started".into(),
             message: "started".into(),

@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use keel_plan::Millis;
+use keel_manifest::Diagnostic;
+use keel_plan::{Millis, Status};
 use serde::{Deserialize, Serialize};
 
 /// Exit codes of `keel`, also carried in [`ControlEvent::Result`].
@@ -154,36 +155,6 @@ pub struct ActionFailure {
     pub retry: bool,
 }
 
-/// One problem of a manifest, with its place.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct Diagnostic {
-    pub severity: Severity,
-    pub file: String,
-    /// From 1; 0 when the problem is the whole file.
-    pub line: u32,
-    pub column: u32,
-    /// Field path, e.g. `spec.containers[0].image`. May be empty.
-    #[serde(default)]
-    pub path: String,
-    pub message: String,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub help: Option<String>,
-    /// The source line as written. May be empty.
-    #[serde(default)]
-    pub source_line: String,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub enum Severity {
-    Error,
-    Warning,
-}
-
-/// Everything there is to see, in one value.
-pub type Status = serde_json::Value;
-
 /// `GET /keel/v1/status`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Snapshot {
@@ -199,8 +170,8 @@ pub struct Event {
     /// Counts up, never reused while the daemon's run directory lives.
     pub seq: u64,
     pub time_ms: Millis,
-    #[serde(rename = "type")]
-    pub kind: EventType,
+    /// Something is wrong, or may be.
+    pub warning: bool,
     /// `Pod/default/web`, `File/web.yaml`, `Image/docker.io/library/nginx:1.27`.
     pub object: String,
     /// CamelCase word, e.g. `Started`, `BackOff`.
@@ -213,12 +184,6 @@ pub struct Event {
 
 fn one() -> u32 {
     1
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum EventType {
-    Normal,
-    Warning,
 }
 
 /// `GET /keel/v1/version`.

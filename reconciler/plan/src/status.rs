@@ -15,7 +15,7 @@ use crate::phase::{Phase, phase};
 use crate::time::timestamp;
 
 /// Everything there is to see about pods and their owners.
-#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Status {
     /// In key order.
@@ -28,7 +28,7 @@ pub struct Status {
     pub problems: Vec<String>,
 }
 
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct PodStatus {
     #[serde(flatten)]
@@ -36,25 +36,25 @@ pub struct PodStatus {
     pub id: PodId,
     pub owner: Owner,
     pub origin: Origin,
-    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub labels: BTreeMap<String, String>,
     /// False while it runs although no manifest declares it any more.
     pub declared: bool,
     pub phase: Phase,
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub message: Option<String>,
-    #[serde(rename = "podIP", skip_serializing_if = "Option::is_none")]
+    #[serde(rename = "podIP", default, skip_serializing_if = "Option::is_none")]
     pub pod_ip: Option<std::net::Ipv4Addr>,
-    #[serde(skip_serializing_if = "Option::is_none", serialize_with = "timestamp::option")]
+    #[serde(default, skip_serializing_if = "Option::is_none", with = "timestamp::option")]
     pub start_time: Option<Millis>,
     pub conditions: Vec<Condition>,
-    #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub init_container_statuses: Vec<ContainerStatus>,
     pub container_statuses: Vec<ContainerStatus>,
     /// What it waits for, typed.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub waiting: Vec<Waiting>,
     /// True when the pod is what its manifest says: nothing to do and nothing waited for.
     pub up_to_date: bool,
@@ -75,7 +75,7 @@ pub struct Condition {
     pub last_transition_time: Millis,
 }
 
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct ContainerStatus {
     pub name: String,
@@ -89,40 +89,40 @@ pub struct ContainerStatus {
     pub ready: bool,
     pub started: bool,
     pub state: State,
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_state: Option<State>,
     /// Number of the newest run, which is also the name of its log file.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub attempt: Option<u32>,
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pid: Option<u32>,
 }
 
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", rename_all_fields = "camelCase")]
 pub enum State {
     Waiting {
         reason: String,
-        #[serde(skip_serializing_if = "String::is_empty")]
+        #[serde(default, skip_serializing_if = "String::is_empty")]
         message: String,
     },
     Running {
-        #[serde(serialize_with = "timestamp::serialize")]
+        #[serde(with = "timestamp")]
         started_at: Millis,
     },
     Terminated {
         exit_code: i32,
-        #[serde(skip_serializing_if = "is_zero")]
+        #[serde(default, skip_serializing_if = "is_zero")]
         signal: i32,
         reason: String,
-        #[serde(serialize_with = "timestamp::serialize")]
+        #[serde(with = "timestamp")]
         started_at: Millis,
-        #[serde(serialize_with = "timestamp::serialize")]
+        #[serde(with = "timestamp")]
         finished_at: Millis,
     },
 }
 
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct DeploymentStatus {
     #[serde(flatten)]
@@ -194,6 +194,17 @@ pub fn status(
         conflicts: desired.conflicts.clone(),
         problems: facts.problems.clone(),
     }
+}
+
+/// One pod of [`status`]; condition times are 0.
+pub fn pod_status(
+    key: &PodKey,
+    desired: &Desired,
+    observed: &Observed,
+    memory: &Memory,
+    facts: &Facts,
+) -> PodStatus {
+    PodView { key, desired, observed, memory, facts }.status()
 }
 
 impl PodStatus {

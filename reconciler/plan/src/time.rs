@@ -10,17 +10,33 @@ pub(crate) mod timestamp {
         serializer.serialize_str(&super::rfc3339(*millis))
     }
 
-    pub(crate) fn option<S: Serializer>(millis: &Option<Millis>, serializer: S) -> Result<S::Ok, S::Error> {
-        match millis {
-            Some(millis) => serialize(millis, serializer),
-            None => serializer.serialize_none(),
-        }
-    }
-
     pub(crate) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Millis, D::Error> {
         let text = String::deserialize(deserializer)?;
         super::from_rfc3339(&text)
             .ok_or_else(|| serde::de::Error::custom("not a time like 2026-01-02T03:04:05Z"))
+    }
+
+    /// The same for a time that may be absent.
+    pub(crate) mod option {
+        use serde::{Deserializer, Serializer};
+
+        use crate::model::Millis;
+
+        pub(crate) fn serialize<S: Serializer>(
+            millis: &Option<Millis>,
+            serializer: S,
+        ) -> Result<S::Ok, S::Error> {
+            match millis {
+                Some(millis) => super::serialize(millis, serializer),
+                None => serializer.serialize_none(),
+            }
+        }
+
+        pub(crate) fn deserialize<'de, D: Deserializer<'de>>(
+            deserializer: D,
+        ) -> Result<Option<Millis>, D::Error> {
+            super::deserialize(deserializer).map(Some)
+        }
     }
 }
 
