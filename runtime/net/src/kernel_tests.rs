@@ -306,6 +306,17 @@ fn attach_is_idempotent_and_links_go_with_their_namespace() {
         assert!(addresses.contains(&format!("default via {}", net.config().gateway())), "{addresses}");
         assert_eq!(net.observe().unwrap().links, before.links);
 
+        // As a predecessor that died half-way, or a careless hand, may leave it.
+        let link = &before.links["web"][0];
+        run(&format!("ip link set {link} down nomaster"));
+        in_netns(&web.ns, || run("ip link set eth0 down; ip addr flush dev eth0; ip link set lo down"))
+            .unwrap();
+        net.attach("web", &web.ns, web.ip).unwrap();
+        let _server = Server::new(&web.ns, Ipv4Addr::UNSPECIFIED, 80, "web");
+        assert_eq!(tcp(web.ip, 80).unwrap(), format!("web {}", net.config().gateway()));
+        in_netns(&web.ns, || tcp(LOCALHOST, 80).unwrap()).unwrap();
+        drop(_server);
+
         remove_namespaces(&dir.join("web")).unwrap();
         until("the link goes with its namespace", || net.observe().unwrap().links.is_empty());
         net.purge().unwrap();
@@ -600,6 +611,130 @@ fn mtu_follows_the_default_route_unless_it_is_given() {
             choose_subnet("", &observe_used_subnets("-").unwrap()).unwrap().to_string(),
             "10.78.0.0/16"
         );
+    });
+}
+
+#[test]
+fn loopback_addresses_are_reached_from_the_host_alone() {
+    on_a_private_host(|dir| {
+        let net = Net::open(config("")).unwrap();
+        let outsider = add_outsider(dir, net.config().subnet);
+        net.ensure_bridge().unwrap();
+        let (web, evil) = (add_pod(&net, dir, "web", 20), add_pod(&net, dir, "evil", 21));
+        let _web = Server::new(&web.ns, Ipv4Addr::UNSPECIFIED, 80, "web");
+        let host = TcpListener::bind((LOCALHOST, 9000)).unwrap();
+        let published = [publish(Some(LOCALHOST), 8081, &web, Protocol::Tcp)];
+        net.apply(&published).unwrap();
+        // Packets to 127.0.0.1 leave for the host instead of staying.
+        let divert = |ns: &Path, via: Ipv4Addr, own: Ipv4Addr| {
+            in_netns(ns, || {
+                run(&format!(
+                    "sysctl -qw net.ipv4.conf.eth0.route_localnet=1 net.ipv4.conf.all.rp_filter=0; \
+                     ip addr del 127.0.0.1/8 dev lo; ip route add 127.0.0.1 via {via} dev eth0 src {own}"
+                ))
+            })
+            .unwrap();
+        };
+        divert(&outsider, HOST, OUTSIDER);
+        divert(&evil.ns, net.config().gateway(), evil.ip);
+        let from_outside = || in_netns(&outsider, || tcp(LOCALHOST, 8081)).unwrap();
+        let from_pod = || {
+            let address = SocketAddr::from((LOCALHOST, 9000));
+            in_netns(&evil.ns, || TcpStream::connect_timeout(&address, SILENCE)).unwrap()
+        };
+        from_outside().expect_err("a port published for 127.0.0.1 is not for the neighbours of the host");
+        from_pod().expect_err("the host's own loopback is not for pods");
+
+        // The same attacks succeed without the rules: it is the rules that stop them.
+        run("nft flush chain inet evenkeel raw");
+        assert_eq!(from_outside().unwrap(), format!("web {OUTSIDER}"));
+        from_pod().unwrap();
+        drop(host);
+    });
+}
+
+/// Whether something is left that `before` did not show.
+fn census() -> (usize, usize) {
+    let mounts = std::fs::read_to_string("/proc/thread-self/mountinfo").unwrap();
+    (mounts.lines().count(), run("ip -o link").lines().count())
+}
+
+#[test]
+fn many_lives_leave_nothing() {
+    on_a_private_host(|dir| {
+        let before = census();
+        let net = Net::open(config("")).unwrap();
+        net.ensure_bridge().unwrap();
+        for n in 0..100u32 {
+            let id = format!("p{}", n % 7);
+            add_pod(&net, dir, &id, n % 7 + 2);
+            net.apply(&[]).unwrap();
+            remove_namespaces(&dir.join(&id)).unwrap();
+        }
+        until("every link is gone", || net.observe().unwrap().links.is_empty());
+        net.purge().unwrap();
+        assert_eq!(census(), before);
+        assert_eq!(std::fs::read_dir(dir).unwrap().count(), 0);
+    });
+}
+
+const CRASH_DIR: &str = "KEEL_NET_CRASH_DIR";
+
+/// Everything for one pod, from nothing or from whatever is there.
+fn set_up_one(dir: &Path) -> (Net, Pod) {
+    let net = Net::open(NetConfig::new("", "10.77.0.0/16".parse().unwrap())).unwrap();
+    net.ensure_bridge().unwrap();
+    let web = add_pod(&net, dir, "web", 20);
+    net.apply(&[publish(None, 8080, &web, Protocol::Tcp)]).unwrap();
+    (net, web)
+}
+
+/// Not a test by itself: the body of the process that the next test kills.
+#[test]
+fn crash_child() {
+    if let Some(dir) = std::env::var_os(CRASH_DIR) {
+        set_up_one(Path::new(&dir));
+    }
+}
+
+#[test]
+fn killed_at_any_step_the_next_try_completes() {
+    if Command::new("strace").arg("-V").output().is_err() {
+        eprintln!("SKIPPED: needs strace to kill a process at its n-th system call");
+        return;
+    }
+    on_a_private_host(|dir| {
+        // Counted per thread, so each kind of call is walked through by itself.
+        let mut kills = 0;
+        for call in ["sendto", "unshare", "sethostname", "write", "mount", "setns", "exit"] {
+            for nth in 1.. {
+                let status = Command::new("strace")
+                    .args(["-f", "-qq", "-o", "/dev/null", "-e"])
+                    .arg(format!("inject={call}:signal=KILL:when={nth}"))
+                    .arg(std::env::current_exe().unwrap())
+                    .args(["--exact", "kernel_tests::crash_child"])
+                    .env(CRASH_DIR, dir)
+                    .output()
+                    .unwrap()
+                    .status;
+                let at = format!("killed at {call} {nth}");
+                let (net, web) = set_up_one(dir);
+                assert!(net.in_sync(&[publish(None, 8080, &web, Protocol::Tcp)]).unwrap(), "{at}");
+                assert_eq!(net.observe().unwrap().links["web"].len(), 1, "{at}");
+                let server = Server::new(&web.ns, Ipv4Addr::UNSPECIFIED, 80, "web");
+                let gateway = net.config().gateway();
+                assert_eq!(tcp(LOCALHOST, 8080).unwrap(), format!("web {gateway}"), "{at}");
+                drop(server);
+                remove_namespaces(&dir.join("web")).unwrap();
+                net.purge().unwrap();
+                if status.success() {
+                    break;
+                }
+                kills += 1;
+            }
+        }
+        eprintln!("killed at {kills} steps");
+        assert!(kills > 20, "only {kills}: the injection does not work");
     });
 }
 

@@ -83,12 +83,16 @@ pub(crate) enum LinkOp {
         peer_mac: [u8; 6],
         netns: i32,
     },
-    /// Up, labelled, and allowed to send a frame back to the port that it came from: a pod that calls its own
-    /// published port does just that.
+    /// In the bridge, up, and labelled.
     SetPort {
         name: String,
         bridge: u32,
         alias: String,
+    },
+    /// A frame may leave by the port that it came in by: a pod that calls its own published port sends such.
+    /// After `SetPort`: the kernel looks at the port's bridge before it reads the rest of a message.
+    Hairpin {
+        name: String,
     },
     Up {
         index: u32,
@@ -138,6 +142,7 @@ impl std::fmt::Display for LinkOp {
             LinkOp::AddBridge { name, mtu, .. } => write!(f, "create the bridge {name} (mtu {mtu})"),
             LinkOp::AddVeth { name, mtu, .. } => write!(f, "create the link {name} to a pod (mtu {mtu})"),
             LinkOp::SetPort { name, alias, .. } => write!(f, "bring up the link {name} of {alias}"),
+            LinkOp::Hairpin { name } => write!(f, "let {name} send frames back"),
             LinkOp::Up { name, .. } => write!(f, "bring up {name}"),
             LinkOp::Down { name, .. } => write!(f, "take down {name}"),
             LinkOp::SetMtu { name, mtu, .. } => write!(f, "set the mtu of {name} to {mtu}"),
@@ -212,7 +217,7 @@ pub(crate) fn lower_port(
     mtu: u32,
     ip: Ipv4Addr,
     netns: i32,
-) -> [LinkOp; 2] {
+) -> [LinkOp; 3] {
     [
         LinkOp::AddVeth {
             name: link.to_owned(),
@@ -223,6 +228,7 @@ pub(crate) fn lower_port(
             netns,
         },
         LinkOp::SetPort { name: link.to_owned(), bridge, alias: id.to_owned() },
+        LinkOp::Hairpin { name: link.to_owned() },
     ]
 }
 
@@ -307,6 +313,10 @@ fn encode(op: &LinkOp, sequence: u32, writer: &mut Writer) {
             w.string(IFLA_IFNAME, name);
             w.string(IFLA_IFALIAS, alias);
             w.u32(IFLA_MASTER, *bridge);
+        }),
+        LinkOp::Hairpin { name } => message(RTM_NEWLINK, asked, &|w| {
+            link_header(w, 0, 0, 0);
+            w.string(IFLA_IFNAME, name);
             w.nest(IFLA_LINKINFO, |w| {
                 w.attribute(IFLA_INFO_SLAVE_KIND, b"bridge");
                 w.nest(IFLA_INFO_SLAVE_DATA, |w| w.u8(IFLA_BRPORT_MODE, 1));
@@ -481,4 +491,97 @@ fn parse_link(body: &[u8]) -> Option<Link> {
 
 fn read_ip(value: &[u8]) -> Option<Ipv4Addr> {
     Some(Ipv4Addr::from(<[u8; 4]>::try_from(value.get(..4)?).ok()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config() -> NetConfig {
+        NetConfig::new("", "10.77.0.0/16".parse().unwrap())
+    }
+
+    #[track_caller]
+    fn check(ops: &[LinkOp], expected: &[&str]) {
+        assert_eq!(ops.iter().map(ToString::to_string).collect::<Vec<_>>(), expected);
+    }
+
+    #[test]
+    fn a_bridge_gets_what_it_lacks() {
+        let good: Ipv4Net = "10.77.0.1/16".parse().unwrap();
+        let stale: Ipv4Net = "10.1.0.1/24".parse().unwrap();
+        let link = |up, mtu| Link { index: 7, up, mtu, ..Link::default() };
+        check(&lower_bridge(&config(), 1400, None, &[]), &["create the bridge ek0 (mtu 1400)"]);
+        check(
+            &lower_bridge(&config(), 1400, Some(&link(false, 1500)), &[stale]),
+            &[
+                "set the mtu of ek0 to 1400",
+                "remove the address 10.1.0.1/24 from ek0",
+                "add the address 10.77.0.1/16 to ek0",
+                "bring up ek0",
+            ],
+        );
+        check(&lower_bridge(&config(), 1400, Some(&link(true, 1400)), &[good]), &[]);
+    }
+
+    #[test]
+    fn a_pod_gets_its_address_alone() {
+        let ip = Ipv4Addr::new(10, 77, 0, 9);
+        let found = ["10.77.0.8/16".parse().unwrap(), "10.77.0.9/16".parse().unwrap()];
+        check(
+            &lower_inside(&config(), 2, ip, &found),
+            &[
+                "remove the address 10.77.0.8/16 from eth0",
+                "bring up lo",
+                "add the address 10.77.0.9/16 to eth0",
+                "bring up eth0",
+                "set the default route via 10.77.0.1 on eth0",
+            ],
+        );
+        check(
+            &lower_port(&config(), "ek1", "web", 7, 1500, ip, 3),
+            &[
+                "create the link ek1 to a pod (mtu 1500)",
+                "bring up the link ek1 of web",
+                "let ek1 send frames back",
+            ],
+        );
+    }
+
+    #[test]
+    fn the_encoding_of_a_veth() {
+        let [add, ..] = lower_port(&config(), "ekab", "web", 7, 1500, Ipv4Addr::new(10, 77, 0, 9), 3);
+        let mut writer = Writer::default();
+        encode(&add, 9, &mut writer);
+        let bytes = writer.into_bytes();
+        let message = wire::messages(&bytes).next().unwrap();
+        assert_eq!((message.kind, message.flags, message.sequence), (RTM_NEWLINK, 0x605, 9));
+        let list = &message.body[16..];
+        assert_eq!(wire::find(list, IFLA_MASTER), Some(&7u32.to_ne_bytes()[..]));
+        let data = wire::find(wire::find(list, IFLA_LINKINFO).unwrap(), IFLA_INFO_DATA).unwrap();
+        let peer = &wire::find(data, VETH_INFO_PEER).unwrap()[16..];
+        assert_eq!(wire::find(peer, IFLA_NET_NS_FD), Some(&3u32.to_ne_bytes()[..]));
+        assert_eq!(wire::find(peer, IFLA_ADDRESS), Some(&[2, 0x65, 10, 77, 0, 9][..]));
+        assert_eq!(wire::text(wire::find(peer, IFLA_IFNAME).unwrap()), "eth0");
+    }
+
+    #[test]
+    fn whatever_arrives_is_parsed_without_panic() {
+        // xorshift: the same bytes in every run.
+        let mut state = 0x9e37_79b9_7f4a_7c15u64;
+        for _ in 0..20_000 {
+            let mut bytes = [0u8; 96];
+            for byte in &mut bytes {
+                state ^= state << 13;
+                state ^= state >> 7;
+                state ^= state << 17;
+                // Mostly small numbers: lengths that fit lead deeper.
+                *byte = if state & 3 == 0 { state as u8 } else { (state as u8) & 0x1f };
+            }
+            let _ = parse_link(&bytes);
+            for message in wire::messages(&bytes) {
+                let _ = wire::attributes(message.body).count();
+            }
+        }
+    }
 }

@@ -18,7 +18,7 @@ use crate::filter::conntrack;
 use crate::filter::encode::{Batch, TABLE_FLAG_OWNER, TABLE_FLAG_PERSIST};
 use crate::filter::lower::{Protocol, Publish, fingerprint, lower_table};
 use crate::filter::model::Table;
-use crate::filter::observe::{self, Elements, FoundTable};
+use crate::filter::observe::{self, Elements};
 use crate::link::{self, Link, LinkOp, POD_LINK};
 use crate::namespace::in_netns;
 use crate::port::{PortError, check_host_port};
@@ -95,6 +95,14 @@ pub struct Net {
     config: NetConfig,
     route: Mutex<Netlink>,
     filter: Mutex<Netlink>,
+    verified: Mutex<Option<Verified>>,
+}
+
+/// A table that the kernel was found to hold, and when.
+#[derive(Debug)]
+struct Verified {
+    generation: u32,
+    table: Table,
 }
 
 impl Net {
@@ -103,6 +111,7 @@ impl Net {
             config,
             route: Mutex::new(Netlink::open(NetlinkProtocol::Route)?),
             filter: Mutex::new(Netlink::open(NetlinkProtocol::Netfilter)?),
+            verified: Mutex::new(None),
         })
     }
 
@@ -173,13 +182,13 @@ impl Net {
                 _ => {}
             }
         }
-        let [add, set] =
+        let [add, set, hairpin] =
             link::lower_port(&self.config, name, id, bridge.index, bridge.mtu, ip, netns.as_raw_fd());
         match link::apply_ops(&mut route, &[add]) {
             Err(error) if !error.is(Errno::EEXIST) => return Err(error.into()),
             _ => {}
         }
-        link::apply_ops(&mut route, &[set])?;
+        link::apply_ops(&mut route, &[set, hairpin])?;
         let link = link::observe_link(&mut route, name)?;
         Ok(link.map_or(0, |link| link.index))
     }
@@ -263,11 +272,21 @@ impl Net {
     }
 
     /// Whether the table in the kernel is still the one that `apply(publish)` writes: a flush by another program, a
-    /// removed rule or a changed entry is seen.
+    /// removed rule or a changed entry is seen. While no table of the host changes, one question to the
+    /// kernel is enough.
     pub fn in_sync(&self, publish: &[Publish]) -> Result<bool, NetError> {
         let table = lower_table(&self.config, publish);
-        let found: Option<FoundTable> = observe::observe_table(&mut self.filter(), &table)?;
-        Ok(found.is_some_and(|found| found.matches(&table, &fingerprint(&table))))
+        let mut filter = self.filter();
+        // Asked first: a change during the look makes the next look a full one.
+        let generation = observe::generation(&mut filter)?;
+        let mut verified = self.verified.lock().unwrap_or_else(PoisonError::into_inner);
+        if verified.as_ref().is_some_and(|seen| seen.generation == generation && seen.table == table) {
+            return Ok(true);
+        }
+        let found = observe::observe_table(&mut filter, &table)?;
+        let matches = found.is_some_and(|found| found.matches(&table, &fingerprint(&table)));
+        *verified = matches.then_some(Verified { generation, table });
+        Ok(matches)
     }
 
     pub fn observe(&self) -> Result<Observed, NetError> {

@@ -267,3 +267,164 @@ fn padded(port: u16) -> [u8; 4] {
     let [high, low] = port.to_be_bytes();
     [high, low, 0, 0]
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entry(host_ip: Option<[u8; 4]>, host_port: u16, pod: u8, protocol: Protocol) -> Publish {
+        Publish {
+            host_ip: host_ip.map(Ipv4Addr::from),
+            host_port,
+            ip: Ipv4Addr::new(10, 77, 0, pod),
+            container_port: 80,
+            protocol,
+        }
+    }
+
+    fn lowered(publish: &[Publish]) -> Table {
+        lower_table(&NetConfig::new("", "10.77.0.0/16".parse().unwrap()), publish)
+    }
+
+    #[test]
+    fn the_first_claim_to_a_port_wins_and_addresses_have_a_map_of_their_own() {
+        let text = lowered(&[
+            entry(None, 8080, 5, Protocol::Tcp),
+            entry(Some([0, 0, 0, 0]), 8080, 6, Protocol::Tcp),
+            entry(None, 8080, 6, Protocol::Udp),
+            entry(Some([127, 0, 0, 1]), 8080, 7, Protocol::Tcp),
+        ])
+        .to_string();
+        let maps = text.split("chain publish").next().unwrap();
+        assert_eq!(
+            maps,
+            "map publish-by-address\n  0x0100007f 0x00000006 0x0000901f : 0x07004d0a 0x00005000\n\
+             map publish-any\n  0x00000006 0x0000901f : 0x05004d0a 0x00005000\n  \
+             0x00000011 0x0000901f : 0x06004d0a 0x00005000\n"
+        );
+    }
+
+    #[test]
+    fn the_whole_table_as_text() {
+        let expected = "\
+map publish-by-address
+map publish-any
+chain publish
+  #
+  [ meta load nfproto => reg 1 ]
+  [ cmp eq reg 1 0x00000002 ]
+  [ payload load 4b @ network header + 16 => reg 1 ]
+  [ meta load l4proto => reg 9 ]
+  [ payload load 2b @ transport header + 2 => reg 10 ]
+  [ lookup reg 1 set publish-by-address dreg 1 ]
+  [ nat dnat ip addr_min reg 1 proto_min reg 9 ]
+  #
+  [ meta load nfproto => reg 1 ]
+  [ cmp eq reg 1 0x00000002 ]
+  [ meta load l4proto => reg 1 ]
+  [ payload load 2b @ transport header + 2 => reg 9 ]
+  [ lookup reg 1 set publish-any dreg 1 ]
+  [ nat dnat ip addr_min reg 1 proto_min reg 9 ]
+chain raw type filter hook 0 priority -300
+  # loopback addresses from outside
+  [ meta load nfproto => reg 1 ]
+  [ cmp eq reg 1 0x00000002 ]
+  [ meta load iifname => reg 1 ]
+  [ cmp neq reg 1 0x00006f6c 0x00000000 0x00000000 0x00000000 ]
+  [ payload load 4b @ network header + 16 => reg 1 ]
+  [ bitwise reg 1 = ( reg 1 & 0x000000ff ) ^ 0x00000000 ]
+  [ cmp eq reg 1 0x0000007f ]
+  [ counter ]
+  [ immediate reg 0 drop ]
+  # loopback addresses from outside
+  [ meta load nfproto => reg 1 ]
+  [ cmp eq reg 1 0x00000002 ]
+  [ meta load iifname => reg 1 ]
+  [ cmp neq reg 1 0x00006f6c 0x00000000 0x00000000 0x00000000 ]
+  [ payload load 4b @ network header + 12 => reg 1 ]
+  [ bitwise reg 1 = ( reg 1 & 0x000000ff ) ^ 0x00000000 ]
+  [ cmp eq reg 1 0x0000007f ]
+  [ counter ]
+  [ immediate reg 0 drop ]
+  # pods are reached through published ports only
+  [ meta load nfproto => reg 1 ]
+  [ cmp eq reg 1 0x00000002 ]
+  [ meta load iifname => reg 1 ]
+  [ cmp neq reg 1 0x00306b65 0x00000000 0x00000000 0x00000000 ]
+  [ payload load 4b @ network header + 16 => reg 1 ]
+  [ bitwise reg 1 = ( reg 1 & 0x0000ffff ) ^ 0x00000000 ]
+  [ cmp eq reg 1 0x00004d0a ]
+  [ counter ]
+  [ immediate reg 0 drop ]
+chain prerouting type nat hook 0 priority -100
+  #
+  [ fib daddr type => reg 1 ]
+  [ cmp eq reg 1 0x00000002 ]
+  [ immediate reg 0 jump -> publish ]
+chain output type nat hook 3 priority -100
+  #
+  [ fib daddr type => reg 1 ]
+  [ cmp eq reg 1 0x00000002 ]
+  [ immediate reg 0 jump -> publish ]
+chain postrouting type nat hook 4 priority 100
+  # this host through 127.0.0.1
+  [ meta load nfproto => reg 1 ]
+  [ cmp eq reg 1 0x00000002 ]
+  [ payload load 4b @ network header + 12 => reg 1 ]
+  [ bitwise reg 1 = ( reg 1 & 0x000000ff ) ^ 0x00000000 ]
+  [ cmp eq reg 1 0x0000007f ]
+  [ meta load oifname => reg 1 ]
+  [ cmp eq reg 1 0x00306b65 0x00000000 0x00000000 0x00000000 ]
+  [ masq ]
+  # pod to pod through a published port
+  [ meta load nfproto => reg 1 ]
+  [ cmp eq reg 1 0x00000002 ]
+  [ payload load 4b @ network header + 12 => reg 1 ]
+  [ bitwise reg 1 = ( reg 1 & 0x0000ffff ) ^ 0x00000000 ]
+  [ cmp eq reg 1 0x00004d0a ]
+  [ meta load oifname => reg 1 ]
+  [ cmp eq reg 1 0x00306b65 0x00000000 0x00000000 0x00000000 ]
+  [ ct load status => reg 1 ]
+  [ bitwise reg 1 = ( reg 1 & 0x00000020 ) ^ 0x00000000 ]
+  [ cmp neq reg 1 0x00000000 ]
+  [ masq ]
+  # pod to the world
+  [ meta load nfproto => reg 1 ]
+  [ cmp eq reg 1 0x00000002 ]
+  [ payload load 4b @ network header + 12 => reg 1 ]
+  [ bitwise reg 1 = ( reg 1 & 0x0000ffff ) ^ 0x00000000 ]
+  [ cmp eq reg 1 0x00004d0a ]
+  [ meta load oifname => reg 1 ]
+  [ cmp neq reg 1 0x00306b65 0x00000000 0x00000000 0x00000000 ]
+  [ masq ]
+";
+        let text: Vec<String> =
+            lowered(&[]).to_string().lines().map(|line| line.trim_end().to_owned()).collect();
+        assert_eq!(text.join("\n"), expected.trim_end());
+    }
+
+    #[test]
+    fn the_fingerprint_follows_every_difference() {
+        let one = fingerprint(&lowered(&[entry(None, 1, 2, Protocol::Tcp)]));
+        assert_eq!(one, fingerprint(&lowered(&[entry(None, 1, 2, Protocol::Tcp)])));
+        for other in [
+            lowered(&[]),
+            lowered(&[entry(None, 2, 2, Protocol::Tcp)]),
+            lowered(&[entry(None, 1, 3, Protocol::Tcp)]),
+            lowered(&[entry(None, 1, 2, Protocol::Udp)]),
+            lower_table(
+                &NetConfig::new("", "10.78.0.0/16".parse().unwrap()),
+                &[entry(None, 1, 2, Protocol::Tcp)],
+            ),
+        ] {
+            assert_ne!(one, fingerprint(&other));
+        }
+    }
+
+    #[test]
+    fn protocols_are_read_in_any_case() {
+        assert_eq!("tcp".parse(), Ok(Protocol::Tcp));
+        assert_eq!("SCTP".parse(), Ok(Protocol::Sctp));
+        assert_eq!("icmp".parse::<Protocol>(), Err(UnknownProtocol("icmp".to_owned())));
+    }
+}
