@@ -138,7 +138,7 @@ fn own(previous: &LastGood, result: &mut Effective) {
     for (file, objects) in &result.last_good.files {
         let lost = objects.iter().find_map(|o| {
             let winner = chosen.get(&o.key())?;
-            (winner.origin.file != *file).then(|| (o, winner))
+            (winner.origin.file != *file).then_some((o, winner))
         });
         if let Some((object, winner)) = lost
             && let Some(condition) = result.conditions.get_mut(file).filter(|c| c.is_valid())
@@ -168,5 +168,99 @@ fn summary(parsed: &Parsed) -> String {
     match errors.count() {
         0 => first,
         more => format!("{first} (and {more} more)"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::parse;
+
+    fn map(name: &str, value: &str) -> String {
+        format!(
+            "apiVersion: v1\nkind: ConfigMap\nmetadata: {{name: {name}}}\ndata: {{v: \"{value}\"}}\n---\n"
+        )
+    }
+
+    /// Reads (file, text) pairs; answers `name=value@file` of what is in force.
+    fn round(state: &mut LastGood, files: &[(&str, String)]) -> (Vec<String>, Effective) {
+        let parsed = files.iter().map(|(f, t)| ((*f).to_owned(), parse(f, t.as_bytes()))).collect();
+        let result = effective(state, parsed);
+        *state = result.last_good.clone();
+        let shown = |o: &Object| match &o.kind {
+            crate::Kind::ConfigMap(map) => format!("{}={}@{}", o.name(), map.data["v"], o.origin.file),
+            other => other.name().to_owned(),
+        };
+        (result.objects.iter().map(shown).collect(), result)
+    }
+
+    #[test]
+    fn a_broken_file_keeps_its_last_good_version() {
+        let mut state = LastGood::default();
+        round(&mut state, &[("a", map("x", "1")), ("b", map("w", "1"))]);
+        for broken in [String::new() + "kind: ConfigMap\nmetadata: {na", map("x", "2") + "x: [\n"] {
+            let (force, result) = round(&mut state, &[("a", broken), ("b", map("w", "2"))]);
+            assert_eq!(force, ["w=2@b", "x=1@a"]);
+            assert!(matches!(result.conditions["a"], FileCondition::Stale { .. }));
+            assert!(result.conditions["b"].is_valid());
+        }
+        let (force, _) = round(&mut state, &[("a", map("x", "3")), ("b", map("w", "2"))]);
+        assert_eq!(force, ["w=2@b", "x=3@a"]);
+        let (force, _) = round(&mut state, &[("b", map("w", "2"))]);
+        assert_eq!(force, ["w=2@b"], "a deleted file takes its objects along");
+    }
+
+    #[test]
+    fn a_file_that_was_never_good_freezes_what_it_names() {
+        let mut state = LastGood::default();
+        let broken = map("x", "1") + "kind: Pod\nmetadata: {name: p}\n";
+        let (force, result) = round(&mut state, &[("a", broken)]);
+        assert_eq!(force, [""; 0]);
+        let names: Vec<String> = result.frozen.iter().map(ToString::to_string).collect();
+        assert_eq!(names, ["ConfigMap default/x", "Pod default/p"]);
+        assert!(matches!(result.conditions["a"], FileCondition::Broken { .. }));
+    }
+
+    #[test]
+    fn the_first_owner_keeps_an_object_that_two_files_declare() {
+        let mut state = LastGood::default();
+        round(&mut state, &[("b", map("x", "1"))]);
+        let both = [("a", map("x", "2") + &map("w", "2")), ("b", map("x", "1"))];
+        let (force, result) = round(&mut state, &both);
+        assert_eq!(force, ["w=2@a", "x=1@b"]);
+        let FileCondition::Conflict { message } = &result.conditions["a"] else { panic!() };
+        assert_eq!(
+            message,
+            "ConfigMap default/x at a:1:1 is already declared at b:1:1, which stays in force"
+        );
+        let (force, result) = round(&mut state, &both[..1]);
+        assert_eq!(force, ["w=2@a", "x=2@a"], "the other takes over");
+        assert!(result.conditions["a"].is_valid());
+    }
+
+    #[test]
+    fn a_file_that_is_renamed_and_broken_at_once_loses_nothing() {
+        let mut state = LastGood::default();
+        round(&mut state, &[("a", map("x", "1")), ("c", map("z", "1"))]);
+        for _ in 0..3 {
+            let (force, _) = round(&mut state, &[("b", "kind: [\n".into()), ("c", map("z", "1"))]);
+            assert_eq!(force, ["x=1@a", "z=1@c"]);
+        }
+        let (force, _) = round(&mut state, &[("b", "kind: [\n".into())]);
+        assert_eq!(force, ["x=1@a"], "what goes later, while b is known to be broken, goes");
+        let (force, _) = round(&mut state, &[("b", map("x", "2"))]);
+        assert_eq!(force, ["x=2@b"]);
+        let (force, _) = round(&mut state, &[]);
+        assert_eq!(force, [""; 0]);
+    }
+
+    #[test]
+    fn what_is_restored_counts_as_good() {
+        let texts = [("a", map("x", "1")), ("b", "kind: [".to_owned())];
+        let mut state =
+            LastGood::restore(texts.iter().map(|(f, t)| ((*f).to_owned(), parse(f, t.as_bytes()))));
+        assert_eq!(state.files().collect::<Vec<_>>(), ["a"]);
+        let (force, _) = round(&mut state, &[("a", "kind: [".to_owned())]);
+        assert_eq!(force, ["x=1@a"]);
     }
 }

@@ -35,6 +35,10 @@ pub struct Origin {
 }
 
 /// The kinds that run.
+#[expect(
+    clippy::large_enum_variant,
+    reason = "objects live in vectors of hundreds; plain fields are worth the bytes"
+)]
 #[derive(Clone, Debug, PartialEq)]
 pub enum Kind {
     Pod(Pod),

@@ -112,6 +112,22 @@ impl<'a> Report<'a> {
         self.add(Severity::Error, path, None, message.into(), Some(help.into()));
     }
 
+    /// About the key at the end of the path, not its value.
+    pub(crate) fn error_key(&mut self, path: &Path<'_>, message: impl Into<String>, help: impl Into<String>) {
+        let key_span = match path {
+            Path::Key(parent, key) => {
+                self.node_at(parent).and_then(|id| self.tree.entry(id, key)).map(|entry| entry.key_span)
+            }
+            Path::Root | Path::Index(..) => None,
+        };
+        self.add(Severity::Error, path, key_span, message.into(), Some(help.into()));
+    }
+
+    pub(crate) fn is_covered(&self, path: &Path<'_>) -> bool {
+        let rendered = path.render();
+        self.covered.iter().any(|c| is_below(&rendered, c))
+    }
+
     pub(crate) fn warn(&mut self, path: &Path<'_>, message: impl Into<String>, help: Option<String>) {
         self.add(Severity::Warning, path, None, message.into(), help);
     }

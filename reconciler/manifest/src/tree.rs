@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 
 use saphyr_parser::{Event, Marker, Parser, ScalarStyle, Span as YamlSpan};
 
+use crate::report::MAX_PROBLEMS;
 use crate::scalar::{Scalar, resolve_plain};
 
 /// Nesting that is refused. Kubernetes objects nest about twelve deep; walks recurse as deep as this.
@@ -76,16 +77,36 @@ impl Tree {
         let mut tree = Tree::default();
         let mut rest = text;
         let mut lines_before = 0;
-        loop {
-            let Err(fatal) = Builder::new(&mut tree, lines_before).run(rest) else { break };
+        while let Err(fatal) = Builder::new(&mut tree, lines_before).run(rest) {
             let failed_line = fatal.span.line;
-            tree.problems.push(fatal);
-            match next_document(text, failed_line) {
+            tree.note(fatal);
+            if tree.problems.len() > MAX_PROBLEMS {
+                break;
+            }
+            match next_document(text, failed_line, lines_before) {
                 Some((line, at)) => (rest, lines_before) = (&text[at..], line - 1),
                 None => break,
             }
         }
+        tree.explain_templates(text);
         tree
+    }
+
+    /// One more than is shown is kept, so that the reader can say that there are more.
+    fn note(&mut self, problem: TreeProblem) {
+        if self.problems.len() <= MAX_PROBLEMS {
+            self.problems.push(problem);
+        }
+    }
+
+    /// `{{ ... }}` is valid YAML for something else; the messages about it mislead.
+    fn explain_templates(&mut self, text: &str) {
+        for problem in &mut self.problems {
+            let line = text.split('\n').nth((problem.span.line as usize).wrapping_sub(1)).unwrap_or("");
+            if line.contains("{{") {
+                problem.help = Some("this looks like a template; render it first".into());
+            }
+        }
     }
 
     pub(crate) fn node(&self, id: NodeId) -> &Node {
@@ -112,11 +133,13 @@ impl Tree {
     }
 }
 
-/// First line after `line` (counted from 1) that starts a document: (line, byte offset).
-fn next_document(text: &str, line: u32) -> Option<(u32, usize)> {
+/// First line from `line` (counted from 1) that starts a document, after the one that was begun with: (line, byte
+/// offset). The failing line itself may be the start that came too early.
+fn next_document(text: &str, line: u32, lines_before: u32) -> Option<(u32, usize)> {
     let mut at = 0;
     for (number, content) in (1u32..).zip(text.split_inclusive('\n')) {
-        if number > line
+        let is_later = number >= line && number > lines_before + 1;
+        if is_later
             && content.strip_prefix("---").is_some_and(|r| r.is_empty() || r.starts_with([' ', '\n', '\r']))
         {
             return Some((number, at));
@@ -198,7 +221,7 @@ impl<'t> Builder<'t> {
             return Err(problem(span, &format!("nested deeper than {MAX_DEPTH} levels")));
         }
         if tagged {
-            self.tree.problems.push(problem(span, "tags have no meaning in a manifest"));
+            self.tree.note(problem(span, "tags have no meaning in a manifest"));
         }
         let value = if map { Value::Map(Vec::new()) } else { Value::List(Vec::new()) };
         let id = self.add(Node { span, value, quoted: false, weight: 1 })?;
@@ -242,7 +265,7 @@ impl<'t> Builder<'t> {
         for source in sources {
             let Value::Map(brought) = &self.tree.node(source).value else {
                 let message = "\"<<\" takes a map or a list of maps, usually an alias such as *defaults";
-                self.tree.problems.push(problem(at, message));
+                self.tree.note(problem(at, message));
                 return Ok(());
             };
             self.values = self.values.saturating_add(brought.len() as u64);
@@ -277,7 +300,7 @@ impl<'t> Builder<'t> {
             return Ok(());
         }
         if let Some(&first) = open.seen.get(&key.text) {
-            self.tree.problems.push(TreeProblem {
+            self.tree.note(TreeProblem {
                 span: key.span,
                 message: format!("key \"{}\" is given twice", key.text),
                 help: Some(format!("the first is at line {}, column {}", first.line, first.column)),
@@ -336,13 +359,20 @@ impl<'t> Builder<'t> {
     }
 
     fn syntax(&self, marker: &Marker, info: &str, text: &str) -> TreeProblem {
-        let (line, column) = self.place_of(marker);
-        let content = text.split('\n').nth(marker.line().saturating_sub(1)).unwrap_or("");
-        let mut found = problem(
-            Span { line, column, end_line: line, end_column: column + 1 },
-            &format!("not valid YAML: {info}"),
-        );
-        found.help = syntax_help(info, content);
+        let (mut line, mut column) = self.place_of(marker);
+        let lines = || text.split('\n');
+        let mut content = lines().nth(marker.line().saturating_sub(1));
+        if content.is_none() {
+            // The end of a text without a line end counts as one line further.
+            let last = lines().next_back().unwrap_or("");
+            let clamp = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
+            line = clamp(lines().count()).saturating_add(self.lines_before);
+            column = clamp(last.chars().count()).saturating_add(1);
+            content = Some(last);
+        }
+        let span = Span { line, column, end_line: line, end_column: column.saturating_add(1) };
+        let mut found = problem(span, &format!("not valid YAML: {info}"));
+        found.help = syntax_help(info, content.unwrap_or(""));
         found
     }
 }
@@ -382,9 +412,6 @@ fn syntax_help(info: &str, line: &str) -> Option<String> {
     }
     if info.contains("quoted scalar") {
         return Some("a closing quote is missing, or a backslash needs doubling".into());
-    }
-    if line.contains("{{") {
-        return Some("this looks like a template; render it first".into());
     }
     None
 }

@@ -193,7 +193,7 @@ fn mismatch(text: &str, meaning: &Scalar, shape: &Shape) -> Problem {
     let message = match (shape, meaning) {
         (Shape::Text, Scalar::Null) => "must be text, but is empty".into(),
         (Shape::Text, other) => format!("must be text, but YAML reads it as {}", other.noun()),
-        (Shape::OneOf(words), _) => format!("must be one of {}", list_words(words)),
+        (Shape::OneOf(words), _) => format!("must be {}", list_words(words)),
         (Shape::Int { min, max }, Scalar::Int(_)) => {
             if *max == i64::MAX {
                 format!("must be {min} or more")
@@ -230,7 +230,6 @@ fn mismatch(text: &str, meaning: &Scalar, shape: &Shape) -> Problem {
 fn shape_help(shape: &Shape, value: &Value) -> Option<String> {
     match (shape, value) {
         (Shape::List(_), Value::Map(_)) => Some("start each item with \"- \"".into()),
-        (Shape::Struct(_) | Shape::Map(_), Value::List(_)) => Some("remove the \"- \" in front".into()),
         _ => None,
     }
 }

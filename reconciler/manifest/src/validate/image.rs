@@ -7,7 +7,7 @@ pub(crate) fn reference(image: &str) -> Result<(), (String, Option<String>)> {
         return fail("must not be empty");
     }
     if image.trim() != image {
-        return fail("must not have spaces around it");
+        return fail("must not have spaces or line ends around it");
     }
     if let Some(c) = image.chars().find(|c| c.is_whitespace() || matches!(c, '$' | '{' | '}')) {
         let help =
@@ -63,6 +63,9 @@ fn check_digest(digest: &str) -> Result<(), (String, Option<String>)> {
 fn check_tag(tag: &str) -> Result<(), (String, Option<String>)> {
     let word = |c: char| c.is_ascii_alphanumeric() || c == '_';
     let rest = |c: char| word(c) || c == '.' || c == '-';
+    if tag.is_empty() {
+        return Err(("the tag after \":\" is empty".into(), None));
+    }
     let right = tag.len() <= 128 && tag.starts_with(word) && tag.chars().all(rest);
     if right { Ok(()) } else { Err((format!("\"{tag}\" is not an image tag"), None)) }
 }
@@ -94,6 +97,7 @@ fn check_name(name: &str) -> Result<(), (String, Option<String>)> {
             && !part.contains("..")
     };
     match path.split('/').find(|p| !part_ok(p)) {
+        Some("") => Err(("an image name must not have an empty part".into(), None)),
         Some(part) => Err((format!("\"{part}\" is not part of an image name"), None)),
         None => Ok(()),
     }

@@ -107,6 +107,12 @@ fn template_matches(r: &mut Report<'_>, deployment: &Deployment, path: &Path<'_>
     let rules = selector.key("matchExpressions");
     for (index, rule) in spec.selector.match_expressions.iter().enumerate() {
         let found = have.get(&rule.key);
+        let here = rules.index(index);
+        if r.is_covered(&here.key("operator"))
+            || (rule.operator == LabelOperator::In && rule.values.is_empty())
+        {
+            continue;
+        }
         let holds = match rule.operator {
             LabelOperator::In => found.is_some_and(|v| rule.values.contains(v)),
             LabelOperator::NotIn => found.is_none_or(|v| !rule.values.contains(v)),
@@ -114,7 +120,7 @@ fn template_matches(r: &mut Report<'_>, deployment: &Deployment, path: &Path<'_>
             LabelOperator::DoesNotExist => found.is_none(),
         };
         if !holds {
-            r.error(&rules.index(index), "the template's labels do not satisfy this rule");
+            r.error(&here, "the template's labels do not satisfy this rule");
         }
     }
     if let Some(namespace) = &spec.template.metadata.namespace
@@ -132,7 +138,12 @@ fn selector(r: &mut Report<'_>, selector: &LabelSelector, path: &Path<'_>) {
     let list = path.key("matchExpressions");
     for (index, rule) in selector.match_expressions.iter().enumerate() {
         let here = list.index(index);
-        label_key(r, &rule.key, &here.key("key"));
+        if let Err(message) = syntax::qualified_name(&rule.key) {
+            r.error(&here.key("key"), message);
+        }
+        if r.is_covered(&here.key("operator")) {
+            continue;
+        }
         let values = here.key("values");
         let needs_values = matches!(rule.operator, LabelOperator::In | LabelOperator::NotIn);
         if needs_values && rule.values.is_empty() {
@@ -192,11 +203,11 @@ fn share(r: &mut Report<'_>, amount: &IntOrString, path: &Path<'_>) -> Option<u3
 fn config_map(r: &mut Report<'_>, map: &ConfigMap, path: &Path<'_>) {
     let (data, binary) = (path.key("data"), path.key("binaryData"));
     for key in map.data.keys() {
-        data_key(r, key, &data.key(key));
+        own_data_key(r, key, &data.key(key));
     }
     for (key, value) in &map.binary_data {
         let here = binary.key(key);
-        data_key(r, key, &here);
+        own_data_key(r, key, &here);
         if map.data.contains_key(key) {
             r.error(&here, "this key is in data too");
         }
@@ -208,11 +219,11 @@ fn secret(r: &mut Report<'_>, secret: &Secret, path: &Path<'_>) {
     let (data, plain) = (path.key("data"), path.key("stringData"));
     for (key, value) in &secret.data {
         let here = data.key(key);
-        data_key(r, key, &here);
+        own_data_key(r, key, &here);
         base64(r, value, &here);
     }
     for key in secret.string_data.keys() {
-        data_key(r, key, &plain.key(key));
+        own_data_key(r, key, &plain.key(key));
     }
     let wanted: &[&str] = match secret.kind.as_deref().unwrap_or("Opaque") {
         "kubernetes.io/tls" => &["tls.crt", "tls.key"],
@@ -255,7 +266,7 @@ fn label_name(r: &mut Report<'_>, name: &str, path: &Path<'_>) {
 
 fn label_key(r: &mut Report<'_>, key: &str, path: &Path<'_>) {
     if let Err(message) = syntax::qualified_name(key) {
-        r.error_help(path, message, "for example: app, or example.com/app");
+        r.error_key(path, message, "for example: app, or example.com/app");
     }
 }
 
@@ -267,10 +278,14 @@ fn label_value(r: &mut Report<'_>, value: &str, path: &Path<'_>) {
 
 fn data_key(r: &mut Report<'_>, key: &str, path: &Path<'_>) {
     if let Err(message) = syntax::data_key(key) {
-        r.error_help(
-            path,
-            message,
-            "letters, digits, \"-\", \"_\" and \".\", not \"..\"; a volume's items can give any path",
-        );
+        let help = "letters, digits, \"-\", \"_\" and \".\", not \"..\"; a volume's items can give any path";
+        r.error_help(path, message, help);
+    }
+}
+
+/// A key where it is declared.
+fn own_data_key(r: &mut Report<'_>, key: &str, path: &Path<'_>) {
+    if let Err(message) = syntax::data_key(key) {
+        r.error_key(path, message, "letters, digits, \"-\", \"_\" and \".\", not \"..\"");
     }
 }

@@ -73,10 +73,13 @@ fn unique_names(r: &mut Report<'_>, spec: &PodSpec, path: &Path<'_>) {
     });
 }
 
+/// Init containers end before the others start, so that only the containers proper compete.
 fn unique_host_ports(r: &mut Report<'_>, spec: &PodSpec, path: &Path<'_>) {
     type Taken<'a> = (u16, Protocol, Option<&'a str>, String);
     let mut taken: Vec<Taken<'_>> = Vec::new();
-    each_container(spec, path, &mut |container, here| {
+    let list = path.key("containers");
+    for (index, container) in spec.containers.iter().enumerate() {
+        let here = list.index(index);
         let ports = here.key("ports");
         for (index, port) in container.ports.iter().enumerate() {
             let Some(number) = host_port(port, spec.host_network) else { continue };
@@ -92,7 +95,7 @@ fn unique_host_ports(r: &mut Report<'_>, spec: &PodSpec, path: &Path<'_>) {
                 taken.push((number, protocol, address, place.render()));
             }
         }
-    });
+    }
 }
 
 fn names_and_dns(r: &mut Report<'_>, spec: &PodSpec, path: &Path<'_>) {
