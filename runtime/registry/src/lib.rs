@@ -1,1 +1,34 @@
-//! The registry client: pull by tag or digest into the store.
+//! The registry client: images from registries into the store.
+//!
+//! The only crate of the runtime half with an asynchronous runtime and TLS. It never touches the layout
+//! of the store, never decompresses, and keeps no state on disk: bytes go from the network through a
+//! bounded channel into the store's single pass, on a thread that may block.
+//!
+//! Everything that a registry sends is hostile until its digest says otherwise: documents have size
+//! limits that hold while reading, bodies may not be longer than announced, waiting has deadlines,
+//! and logins go to the host that they are filed for and to nobody else.
+
+mod auth;
+mod backoff;
+mod blob;
+mod client;
+mod credentials;
+mod error;
+mod manifest;
+mod platform;
+mod progress;
+mod reference;
+mod session;
+mod tls;
+mod transport;
+
+#[cfg(test)]
+mod tests;
+
+pub use backoff::RetryPolicy;
+pub use client::{Client, ClientOptions, DEFAULT_PARALLEL_LAYERS, PullOptions};
+pub use credentials::{InlineAuth, default_auth_files};
+pub use error::PullError;
+pub use platform::Platform;
+pub use progress::{LayerProgress, LayerState, OnProgress, PullProgress};
+pub use transport::Timeouts;

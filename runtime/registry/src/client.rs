@@ -1,0 +1,440 @@
+//! The client: options, and a pull from the reference to the committed image.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, Weak};
+
+use bytes::Bytes;
+use futures_util::{StreamExt, TryStreamExt};
+use keel_store::{Digest, Image, LayerError, Partial, Store};
+use tokio::sync::{Semaphore, oneshot};
+
+use crate::auth::TokenCache;
+use crate::backoff::{Backoff, RetryPolicy};
+use crate::blob::{Feeder, Fetch, Pieces, pipe};
+use crate::credentials::{self, InlineAuth};
+use crate::error::PullError;
+use crate::manifest::{self, Descriptor, Document, Manifest};
+use crate::platform::Platform;
+use crate::progress::{LayerState, OnProgress, Tracker};
+use crate::reference::Reference;
+use crate::session::{Access, Fetched, Session};
+use crate::tls::Tls;
+use crate::transport::{Timeouts, Transport};
+
+/// Layers that one pull fetches and unpacks at a time; more helps no disk and costs memory.
+pub const DEFAULT_PARALLEL_LAYERS: usize = 3;
+/// An index may point to an index (rare, allowed); a longer chain is a trick.
+const MAX_INDEX_DEPTH: usize = 3;
+
+/// Everything that a host can configure about registries.
+#[derive(Clone, Debug)]
+pub struct ClientOptions {
+    /// docker's `config.json` and podman's `auth.json` files, first match wins. Read anew for each pull.
+    pub auth_files: Vec<PathBuf>,
+    /// Directories with one directory per `host[:port]`: `*.crt` authorities, `X.cert` + `X.key` client.
+    pub certs_dirs: Vec<PathBuf>,
+    /// PEM files of authorities to trust for every registry, beside the system's.
+    pub extra_ca_files: Vec<PathBuf>,
+    /// `host` or `host:port` whose certificate is not checked and that may speak plain http.
+    pub insecure_registries: Vec<String>,
+    pub parallel_layers: usize,
+    pub timeouts: Timeouts,
+    pub retry: RetryPolicy,
+}
+
+impl Default for ClientOptions {
+    /// What docker and podman would use on this host.
+    fn default() -> Self {
+        Self {
+            auth_files: credentials::default_auth_files(),
+            certs_dirs: vec!["/etc/containers/certs.d".into(), "/etc/docker/certs.d".into()],
+            extra_ca_files: Vec::new(),
+            insecure_registries: Vec::new(),
+            parallel_layers: DEFAULT_PARALLEL_LAYERS,
+            timeouts: Timeouts::default(),
+            retry: RetryPolicy::default(),
+        }
+    }
+}
+
+/// What one pull can ask for beyond the reference.
+#[derive(Clone, Debug)]
+pub struct PullOptions {
+    pub platform: Platform,
+    /// Logins that come with the workload; asked before the host's files.
+    pub auth: Vec<InlineAuth>,
+    /// Kept by garbage collection although nothing refers to it.
+    pub pinned: bool,
+}
+
+impl Default for PullOptions {
+    fn default() -> Self {
+        Self { platform: Platform::host(), auth: Vec::new(), pinned: false }
+    }
+}
+
+/// Fetches images into a store. Cheap to share; holds connections, tokens and nothing else.
+#[derive(Debug)]
+pub struct Client {
+    pub(crate) options: ClientOptions,
+    pub(crate) transport: Transport,
+    pub(crate) tokens: TokenCache,
+    flights: Flights,
+}
+
+/// Layers being fetched now, so that two pulls do not fetch the same one twice.
+#[derive(Debug, Default)]
+struct Flights(Mutex<BTreeMap<(String, Digest), Weak<Semaphore>>>);
+
+/// A layer with all that its unpacking needs.
+#[derive(Clone)]
+struct LayerPlan {
+    index: usize,
+    descriptor: Descriptor,
+    diff_id: Digest,
+    what: String,
+}
+
+impl Client {
+    pub fn new(options: ClientOptions) -> Self {
+        let tls = Tls::new(options.certs_dirs.clone(), options.extra_ca_files.clone());
+        let transport = Transport::new(tls, options.timeouts.clone(), options.insecure_registries.clone());
+        Self { options, transport, tokens: TokenCache::default(), flights: Flights::default() }
+    }
+
+    /// Makes the image of `reference` for `platform` present in `store`.
+    ///
+    /// Dropping the future cancels the pull: what was fetched of unfinished layers is discarded by the
+    /// threads that unpack them, finished layers stay for the next try.
+    pub async fn pull(
+        &self,
+        store: &Arc<Store>,
+        reference: &str,
+        platform: Platform,
+        progress: OnProgress,
+    ) -> Result<Image, PullError> {
+        let options = PullOptions { platform, ..PullOptions::default() };
+        self.pull_with(store, reference, options, progress).await
+    }
+
+    /// [`pull`](Self::pull) with logins of its own.
+    pub async fn pull_with(
+        &self,
+        store: &Arc<Store>,
+        reference: &str,
+        options: PullOptions,
+        progress: OnProgress,
+    ) -> Result<Image, PullError> {
+        let reference = Reference::parse(reference)?;
+        let session = self.session(&reference, &options.auth, Access::Pull).await?;
+        let (fetched, manifest) = self.image_manifest(&session, &options.platform).await?;
+        let config = session.config(&manifest.config).await?;
+        let layers = plan_layers(&reference, &manifest, &config)?;
+        warn_about_platform(&reference, &config, &options.platform);
+        let tracker = Tracker::new(
+            progress,
+            layers.iter().map(|layer| (layer.descriptor.digest, layer.descriptor.size)),
+        );
+        // From before the first look into the store until the image record names them all.
+        let _lease = store.lease(digests(&fetched, &manifest, &layers));
+        let layers = missing_layers(store, layers, &tracker);
+        preflight(store, &reference, &layers)?;
+        let unfinished = Unfinished(Some(store.clone()));
+        self.fetch_layers(store, &session, layers, &tracker).await?;
+        let image = commit(store, &reference, fetched, manifest, config, options.pinned).await?;
+        unfinished.done();
+        Ok(image)
+    }
+
+    pub(crate) async fn session<'a>(
+        &'a self,
+        reference: &'a Reference,
+        inline: &[InlineAuth],
+        access: Access,
+    ) -> Result<Session<'a>, PullError> {
+        let credential =
+            credentials::find(inline, &self.options.auth_files, reference.registry(), reference.repository())
+                .await?;
+        Ok(Session::new(&self.transport, &self.tokens, &self.options.retry, reference, credential, access))
+    }
+
+    /// From the reference through indexes to one image.
+    async fn image_manifest(
+        &self,
+        session: &Session<'_>,
+        platform: &Platform,
+    ) -> Result<(Fetched, Manifest), PullError> {
+        let reference = session.reference;
+        let mut fetched = session.document(&reference.selector(), reference.digest(), None).await?;
+        for _ in 0..MAX_INDEX_DEPTH {
+            let index = match fetched.document.clone() {
+                Document::Manifest(manifest) => return Ok((fetched, manifest)),
+                Document::Index(index) => index,
+            };
+            let entry = manifest::choose(&index, platform, reference.canonical())?;
+            let selector = entry.digest.to_string();
+            fetched = session.document(&selector, Some(&entry.digest), Some(entry.size)).await?;
+        }
+        match fetched.document.clone() {
+            Document::Manifest(manifest) => Ok((fetched, manifest)),
+            Document::Index(_) => Err(PullError::Malformed {
+                what: format!("the manifest of {reference}"),
+                registry: reference.registry().to_owned(),
+                detail: format!("more than {MAX_INDEX_DEPTH} indexes inside each other"),
+            }),
+        }
+    }
+
+    async fn fetch_layers(
+        &self,
+        store: &Arc<Store>,
+        session: &Session<'_>,
+        layers: Vec<LayerPlan>,
+        tracker: &Tracker,
+    ) -> Result<(), PullError> {
+        futures_util::stream::iter(layers)
+            .map(|layer| self.fetch_layer(store, session, layer, tracker))
+            .buffer_unordered(self.options.parallel_layers.max(1))
+            .try_collect::<()>()
+            .await
+    }
+
+    async fn fetch_layer(
+        &self,
+        store: &Arc<Store>,
+        session: &Session<'_>,
+        layer: LayerPlan,
+        tracker: &Tracker,
+    ) -> Result<(), PullError> {
+        let flight = self.flights.of(session.reference.host(), layer.descriptor.digest);
+        // Never closed, so acquiring cannot fail; a cancelled holder gives the permit back.
+        let _permit = flight.acquire().await;
+        if store.has_layer(&layer.diff_id) {
+            tracker.finished(layer.index, LayerState::Present);
+            return Ok(());
+        }
+        let mut backoff = Backoff::new(session.retry);
+        loop {
+            match ingest(store, session, &layer, tracker).await {
+                Ok(()) => break,
+                // Bytes of an earlier pull may be what is wrong; they are gone now.
+                Err(Failure { resumed: true, error: PullError::WrongDigest { .. } }) => {}
+                Err(Failure { error, .. }) => backoff.pause(error).await?,
+            }
+        }
+        tracker.finished(layer.index, LayerState::Done);
+        Ok(())
+    }
+}
+
+impl Flights {
+    fn of(&self, host: &str, digest: Digest) -> Arc<Semaphore> {
+        let mut flights = self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        flights.retain(|_, flight| flight.strong_count() > 0);
+        let key = (host.to_owned(), digest);
+        if let Some(flight) = flights.get(&key).and_then(Weak::upgrade) {
+            return flight;
+        }
+        let flight = Arc::new(Semaphore::new(1));
+        flights.insert(key, Arc::downgrade(&flight));
+        flight
+    }
+}
+
+struct Failure {
+    error: PullError,
+    /// Bytes of an earlier pull were used.
+    resumed: bool,
+}
+
+/// One pass: network -> bounded channel -> the store's hash, blob, inflate, hash, files.
+async fn ingest(
+    store: &Arc<Store>,
+    session: &Session<'_>,
+    layer: &LayerPlan,
+    tracker: &Tracker,
+) -> Result<(), Failure> {
+    let (feeder, pieces) = pipe();
+    let (opened, offset) = oneshot::channel();
+    let job = tokio::task::spawn_blocking({
+        let (store, plan) = (store.clone(), layer.clone());
+        move || take_in(&store, &plan, pieces, opened)
+    });
+    // No offset: the store has an error to tell.
+    let offset = offset.await.ok();
+    let fed = match offset {
+        Some(offset) => feed(session, layer, tracker, feeder, offset).await,
+        None => Ok(()),
+    };
+    let stored = job.await;
+    let error = match (fed, stored) {
+        (Ok(()), Ok(Ok(()))) => return Ok(()),
+        (Err(error), _) => error,
+        (_, Ok(Err(error))) => PullError::from_layer(&layer.what, session.reference.registry(), error),
+        (_, Err(panic)) => PullError::Setup { detail: format!("unpacking ended abnormally: {panic}") },
+    };
+    Err(Failure { error, resumed: offset.is_some_and(|n| n > 0) })
+}
+
+/// The asynchronous half: registry to channel. A store that stops taking has its own error to tell.
+async fn feed(
+    session: &Session<'_>,
+    layer: &LayerPlan,
+    tracker: &Tracker,
+    feeder: Feeder,
+    offset: u64,
+) -> Result<(), PullError> {
+    tracker.fetched(layer.index, offset);
+    let mut fetch = Fetch::new(session, &layer.descriptor, &layer.what, offset);
+    while let Some(piece) = fetch.next().await? {
+        if feeder.feed(piece).await.is_err() {
+            return Ok(());
+        }
+        tracker.fetched(layer.index, fetch.done());
+    }
+    let _ = feeder.end().await;
+    Ok(())
+}
+
+/// The blocking half: channel to store. What has arrived is kept when the other half gives up.
+fn take_in(
+    store: &Store,
+    layer: &LayerPlan,
+    mut pieces: Pieces,
+    opened: oneshot::Sender<u64>,
+) -> Result<(), LayerError> {
+    let descriptor = &layer.descriptor;
+    if store.has_blob(&descriptor.digest) {
+        return store.unpack_blob(&descriptor.digest, &layer.diff_id);
+    }
+    let mut ingest = store.layer_ingest(&descriptor.digest, descriptor.size, &layer.diff_id)?;
+    if opened.send(ingest.offset()).is_err() {
+        return ingest.abort(Partial::Keep);
+    }
+    while let Some(bytes) = pieces.next() {
+        ingest.push(&bytes)?;
+    }
+    if pieces.is_complete() { ingest.finish() } else { ingest.abort(Partial::Keep) }
+}
+
+fn digests(fetched: &Fetched, manifest: &Manifest, layers: &[LayerPlan]) -> Vec<Digest> {
+    let layers = layers.iter().flat_map(|layer| [layer.descriptor.digest, layer.diff_id]);
+    [fetched.digest, manifest.config.digest].into_iter().chain(layers).collect()
+}
+
+/// Reports what is there already; gives the rest.
+fn missing_layers(store: &Store, layers: Vec<LayerPlan>, tracker: &Tracker) -> Vec<LayerPlan> {
+    let (there, missing): (Vec<_>, Vec<_>) =
+        layers.into_iter().partition(|layer| store.has_layer(&layer.diff_id));
+    for layer in there {
+        tracker.finished(layer.index, LayerState::Present);
+    }
+    missing
+}
+
+/// Refuses a pull that cannot fit before it has filled the disk: a layer needs its own size for the blob
+/// and, unpacked, at least that again.
+fn preflight(store: &Store, reference: &Reference, layers: &[LayerPlan]) -> Result<(), PullError> {
+    let needed = layers
+        .iter()
+        .map(|l| {
+            l.descriptor.size.saturating_sub(store.partial_len(&l.descriptor.digest)) + l.descriptor.size
+        })
+        .fold(0, u64::saturating_add);
+    // Not knowing the free space is no reason to refuse.
+    let Ok(space) = store.space() else { return Ok(()) };
+    if space.free_bytes >= needed {
+        return Ok(());
+    }
+    let detail = format!("at least {needed} bytes are needed, {} are free", space.free_bytes);
+    Err(PullError::DiskFull {
+        what: format!("image {reference}"),
+        source: std::io::Error::new(std::io::ErrorKind::StorageFull, detail).into(),
+    })
+}
+
+/// A pull under way. One that fails or is dropped publishes the layers that are complete: the next try need
+/// not fetch them again, and nothing waits in temporary directories for a commit that may never come.
+struct Unfinished(Option<Arc<Store>>);
+
+impl Unfinished {
+    fn done(mut self) {
+        self.0 = None;
+    }
+}
+
+impl Drop for Unfinished {
+    fn drop(&mut self) {
+        let Some(store) = self.0.take() else { return };
+        // Outside of a runtime (it is shutting down) the next commit or the next start does it.
+        let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
+        runtime.spawn_blocking(move || {
+            if let Err(error) = store.settle() {
+                tracing::debug!(%error, "complete layers of an unfinished pull were not kept");
+            }
+        });
+    }
+}
+
+/// Matches layers with the diff ids of the config.
+fn plan_layers(
+    reference: &Reference,
+    manifest: &Manifest,
+    config: &[u8],
+) -> Result<Vec<LayerPlan>, PullError> {
+    let diff_ids =
+        manifest::lower_diff_ids(config, manifest.layers.len()).map_err(|detail| PullError::Malformed {
+            what: format!("the config of {reference}"),
+            registry: reference.registry().to_owned(),
+            detail,
+        })?;
+    let total = manifest.layers.len();
+    Ok(manifest
+        .layers
+        .iter()
+        .zip(diff_ids)
+        .enumerate()
+        .map(|(index, (descriptor, diff_id))| LayerPlan {
+            index,
+            what: format!(
+                "layer {} of {total} ({}) of {reference}",
+                index + 1,
+                &descriptor.digest.hex()[..12]
+            ),
+            descriptor: descriptor.clone(),
+            diff_id,
+        })
+        .collect())
+}
+
+/// A single image is what its author says, right or wrong; the index has no part in it. Only a word of warning.
+fn warn_about_platform(reference: &Reference, config: &[u8], wanted: &Platform) {
+    if let Some(claimed) = manifest::lower_config_platform(config)
+        && wanted.distance(&claimed).is_none()
+    {
+        tracing::warn!(image = %reference, %claimed, %wanted, "the image says it is for another platform");
+    }
+}
+
+async fn commit(
+    store: &Arc<Store>,
+    reference: &Reference,
+    fetched: Fetched,
+    manifest: Manifest,
+    config: Bytes,
+    pinned: bool,
+) -> Result<Image, PullError> {
+    let store = store.clone();
+    let canonical = reference.canonical().to_owned();
+    let registry = reference.registry().to_owned();
+    let job = tokio::task::spawn_blocking(move || {
+        store.commit_image(&canonical, &fetched.body, &manifest.media_type, &config, pinned)
+    });
+    let what = format!("image {reference}");
+    match job.await {
+        Ok(Ok(image)) => Ok(image),
+        Ok(Err(error)) => Err(PullError::from_commit(&what, &registry, error)),
+        Err(panic) => Err(PullError::Setup { detail: format!("storing ended abnormally: {panic}") }),
+    }
+}

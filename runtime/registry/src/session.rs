@@ -1,0 +1,385 @@
+//! One conversation with one registry about one repository: scheme, login, documents, blobs.
+
+use std::sync::{Mutex, OnceLock};
+
+use bytes::Bytes;
+use reqwest::header::HeaderValue;
+use reqwest::{Method, StatusCode, Url};
+
+use crate::auth::{Challenge, TokenCache, TokenRequest, basic_header, bearer_header, challenges};
+use crate::backoff::{Backoff, RetryPolicy};
+use crate::credentials::Credential;
+use crate::error::PullError;
+use crate::manifest::{ACCEPT, Descriptor, Document, lower_document};
+use keel_store::Digest;
+
+use crate::reference::Reference;
+use crate::transport::{Incoming, Outgoing, Transport};
+
+/// Larger manifests are refused by registries and engines alike; they cost memory on every host.
+const MANIFEST_LIMIT: u64 = 4 << 20;
+const CONFIG_LIMIT: u64 = 4 << 20;
+
+/// What a session may do with the repository.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Access {
+    Pull,
+    Push,
+}
+
+pub(crate) struct Session<'a> {
+    pub(crate) transport: &'a Transport,
+    pub(crate) tokens: &'a TokenCache,
+    pub(crate) retry: &'a RetryPolicy,
+    pub(crate) reference: &'a Reference,
+    pub(crate) credential: Option<Credential>,
+    access: Access,
+    /// Decided by the first answer: `https`, or `http` where that is allowed.
+    base: OnceLock<Url>,
+    /// The header that the registry accepted last.
+    authorization: Mutex<Option<HeaderValue>>,
+}
+
+/// A document as it came, with its true digest.
+pub(crate) struct Fetched {
+    pub(crate) document: Document,
+    pub(crate) body: Bytes,
+    pub(crate) digest: Digest,
+}
+
+impl<'a> Session<'a> {
+    pub(crate) fn new(
+        transport: &'a Transport,
+        tokens: &'a TokenCache,
+        retry: &'a RetryPolicy,
+        reference: &'a Reference,
+        credential: Option<Credential>,
+        access: Access,
+    ) -> Self {
+        Self {
+            transport,
+            tokens,
+            retry,
+            reference,
+            credential,
+            access,
+            base: OnceLock::new(),
+            authorization: Mutex::new(None),
+        }
+    }
+
+    /// Fetches a manifest or index by tag or digest, with retries, checked against the digest.
+    pub(crate) async fn document(
+        &self,
+        selector: &str,
+        expected: Option<&Digest>,
+        size: Option<u64>,
+    ) -> Result<Fetched, PullError> {
+        let mut backoff = Backoff::new(self.retry);
+        loop {
+            match self.document_once(selector, expected, size).await {
+                Ok(fetched) => return Ok(fetched),
+                Err(error) => backoff.pause(error).await?,
+            }
+        }
+    }
+
+    async fn document_once(
+        &self,
+        selector: &str,
+        expected: Option<&Digest>,
+        size: Option<u64>,
+    ) -> Result<Fetched, PullError> {
+        let response = self.get(&format!("manifests/{selector}"), Some(ACCEPT), None).await?;
+        let response = self.accept_document(response).await?;
+        let content_type = response.header("content-type").map(str::to_owned);
+        let announced = response.header("docker-content-digest").and_then(|text| text.parse().ok());
+        let host = response.host().to_owned();
+        let what = format!("the manifest of {}", self.reference);
+        let body = response.body(&what, MANIFEST_LIMIT).await?;
+        check_length(&what, &host, size, body.len() as u64)?;
+        // Without a digest in the reference the registry's own word still catches a broken proxy.
+        let digest = check_digest(&what, &host, expected.or(announced.as_ref()), &body)?;
+        let document = lower_document(
+            &body,
+            content_type.as_deref(),
+            self.reference.canonical(),
+            self.reference.registry(),
+        )?;
+        Ok(Fetched { document, body, digest })
+    }
+
+    /// Fetches an image config, with retries, checked against its descriptor.
+    pub(crate) async fn config(&self, descriptor: &Descriptor) -> Result<Bytes, PullError> {
+        let what = format!("the config of {}", self.reference);
+        if descriptor.size > CONFIG_LIMIT {
+            return Err(PullError::TooLarge {
+                what,
+                registry: self.reference.registry().to_owned(),
+                limit: CONFIG_LIMIT,
+            });
+        }
+        let mut backoff = Backoff::new(self.retry);
+        loop {
+            match self.config_once(descriptor, &what).await {
+                Ok(body) => return Ok(body),
+                Err(error) => backoff.pause(error).await?,
+            }
+        }
+    }
+
+    async fn config_once(&self, descriptor: &Descriptor, what: &str) -> Result<Bytes, PullError> {
+        let response = self.get(&format!("blobs/{}", descriptor.digest), None, None).await?;
+        let response = self.accept_blob(response, what).await?;
+        let host = response.host().to_owned();
+        let body = response.body(what, CONFIG_LIMIT).await?;
+        check_length(what, &host, Some(descriptor.size), body.len() as u64)?;
+        check_digest(what, &host, Some(&descriptor.digest), &body)?;
+        Ok(body)
+    }
+
+    /// Opens a blob at an offset. The caller looks at the status: 200 is all of it, 206 the rest.
+    pub(crate) async fn blob(
+        &self,
+        descriptor: &Descriptor,
+        what: &str,
+        from: u64,
+    ) -> Result<Incoming, PullError> {
+        let range = (from > 0).then_some(from);
+        let path = format!("blobs/{}", descriptor.digest);
+        let response = self.get(&path, None, range).await?;
+        if response.status() == StatusCode::NOT_FOUND && !descriptor.urls.is_empty() {
+            return self.foreign_blob(descriptor, what, range).await;
+        }
+        self.accept_blob(response, what).await
+    }
+
+    /// Layers that the publisher keeps elsewhere. No login goes there: the manifest's author chose the address.
+    async fn foreign_blob(
+        &self,
+        descriptor: &Descriptor,
+        what: &str,
+        range: Option<u64>,
+    ) -> Result<Incoming, PullError> {
+        let mut last = None;
+        for text in descriptor.urls.iter().take(MAX_FOREIGN_URLS) {
+            let Some(url) = Url::parse(text).ok().filter(|u| matches!(u.scheme(), "http" | "https")) else {
+                continue;
+            };
+            match self.transport.send(Outgoing { range_from: range, ..Outgoing::get(url) }).await {
+                Ok(response) if response.status().is_success() => return Ok(response),
+                Ok(response) => last = Some(response.into_error(what).await),
+                Err(error) => last = Some(error),
+            }
+        }
+        Err(last.unwrap_or_else(|| self.missing(what, String::new())))
+    }
+
+    async fn get(
+        &self,
+        path: &str,
+        accept: Option<&'static str>,
+        range_from: Option<u64>,
+    ) -> Result<Incoming, PullError> {
+        self.request(Method::GET, path, accept, range_from).await
+    }
+
+    async fn request(
+        &self,
+        method: Method,
+        path: &str,
+        accept: Option<&'static str>,
+        range_from: Option<u64>,
+    ) -> Result<Incoming, PullError> {
+        let outgoing =
+            |url: Url| Outgoing { method: method.clone(), accept, range_from, ..Outgoing::get(url) };
+        if let Some(base) = self.base.get() {
+            return self.call(|| outgoing(join(base, path))).await;
+        }
+        let (secure, plain) = self.bases()?;
+        let (base, response) = match (self.call(|| outgoing(join(&secure, path))).await, plain) {
+            (Err(error), Some(plain)) if suggests_plain_http(&error) => {
+                let response = self.call(|| outgoing(join(&plain, path))).await?;
+                (plain, response)
+            }
+            (result, _) => (secure, result?),
+        };
+        let _ = self.base.set(base);
+        Ok(response)
+    }
+
+    /// Sends a request, logging in once when the registry asks for it.
+    pub(crate) async fn call(&self, outgoing: impl Fn() -> Outgoing) -> Result<Incoming, PullError> {
+        let tried = self.authorization();
+        let response = self.transport.send(Outgoing { authorization: tried.clone(), ..outgoing() }).await?;
+        // A challenge from a host that we were redirected to is not ours to answer.
+        if response.status() != StatusCode::UNAUTHORIZED || !response.at_home {
+            return Ok(response);
+        }
+        let offered = challenges(response.headers());
+        let header = match self.log_in(&offered, tried.as_ref()).await? {
+            Some(header) if Some(&header) != tried.as_ref() => header,
+            _ => return Ok(response),
+        };
+        *self.lock() = Some(header.clone());
+        self.transport.send(Outgoing { authorization: Some(header), ..outgoing() }).await
+    }
+
+    async fn log_in(
+        &self,
+        offered: &[Challenge],
+        stale: Option<&HeaderValue>,
+    ) -> Result<Option<HeaderValue>, PullError> {
+        if let Some(Credential::RegistryToken(token)) = &self.credential {
+            return Ok(bearer_header(token));
+        }
+        let bearer = offered.iter().find_map(|challenge| match challenge {
+            Challenge::Bearer { realm, service, scope } => Some((realm, service, scope)),
+            Challenge::Basic => None,
+        });
+        if let Some((realm, service, scope)) = bearer {
+            let own_scope = self.scope();
+            let scope = match (self.access, scope) {
+                // What is asked for can be less than what a push needs later.
+                (Access::Push, _) | (Access::Pull, None) => own_scope.as_str(),
+                (Access::Pull, Some(scope)) => scope,
+            };
+            let request = TokenRequest {
+                realm,
+                service: service.as_deref(),
+                scope,
+                credential: self.credential.as_ref(),
+                registry: self.reference.registry(),
+                repository: self.reference.repository(),
+            };
+            return self.tokens.token(self.transport, &request, stale).await.map(Some);
+        }
+        match &self.credential {
+            Some(Credential::Basic { username, password }) if offered.contains(&Challenge::Basic) => {
+                Ok(basic_header(username, password))
+            }
+            _ => Ok(None),
+        }
+    }
+
+    fn scope(&self) -> String {
+        let actions = match self.access {
+            Access::Pull => "pull",
+            Access::Push => "pull,push",
+        };
+        format!("repository:{}:{actions}", self.reference.repository())
+    }
+
+    fn authorization(&self) -> Option<HeaderValue> {
+        self.lock().clone()
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Option<HeaderValue>> {
+        self.authorization.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    /// The address to try, and the one to fall back to where plain http is allowed. A login is never part of a first request, so finding out
+    /// that a host speaks plain http gives nothing away.
+    fn bases(&self) -> Result<(Url, Option<Url>), PullError> {
+        let base = |scheme: &str| {
+            let text = format!("{scheme}://{}/v2/{}/", self.reference.host(), self.reference.repository());
+            Url::parse(&text).map_err(|e| PullError::Reference {
+                text: self.reference.canonical().to_owned(),
+                detail: e.to_string(),
+            })
+        };
+        let secure = base("https")?;
+        let plain = self.transport.may_be_plain(&secure).then(|| base("http")).transpose()?;
+        Ok((secure, plain))
+    }
+
+    /// The address of the repository, once the first request has found it.
+    pub(crate) fn base(&self) -> Option<&Url> {
+        self.base.get()
+    }
+
+    async fn accept_document(&self, response: Incoming) -> Result<Incoming, PullError> {
+        match response.status().as_u16() {
+            200..=299 => Ok(response),
+            404 => Err(PullError::NotFound {
+                reference: self.reference.canonical().to_owned(),
+                detail: response.error_detail().await,
+            }),
+            _ => Err(self.refusal(response, &format!("the manifest of {}", self.reference)).await),
+        }
+    }
+
+    async fn accept_blob(&self, response: Incoming, what: &str) -> Result<Incoming, PullError> {
+        match response.status().as_u16() {
+            200 | 206 => Ok(response),
+            404 => {
+                let detail = response.error_detail().await;
+                Err(self.missing(what, detail))
+            }
+            _ => Err(self.refusal(response, what).await),
+        }
+    }
+
+    fn missing(&self, what: &str, detail: String) -> PullError {
+        PullError::BlobNotFound {
+            what: what.to_owned(),
+            registry: self.reference.registry().to_owned(),
+            detail,
+        }
+    }
+
+    pub(crate) async fn refusal(&self, response: Incoming, what: &str) -> PullError {
+        let registry = self.reference.registry().to_owned();
+        let repository = self.reference.repository().to_owned();
+        match response.status() {
+            StatusCode::UNAUTHORIZED if response.at_home => PullError::Unauthorized {
+                registry,
+                repository,
+                had_credentials: self.credential.is_some(),
+                detail: response.error_detail().await,
+            },
+            StatusCode::FORBIDDEN if response.at_home => {
+                PullError::Denied { registry, repository, detail: response.error_detail().await }
+            }
+            _ => response.into_error(what).await,
+        }
+    }
+}
+
+/// One foreign layer with thousands of addresses would be a way to make this host knock on doors.
+const MAX_FOREIGN_URLS: usize = 4;
+
+fn join(base: &Url, path: &str) -> Url {
+    // The path is made of literals, a checked tag and a checked digest.
+    base.join(path).unwrap_or_else(|_| base.clone())
+}
+
+/// Errors that a plain-http server causes when it is spoken to in TLS.
+fn suggests_plain_http(error: &PullError) -> bool {
+    matches!(error, PullError::NotTls { .. } | PullError::Refused { .. } | PullError::Connection { .. })
+}
+
+fn check_length(what: &str, host: &str, expected: Option<u64>, actual: u64) -> Result<(), PullError> {
+    match expected {
+        Some(expected) if expected != actual => Err(PullError::WrongLength {
+            what: what.to_owned(),
+            registry: host.to_owned(),
+            expected,
+            actual: format!("{actual} bytes"),
+        }),
+        _ => Ok(()),
+    }
+}
+
+fn check_digest(what: &str, host: &str, expected: Option<&Digest>, body: &[u8]) -> Result<Digest, PullError> {
+    let actual = Digest::of(body);
+    match expected {
+        Some(expected) if *expected != actual => Err(PullError::WrongDigest {
+            what: what.to_owned(),
+            registry: host.to_owned(),
+            expected: expected.clone(),
+            actual: actual.to_string(),
+        }),
+        _ => Ok(actual),
+    }
+}

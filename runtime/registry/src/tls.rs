@@ -1,0 +1,197 @@
+//! Whom to trust: system authorities, extra ones, and docker's `certs.d` directories.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
+
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::crypto::CryptoProvider;
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
+use rustls::{ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme};
+
+use crate::error::PullError;
+
+/// Builds the TLS side of connections. Certificates are read when a client is made, not per request.
+#[derive(Debug)]
+pub(crate) struct Tls {
+    provider: Arc<CryptoProvider>,
+    certs_dirs: Vec<PathBuf>,
+    extra_ca_files: Vec<PathBuf>,
+    /// System and extra authorities; parsing some 150 certificates once is enough.
+    base: OnceLock<RootCertStore>,
+}
+
+/// What `certs.d/<host>/` holds.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct HostFiles {
+    authorities: Vec<PathBuf>,
+    client: Option<(PathBuf, PathBuf)>,
+}
+
+impl Tls {
+    pub(crate) fn new(certs_dirs: Vec<PathBuf>, extra_ca_files: Vec<PathBuf>) -> Self {
+        Self {
+            provider: Arc::new(rustls::crypto::ring::default_provider()),
+            certs_dirs,
+            extra_ca_files,
+            base: OnceLock::new(),
+        }
+    }
+
+    /// Whether some `certs.d` directory has a word about this host (`name` or `name:port`).
+    pub(crate) fn has_own_files(&self, host: &str) -> bool {
+        self.certs_dirs.iter().any(|dir| dir.join(host).is_dir())
+    }
+
+    pub(crate) fn config(&self, host: Option<&str>, verify: bool) -> Result<ClientConfig, PullError> {
+        let files = match host {
+            Some(host) => self.host_files(host)?,
+            None => HostFiles::default(),
+        };
+        let builder = ClientConfig::builder_with_provider(self.provider.clone())
+            .with_safe_default_protocol_versions()
+            .map_err(|e| PullError::Setup { detail: e.to_string() })?;
+        let builder = if verify {
+            let mut roots = self.base_roots()?;
+            for path in &files.authorities {
+                add_authorities(&mut roots, path)?;
+            }
+            builder.with_root_certificates(roots)
+        } else {
+            builder.dangerous().with_custom_certificate_verifier(Arc::new(AcceptAny(self.provider.clone())))
+        };
+        match &files.client {
+            None => Ok(builder.with_no_client_auth()),
+            Some((certificate, key)) => {
+                let chain = read_certificates(certificate)?;
+                let key_der = PrivateKeyDer::from_pem_file(key).map_err(|e| unusable(key, &e))?;
+                builder.with_client_auth_cert(chain, key_der).map_err(|e| unusable(key, &e))
+            }
+        }
+    }
+
+    fn base_roots(&self) -> Result<RootCertStore, PullError> {
+        if let Some(roots) = self.base.get() {
+            return Ok(roots.clone());
+        }
+        let mut roots = RootCertStore::empty();
+        let system = rustls_native_certs::load_native_certs();
+        for error in &system.errors {
+            tracing::debug!(%error, "a system certificate was skipped");
+        }
+        roots.add_parsable_certificates(system.certs);
+        for path in &self.extra_ca_files {
+            add_authorities(&mut roots, path)?;
+        }
+        Ok(self.base.get_or_init(|| roots).clone())
+    }
+
+    fn host_files(&self, host: &str) -> Result<HostFiles, PullError> {
+        let mut found = HostFiles::default();
+        for dir in &self.certs_dirs {
+            let dir = dir.join(host);
+            let entries = match fs::read_dir(&dir) {
+                Ok(entries) => entries,
+                Err(e) if e.kind() == std::io::ErrorKind::NotFound => continue,
+                Err(e) => return Err(unusable(&dir, &e)),
+            };
+            let mut paths = entries
+                .map(|entry| entry.map(|e| e.path()))
+                .collect::<Result<Vec<_>, _>>()
+                .map_err(|e| unusable(&dir, &e))?;
+            paths.sort();
+            for path in paths {
+                found.add(path)?;
+            }
+        }
+        Ok(found)
+    }
+}
+
+impl HostFiles {
+    /// docker's rule: `*.crt` is an authority, `X.cert` with `X.key` is the client's certificate.
+    fn add(&mut self, path: PathBuf) -> Result<(), PullError> {
+        match path.extension().and_then(|e| e.to_str()) {
+            Some("crt") => self.authorities.push(path),
+            Some("cert") if self.client.is_none() => {
+                let key = path.with_extension("key");
+                if !key.exists() {
+                    return Err(PullError::CertificateFile {
+                        detail: format!("its key {} is missing", key.display()),
+                        path,
+                    });
+                }
+                self.client = Some((path, key));
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+}
+
+fn add_authorities(roots: &mut RootCertStore, path: &Path) -> Result<(), PullError> {
+    for certificate in read_certificates(path)? {
+        roots.add(certificate).map_err(|e| unusable(path, &e))?;
+    }
+    Ok(())
+}
+
+fn read_certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, PullError> {
+    let certificates = CertificateDer::pem_file_iter(path)
+        .map_err(|e| unusable(path, &e))?
+        .collect::<Result<Vec<_>, _>>()
+        .map_err(|e| unusable(path, &e))?;
+    if certificates.is_empty() {
+        return Err(PullError::CertificateFile {
+            path: path.to_owned(),
+            detail: "it holds no PEM certificate".to_owned(),
+        });
+    }
+    Ok(certificates)
+}
+
+fn unusable(path: &Path, error: &dyn std::error::Error) -> PullError {
+    PullError::CertificateFile { path: path.to_owned(), detail: error.to_string() }
+}
+
+/// For registries that are listed as insecure: encryption without knowing with whom.
+#[derive(Debug)]
+struct AcceptAny(Arc<CryptoProvider>);
+
+impl ServerCertVerifier for AcceptAny {
+    fn verify_server_cert(
+        &self,
+        _end_entity: &CertificateDer<'_>,
+        _intermediates: &[CertificateDer<'_>],
+        _server_name: &ServerName<'_>,
+        _ocsp_response: &[u8],
+        _now: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        let algorithms = &self.0.signature_verification_algorithms;
+        rustls::crypto::verify_tls12_signature(message, cert, dss, algorithms)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        let algorithms = &self.0.signature_verification_algorithms;
+        rustls::crypto::verify_tls13_signature(message, cert, dss, algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.0.signature_verification_algorithms.supported_schemes()
+    }
+}
