@@ -3,4 +3,15 @@
 //! Never: system calls, the store, the registry, the network, a shim. Those are behind [`ports`], so that the simulator
 //! is as good a host as a real one. Kept by `tests/it/walls.rs`.
 
+mod core;
+mod events;
+mod flights;
+mod probes;
+mod retries;
+mod settings;
+
 pub mod ports;
+
+pub use crate::core::{Convergence, Core, Input, Now, Output, Ticket};
+pub use events::{Event, EventKind};
+pub use settings::Settings;

@@ -11,11 +11,7 @@ pub trait Host: Send + Sync {
     fn observe(&self) -> Result<Observed, PortError>;
 
     /// Does one action. Idempotent: done twice, or begun by a predecessor that died, the result is the same.
-    fn perform(
-        &self,
-        action: &Action,
-        report: &(dyn Fn(Progress) + Sync),
-    ) -> Result<Done, ActionError>;
+    fn perform(&self, action: &Action, report: &(dyn Fn(Progress) + Sync)) -> Result<Done, ActionError>;
 
     /// One try of one probe, within its timeout.
     fn probe(&self, request: &ProbeRequest) -> ProbeOutcome;

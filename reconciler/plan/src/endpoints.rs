@@ -8,9 +8,12 @@ use crate::model::{Desired, DesiredPod, Endpoint, Observed, ObservedPod, PodKey,
 
 /// Host ports and who has them: pods that exist before pods that do not, older before younger, then by name.
 pub(crate) struct PortTable<'a> {
-    claims: BTreeMap<(u16, &'static str), Vec<(Option<Ipv4Addr>, &'a PodKey)>>,
+    claims: BTreeMap<(u16, &'static str), Vec<Claim<'a>>>,
     taken: BTreeMap<&'a PodKey, (u16, &'a PodKey)>,
 }
+
+/// Host address (`None`: all of them) and holder.
+type Claim<'a> = (Option<Ipv4Addr>, &'a PodKey);
 
 impl<'a> PortTable<'a> {
     pub(crate) fn of(desired: &'a Desired, observed: &'a Observed) -> PortTable<'a> {

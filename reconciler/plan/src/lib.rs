@@ -30,6 +30,7 @@ pub use planner::{Plan, Planned, Settings, container_of, next_attempt, plan};
 pub use preview::{mark_refreshed, preview};
 pub use reason::Reason;
 pub use status::{
-    Condition, ContainerFacts, ContainerStatus, DeploymentStatus, Facts, PodStatus, State, Status, status,
+    Condition, ContainerFacts, ContainerStatus, DeploymentStatus, Facts, PodStatus, State, Status,
+    pod_status, status,
 };
 pub use time::rfc3339;

@@ -1,9 +1,14 @@
 //! The whole way from here to the desired state, as `keel plan` prints it: plans are followed on paper until nothing
 //! is left to do, assuming that everything succeeds.
 
+use std::collections::BTreeMap;
+
+use keel_manifest::model::PullPolicy;
+
 use crate::account::account;
 use crate::model::{
-    Action, ContainerState, Desired, Exit, Memory, Millis, Observed, ObservedContainer, ObservedPod, Role,
+    Action, ContainerState, Desired, DesiredContainer, Exit, Memory, Millis, Observed, ObservedContainer,
+    ObservedPod, PodId, PodKey, Role, Waiting,
 };
 use crate::planner::{Plan, Settings, plan};
 
@@ -30,7 +35,7 @@ pub fn preview(
             break;
         }
         for planned in next.actions {
-            follow(&planned.action, desired, &mut observed, &mut memory, now);
+            follow(&planned.action, desired, &whole.waiting, &mut observed, &mut memory, now);
             if !matches!(planned.action, Action::RemoveContainer { .. }) {
                 whole.actions.push(planned);
             }
@@ -40,11 +45,18 @@ pub fn preview(
 }
 
 /// What the world looks like after a success.
-fn follow(action: &Action, desired: &Desired, observed: &mut Observed, memory: &mut Memory, now: Millis) {
+fn follow(
+    action: &Action,
+    desired: &Desired,
+    waiting: &BTreeMap<PodKey, Vec<Waiting>>,
+    observed: &mut Observed,
+    memory: &mut Memory,
+    now: Millis,
+) {
     match action {
         Action::Pull { image, .. } => {
             observed.images.entry(image.clone()).or_default();
-            mark_refreshed(memory, desired, image);
+            mark_refreshed(memory, desired, waiting, image);
         }
         Action::CreatePod { pod } => {
             let made = ObservedPod {
@@ -100,22 +112,26 @@ fn follow(action: &Action, desired: &Desired, observed: &mut Observed, memory: &
     }
 }
 
-/// Notes that a moving tag was looked up for the next run of every container that uses it. Returns the pods whose
+/// Notes that a moving tag was looked up for the next run of every container that waits for it. Returns the pods whose
 /// memory changed.
-pub fn mark_refreshed(memory: &mut Memory, desired: &Desired, image: &str) -> Vec<crate::model::PodId> {
+pub fn mark_refreshed(
+    memory: &mut Memory,
+    desired: &Desired,
+    waiting: &BTreeMap<PodKey, Vec<Waiting>>,
+    image: &str,
+) -> Vec<PodId> {
     let mut changed = Vec::new();
-    for pod in desired.pods.values() {
-        for container in pod.containers.iter().filter(|c| c.image == image) {
-            if container.pull_policy != keel_manifest::model::PullPolicy::Always {
-                continue;
-            }
+    let waits =
+        |waits: &[Waiting]| waits.iter().any(|w| matches!(w, Waiting::ImagePull { image: i } if i == image));
+    let pods = waiting.iter().filter(|(_, all)| waits(all)).filter_map(|(key, _)| desired.pods.get(key));
+    for pod in pods {
+        let always = |c: &&DesiredContainer| c.image == image && c.pull_policy == PullPolicy::Always;
+        for container in pod.containers.iter().filter(always) {
             let entry = memory.pods.entry(pod.id.clone()).or_default();
             entry.adopt(pod);
             let entry = entry.container_mut(container);
-            if entry.refreshed_attempt != Some(entry.next_attempt) {
-                entry.refreshed_attempt = Some(entry.next_attempt);
-                changed.push(pod.id.clone());
-            }
+            entry.refreshed_attempt = Some(entry.next_attempt);
+            changed.push(pod.id.clone());
         }
     }
     changed
