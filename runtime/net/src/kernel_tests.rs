@@ -23,7 +23,8 @@ const PATIENCE: Duration = Duration::from_secs(10);
 const HOST: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 1);
 const OUTSIDER: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 2);
 
-/// A host of its own: a network namespace with `lo`, and a mount namespace so that pins vanish with it.
+/// A host of its own: a network namespace with `lo`, and a mount namespace so that pins vanish with it. Its directory is
+/// a tmpfs, as `/run` is.
 fn on_a_private_host(test: impl FnOnce(&Path) + Send) {
     if !nix::unistd::geteuid().is_root() {
         eprintln!("SKIPPED: needs root to create network namespaces");
@@ -35,6 +36,7 @@ fn on_a_private_host(test: impl FnOnce(&Path) + Send) {
             unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS).unwrap();
             let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
             mount(None::<&str>, "/", None::<&str>, private, None::<&str>).unwrap();
+            mount(Some("run"), dir.path(), Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
             run("ip link set lo up");
             test(dir.path());
         });
@@ -518,7 +520,9 @@ fn a_pod_created_anew_answers_at_once_under_its_old_address() {
         assert_eq!(tcp(old.ip, 80).unwrap(), format!("old {}", net.config().gateway()));
         // The server's sockets keep the old namespace alive, the worst case.
         remove_namespaces(&dir.join("web")).unwrap();
+        let started = Instant::now();
         let new = add_pod(&net, dir, "web", 20);
+        eprintln!("created anew beside its predecessor in {:?}", started.elapsed());
         assert_eq!(net.observe().unwrap().links["web"].len(), 2);
         let _new = Server::new(&new.ns, Ipv4Addr::UNSPECIFIED, 80, "new");
         assert_eq!(tcp(new.ip, 80).unwrap(), format!("new {}", net.config().gateway()));
@@ -574,17 +578,40 @@ fn refusals_say_what_and_why() {
 
         taken.bridge = "a-name-that-is-too-long".to_owned();
         let error = Net::open(taken).unwrap().ensure_bridge().unwrap_err().to_string();
-        assert!(error.contains("a-name-that-is-too-long"), "{error}");
+        assert!(error.contains("a-name-that-is-too-long") && error.contains("kernel says"), "{error}");
 
         let net = Net::open(NetConfig { bridge: "ekx".to_owned(), ..config("") }).unwrap();
         create_namespaces(&dir.join("ns"), &[NamespaceKind::Net], "").unwrap();
         let error = net.attach("web", &dir.join("ns/net"), nth(net.config(), 2)).unwrap_err();
         assert!(matches!(error, NetError::NoBridge { .. }), "{error}");
+    });
+}
 
-        run(
-            "nft add table ip filter; nft add chain ip filter FORWARD '{ type filter hook forward priority 0; policy drop; }'",
-        );
-        assert_eq!(net.forward_drops().unwrap(), ["ip filter FORWARD"]);
+#[test]
+fn a_firewall_that_drops_forwarded_packets_is_named_with_its_remedy() {
+    on_a_private_host(|dir| {
+        let net = Net::open(config("")).unwrap();
+        let outsider = add_outsider(dir, net.config().subnet);
+        net.ensure_bridge().unwrap();
+        let web = add_pod(&net, dir, "web", 20);
+        let _web = Server::new(&web.ns, Ipv4Addr::UNSPECIFIED, 80, "web");
+        let _world = Server::new(&outsider, OUTSIDER, 7000, "world");
+        net.apply(&[publish(None, 8080, &web, Protocol::Tcp)]).unwrap();
+        let inwards = || in_netns(&outsider, || tcp(HOST, 8080)).unwrap();
+        let outwards = || in_netns(&web.ns, || tcp(OUTSIDER, 7000)).unwrap();
+        assert!(net.forward_drops().unwrap().is_empty());
+
+        run("nft 'add table ip filter; \
+             add chain ip filter FORWARD { type filter hook forward priority 0; policy drop; }; \
+             add chain ip filter INPUT { type filter hook input priority 0; policy drop; }; \
+             add rule ip filter INPUT ct state established accept'");
+        inwards().unwrap_err();
+        outwards().unwrap_err();
+        let found = net.forward_drops().unwrap();
+        assert_eq!(found.iter().map(ToString::to_string).collect::<Vec<_>>(), ["ip filter FORWARD"]);
+        run(&found[0].remedy(&net.config().bridge));
+        assert_eq!(inwards().unwrap(), format!("web {OUTSIDER}"));
+        assert_eq!(outwards().unwrap(), format!("world {HOST}"));
     });
 }
 

@@ -2,6 +2,12 @@
 //!
 //! Never starts a process (`ip`, `nft`), never touches a link or table that does not bear the instance's mark,
 //! never decides what should run.
+//!
+//! Kernel: 5.2 for address translation in `inet` tables, 5.10 for the table's comment, 5.12 and 6.9 for owned tables, 6.9
+//! for links that carry packets the moment `attach` returns without polling. Older ones lose only the last three.
+//!
+//! IPv4 only. A published port answers on every IPv4 address of the host and on 127.0.0.1, not on `[::1]`: the kernel
+//! has no counterpart of `route_localnet` for IPv6.
 
 mod address;
 mod config;
@@ -21,6 +27,7 @@ mod kernel_tests;
 pub use address::{AssignError, NoFreeSubnet, assign, choose_subnet};
 pub use config::{NetConfig, TableOwnership};
 pub use filter::lower::{Protocol, Publish, UnknownProtocol};
+pub use filter::observe::ForwardDrop;
 pub use filter::watch::FilterWatch;
 pub use link::POD_LINK;
 pub use namespace::{

@@ -18,7 +18,7 @@ use crate::filter::conntrack;
 use crate::filter::encode::{Batch, TABLE_FLAG_OWNER, TABLE_FLAG_PERSIST};
 use crate::filter::lower::{Protocol, Publish, fingerprint, lower_table};
 use crate::filter::model::Table;
-use crate::filter::observe::{self, Elements};
+use crate::filter::observe::{self, Elements, ForwardDrop};
 use crate::link::{self, Link, LinkOp, POD_LINK};
 use crate::namespace::in_netns;
 use crate::port::{PortError, check_host_port};
@@ -309,10 +309,11 @@ impl Net {
         Ok(seen)
     }
 
-    /// Chains of other programs that drop forwarded packets by policy (`family table chain`). Published ports and
-    /// the pods' way out do not work through them until an accept for the bridge is added there: a rule of ours
-    /// cannot overrule another table's drop.
-    pub fn forward_drops(&self) -> Result<Vec<String>, NetError> {
+    /// Chains of other programs that drop forwarded packets by policy. Published ports (from outside) and the pods' way out
+    /// do not work through them until an accept for the bridge is added there (`ForwardDrop::remedy`): a
+    /// rule of ours cannot overrule another table's drop, and we do not write into foreign tables.
+    /// Chains of the old iptables (`iptables-legacy`) are not seen.
+    pub fn forward_drops(&self) -> Result<Vec<ForwardDrop>, NetError> {
         Ok(observe::forward_drops(&mut self.filter())?)
     }
 

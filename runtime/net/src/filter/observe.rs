@@ -1,6 +1,7 @@
 //! What the kernel has in place of our table.
 
 use std::collections::BTreeMap;
+use std::fmt;
 
 use crate::config::TABLE_PREFIX;
 use crate::filter::encode::{self, COMMENT, NFPROTO_INET, NFPROTO_UNSPEC};
@@ -36,7 +37,8 @@ impl FoundTable {
             let all = rules.flat_map(|rule| &rule.expressions);
             all.filter(|expression| matches!(expression, Expression::Jump(target) if *target == name)).count()
         };
-        self.fingerprint == fingerprint
+        // A kernel before 5.10 keeps no comment; the contents have to do there.
+        (self.fingerprint == fingerprint || self.fingerprint.is_empty())
             && table.chains.iter().all(|chain| {
                 let expected = chain.rules.len() + jumps(chain.name);
                 self.chains.get(chain.name).is_some_and(|found| *found as usize == expected)
@@ -91,13 +93,32 @@ pub(crate) fn observe_table(socket: &mut Netlink, table: &Table) -> Result<Optio
     Ok(Some(found))
 }
 
-/// Names of the tables that drop forwarded packets by policy, such as `ip filter` beside docker.
-pub(crate) fn forward_drops(socket: &mut Netlink) -> Result<Vec<String>, NetlinkError> {
+/// A chain of another program that drops forwarded packets by policy, such as `ip filter FORWARD` beside docker.
+/// `Display` is `<family> <table> <chain>`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ForwardDrop(String);
+
+impl ForwardDrop {
+    /// The commands with which an administrator lets the pods through.
+    pub fn remedy(&self, bridge: &str) -> String {
+        let chain = &self.0;
+        format!(
+            "nft insert rule {chain} iifname {bridge} accept; nft insert rule {chain} oifname {bridge} accept"
+        )
+    }
+}
+
+impl fmt::Display for ForwardDrop {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+pub(crate) fn forward_drops(socket: &mut Netlink) -> Result<Vec<ForwardDrop>, NetlinkError> {
     let chains = list_chains(socket, NFPROTO_UNSPEC)?;
     let dropping = chains.into_iter().filter(|chain| chain.hook == Some(HOOK_FORWARD) && chain.drops);
-    Ok(dropping
-        .map(|chain| format!("{} {} {}", family_name(chain.family), chain.table, chain.name))
-        .collect())
+    let name = |chain: FoundChain| format!("{} {} {}", family_name(chain.family), chain.table, chain.name);
+    Ok(dropping.map(|chain| ForwardDrop(name(chain))).collect())
 }
 
 /// Name of the table of another instance that has the host port of `publish`.
