@@ -29,7 +29,7 @@ pub use config::{NetConfig, TableOwnership};
 pub use filter::lower::{Protocol, Publish, UnknownProtocol};
 pub use filter::observe::ForwardDrop;
 pub use filter::watch::FilterWatch;
-pub use link::POD_LINK;
+pub use link::{POD_LINK, Traffic};
 pub use namespace::{
     NamespaceError, NamespaceKind, create_namespaces, in_netns, observe_namespaces, remove_namespaces,
 };

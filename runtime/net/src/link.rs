@@ -38,6 +38,7 @@ const IFLA_MASTER: u16 = 10;
 const IFLA_OPERSTATE: u16 = 16;
 const IFLA_LINKINFO: u16 = 18;
 const IFLA_IFALIAS: u16 = 20;
+const IFLA_STATS64: u16 = 23;
 const IFLA_GROUP: u16 = 27;
 const IFLA_NET_NS_FD: u16 = 28;
 const IFLA_EXT_MASK: u16 = 29;
@@ -173,6 +174,19 @@ pub(crate) struct Link {
     pub(crate) group: u32,
     pub(crate) alias: String,
     pub(crate) kind: String,
+}
+
+/// Counters of a pod's network since it was attached, in and out as the pod sees them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Traffic {
+    pub in_bytes: u64,
+    pub in_packets: u64,
+    pub in_errors: u64,
+    pub in_dropped: u64,
+    pub out_bytes: u64,
+    pub out_packets: u64,
+    pub out_errors: u64,
+    pub out_dropped: u64,
 }
 
 /// What the bridge lacks: nothing at all when it is as it should be.
@@ -386,6 +400,28 @@ pub(crate) fn observe_links(socket: &mut Netlink) -> Result<Vec<Link>, NetlinkEr
         w.u32(IFLA_EXT_MASK, RTEXT_FILTER_SKIP_STATS);
     };
     socket.list("list the links", RTM_GETLINK, body, parse_link)
+}
+
+/// Links with their counters.
+pub(crate) fn observe_traffic(socket: &mut Netlink) -> Result<Vec<(Link, Traffic)>, NetlinkError> {
+    let body = |w: &mut Writer| link_header(w, 0, 0, 0);
+    socket.list("list the links with their counters", RTM_GETLINK, body, |body| {
+        let counters = wire::find(body.get(16..)?, IFLA_STATS64)?;
+        // rtnl_link_stats64; what this end receives, the pod's end has sent.
+        let [out_packets, in_packets, out_bytes, in_bytes, out_errors, in_errors, out_dropped, in_dropped] =
+            std::array::from_fn(|n| wire::read_u64(counters, n * 8).unwrap_or(0));
+        let traffic = Traffic {
+            in_bytes,
+            in_packets,
+            in_errors,
+            in_dropped,
+            out_bytes,
+            out_packets,
+            out_errors,
+            out_dropped,
+        };
+        Some((parse_link(body)?, traffic))
+    })
 }
 
 /// (link, address with its prefix length) of every IPv4 address.

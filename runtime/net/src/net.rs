@@ -19,7 +19,7 @@ use crate::filter::encode::{Batch, TABLE_FLAG_OWNER, TABLE_FLAG_PERSIST};
 use crate::filter::lower::{Protocol, Publish, fingerprint, lower_table};
 use crate::filter::model::Table;
 use crate::filter::observe::{self, Elements, ForwardDrop};
-use crate::link::{self, Link, LinkOp, POD_LINK};
+use crate::link::{self, Link, LinkOp, POD_LINK, Traffic};
 use crate::namespace::in_netns;
 use crate::port::{PortError, check_host_port};
 use crate::socket::{Netlink, NetlinkError};
@@ -307,6 +307,15 @@ impl Net {
         seen.table = observe::find_table(&mut filter, &self.config.table)?;
         seen.generation = observe::generation(&mut filter)?;
         Ok(seen)
+    }
+
+    /// Counters by pod id. A predecessor's link that is still being removed is left out.
+    pub fn traffic(&self) -> Result<BTreeMap<String, Traffic>, NetError> {
+        let links = link::observe_traffic(&mut self.route())?;
+        let own = links
+            .into_iter()
+            .filter(|(link, _)| link.group == self.config.group && link.running && !link.alias.is_empty());
+        Ok(own.map(|(link, traffic)| (link.alias, traffic)).collect())
     }
 
     /// Chains of other programs that drop forwarded packets by policy. Published ports (from outside) and the pods' way out
