@@ -1,1 +1,4 @@
-//! The one integration-test binary.
+//! The one integration-test binary: real binaries, real kernel, real registry.
+
+mod apply;
+mod walls;

@@ -4,6 +4,7 @@
 //! is as good a host as a real one. Kept by `tests/it/walls.rs`.
 
 mod core;
+mod driver;
 mod events;
 mod flights;
 mod probes;
@@ -13,5 +14,6 @@ mod settings;
 pub mod ports;
 
 pub use crate::core::{Convergence, Core, Input, Now, Output, Ticket};
+pub use driver::{Ended, Engine, EventSink, Handle, Report, Standing};
 pub use events::{Event, EventKind};
 pub use settings::Settings;

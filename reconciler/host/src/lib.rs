@@ -1,1 +1,191 @@
-//! The engine's ports over the real host.
+//! The engine's ports over the real host: store, registry, network, shims, `/proc`.
+//!
+//! Makes no choices: what to do comes as an action, and what is there is read back. Containers are reached only through
+//! processes (shim, runtime), so that another runtime can take the place of ours.
+
+mod containers;
+mod error;
+pub mod events;
+mod facts;
+mod images;
+mod observe;
+mod paths;
+mod podinit;
+mod pods;
+mod probes;
+mod records;
+mod reset;
+mod seccomp;
+mod spec;
+pub mod state;
+mod views;
+mod volumes;
+mod watch;
+
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+
+use keel_engine::ports::{ActionError, Done, Host, PortError, ProbeOutcome, ProbeRequest, Progress};
+use keel_plan::{Action, ContainerId, Memory, Observed, PodId, PodMemory};
+
+pub use containers::{NotRunning, Running, find_running};
+pub use error::HostError;
+pub use images::{DEMO_IMAGE, Registries, client as registry_client, open_store};
+pub use paths::{DEFAULT_ROOT, DEFAULT_RUN, Paths};
+pub use pods::purge_network;
+pub use reset::Removed;
+pub use views::{StatusFiles, offline_status};
+pub use watch::{ExitWatch, Lock};
+
+/// What an operator may set.
+#[derive(Clone, Debug)]
+pub struct HostConfig {
+    pub runtime: PathBuf,
+    pub shim: PathBuf,
+    /// Chosen from free private ranges when absent.
+    pub subnet: Option<ipnet::Ipv4Net>,
+    pub log_max_bytes: u64,
+    pub log_max_files: u32,
+    pub registries: Registries,
+}
+
+pub struct RealHost {
+    paths: Paths,
+    config: HostConfig,
+    facts: facts::Facts,
+    store: Arc<keel_store::Store>,
+    registry: keel_registry::Client,
+    cgroups: keel_cgroup::Layout,
+    net: once::OnceLock<keel_net::Net>,
+    /// Held while an address is chosen and recorded: two pods must not choose the same one.
+    addresses: Mutex<()>,
+    runtime: tokio::runtime::Handle,
+}
+
+impl RealHost {
+    /// `runtime` drives pulls and probes; ports themselves block and must not be called on its threads.
+    pub fn open(
+        paths: Paths,
+        config: HostConfig,
+        runtime: tokio::runtime::Handle,
+    ) -> Result<RealHost, HostError> {
+        for (binary, path) in [("keel-runtime", &config.runtime), ("keel-shim", &config.shim)] {
+            if !path.exists() {
+                let hint = "it belongs next to keel, or name it with --runtime / --shim";
+                return Err(HostError::NoBinary { binary, path: path.clone(), hint });
+            }
+        }
+        paths.create().map_err(|source| state::PathError {
+            operation: "create",
+            path: paths.root().to_path_buf(),
+            source,
+        })?;
+        let store = open_store(&paths)?;
+        let registry = images::client(&config.registries);
+        let cgroups = keel_cgroup::Layout::detect(&keel_cgroup::Roots::default())
+            .map_err(|source| HostError::Cgroup { pod: "-".into(), source: Box::new(source) })?;
+        Ok(RealHost {
+            facts: facts::Facts::read(),
+            store,
+            registry,
+            cgroups,
+            net: once::OnceLock::new(),
+            addresses: Mutex::new(()),
+            runtime,
+            paths,
+            config,
+        })
+    }
+
+    pub fn paths(&self) -> &Paths {
+        &self.paths
+    }
+
+    pub fn store(&self) -> &Arc<keel_store::Store> {
+        &self.store
+    }
+}
+
+impl Host for RealHost {
+    fn observe(&self) -> Result<Observed, PortError> {
+        let (pods, orphans) = observe::pods(&self.paths).map_err(HostError::from)?;
+        for orphan in orphans {
+            // Not a choice: a container without a monitor gets one, whatever the manifests say.
+            tracing::warn!(container = %orphan.id, "its shim is gone; adopting it");
+            if let Err(error) = self.adopt(&orphan) {
+                tracing::warn!(container = %orphan.id, error = %error.chain(), "adoption failed");
+            }
+        }
+        Ok(Observed { pods, images: self.image_digests()?, network: self.observed_network()? })
+    }
+
+    fn perform(&self, action: &Action, report: &(dyn Fn(Progress) + Sync)) -> Result<Done, ActionError> {
+        let result = match action {
+            Action::Pull { image, policy, .. } => self.pull(image, *policy, report),
+            Action::CreatePod { pod } => self.create_pod(pod),
+            Action::StartContainer { pod, incarnation, container, attempt } => {
+                self.start_container(pod, *incarnation, container, *attempt)
+            }
+            Action::StopContainer { id, grace_ms, .. } => self.stop_container(id, *grace_ms),
+            Action::RemoveContainer { id, .. } => self.remove(id),
+            Action::SyncVolumes { pod, incarnation } => self.sync_volumes(pod, *incarnation),
+            Action::UpdateRecord { pod, incarnation } => self.update_record(pod, *incarnation),
+            Action::DeletePod { id, incarnation, .. } => self.delete_pod(id, *incarnation),
+            Action::SyncNetwork { endpoints, hash } => self.sync_network(endpoints, hash),
+        };
+        Ok(result?)
+    }
+
+    fn probe(&self, request: &ProbeRequest) -> ProbeOutcome {
+        let target = probes::Target {
+            netns: (!request.pod.spec.host_network)
+                .then(|| self.paths.pod_namespaces(&request.pod.id).join("net")),
+            runtime: self.config.runtime.clone(),
+            runtime_root: self.paths.runtime_root(),
+        };
+        let bounded = ProbeRequest { timeout: request.timeout.min(probes::MAX_TIMEOUT), ..request.clone() };
+        self.runtime.block_on(probes::run(&target, &bounded))
+    }
+
+    fn load_memory(&self) -> Memory {
+        views::memory(&self.paths).unwrap_or_else(|error| {
+            tracing::warn!(%error, "restart counts are lost");
+            Memory::default()
+        })
+    }
+
+    fn save_memory(&self, pod: &PodId, memory: Option<&PodMemory>) -> Result<(), PortError> {
+        Ok(self.save_pod_memory(pod, memory)?)
+    }
+}
+
+impl RealHost {
+    fn remove(&self, id: &ContainerId) -> Result<Done, HostError> {
+        self.remove_container(id).map(|()| Done::Done)
+    }
+}
+
+/// `std::sync::OnceLock` with an initialiser that may fail.
+mod once {
+    use std::sync::{Mutex, OnceLock as Std};
+
+    pub(crate) struct OnceLock<T> {
+        cell: Std<T>,
+        filling: Mutex<()>,
+    }
+
+    impl<T> OnceLock<T> {
+        pub(crate) fn new() -> Self {
+            OnceLock { cell: Std::new(), filling: Mutex::new(()) }
+        }
+
+        pub(crate) fn get_or_try_init<E>(&self, make: impl FnOnce() -> Result<T, E>) -> Result<&T, E> {
+            let _filling = self.filling.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+            if self.cell.get().is_none() {
+                let made = make()?;
+                let _ = self.cell.set(made);
+            }
+            Ok(self.cell.get().expect("set above under the lock"))
+        }
+    }
+}

@@ -1,0 +1,500 @@
+//! Start, stop and removal of one run of a container. Everything happens through processes: the shim, and the runtime
+//! that the shim calls.
+
+use std::fs;
+use std::io::{self, Read};
+use std::os::fd::AsFd;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::str::FromStr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use keel_engine::ports::Done;
+use keel_manifest::model::Container;
+use keel_plan::{ContainerId, ContainerName, ContainerState, DesiredContainer, DesiredPod, PodKey, Role};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::Signal;
+
+use crate::RealHost;
+use crate::error::HostError;
+use crate::observe::{self, Orphan};
+use crate::paths::Paths;
+use crate::records::{ContainerRecord, PodRecord, RECORD_VERSION};
+use crate::spec::{Context, ImageDefaults, User, lower_spec};
+use crate::state::{At, Keep, PathError, names, read_json, remove_file, remove_tree, write_file, write_json};
+use crate::volumes;
+
+/// A runtime that has not started a container by then will not.
+const START_TIMEOUT: Duration = Duration::from_secs(120);
+/// After SIGKILL the kernel needs a moment; a process in uninterruptible sleep may need for ever.
+const KILL_TIMEOUT: Duration = Duration::from_secs(30);
+/// How often a stop looks whether the container is gone when there is no shim to ask.
+const POLL_INTERVAL: Duration = Duration::from_millis(20);
+const DEFAULT_STOP_SIGNAL: Signal = Signal::SIGTERM;
+/// Bytes of a shim's one-line answer that are read.
+const MAX_ANSWER_BYTES: u64 = 64 << 10;
+
+impl RealHost {
+    pub(crate) fn start_container(
+        &self,
+        pod: &Arc<DesiredPod>,
+        incarnation: u64,
+        name: &ContainerName,
+        attempt: u32,
+    ) -> Result<Done, HostError> {
+        let Some(record) = self.current(pod, incarnation)? else { return Ok(Done::Stale) };
+        let Some((desired, container)) = find(pod, name) else { return Ok(Done::Stale) };
+        let id = ContainerId::of(&pod.id, name, attempt);
+        if let Some(found) = read_json::<ContainerRecord>(&self.paths.container_record(&id))? {
+            let (state, _) = observe::container_state(&self.paths, &id, found.created_at)?;
+            if matches!(state, ContainerState::Running { .. } | ContainerState::Exited(_)) {
+                return Ok(Done::Done);
+            }
+            self.remove_container(&id)?;
+        }
+        match self.try_start(pod, &record, desired, container, &id, attempt) {
+            Ok(()) => Ok(Done::Done),
+            Err(error) => {
+                // A failed start leaves nothing; what cannot be removed now is found as `Partial` by the next round.
+                if let Err(cleanup) = self.remove_container(&id) {
+                    tracing::warn!(container = %id, error = %cleanup.chain(), "clean up after a failed start");
+                }
+                Err(error)
+            }
+        }
+    }
+
+    fn try_start(
+        &self,
+        pod: &Arc<DesiredPod>,
+        record: &PodRecord,
+        desired: &DesiredContainer,
+        container: &Container,
+        id: &ContainerId,
+        attempt: u32,
+    ) -> Result<(), HostError> {
+        let image = self.image(&desired.image)?;
+        let dir = self.paths.container(id);
+        private_dir(&dir)?;
+        let defaults = image_defaults(&image.config);
+        let mut made = ContainerRecord {
+            version: RECORD_VERSION,
+            id: id.clone(),
+            pod: pod.key.clone(),
+            pod_id: pod.id.clone(),
+            name: desired.name.clone(),
+            role: desired.role,
+            hash: desired.hash.clone(),
+            attempt,
+            created_at: observe::now(),
+            image_digest: image.manifest_digest.to_string(),
+            stop_signal: stop_signal(container, &defaults),
+        };
+        write_json(&self.paths.container_record(id), &made, Keep::Boot)?;
+        self.mount_rootfs(&image, id)?;
+        let user = self.user(pod, container, &image.config, id)?;
+        let log = self.paths.log(&pod.id, &desired.name.0, attempt);
+        let log_dir = log.parent().unwrap_or(Path::new("/"));
+        private_dir(log_dir)?;
+        prune_logs(log_dir, attempt)?;
+        let spec = lower_spec(&Context {
+            pod,
+            container,
+            ip: record.ip,
+            node_name: &self.facts.node_name,
+            hostname: &self.hostname(pod),
+            image: defaults,
+            user,
+            cgroup: self.paths.container_cgroup(&pod.id, id),
+            root_path: "rootfs",
+            namespaces: &self.paths.pod_namespaces(&pod.id),
+            pid_namespace: self.shared_pid_namespace(pod),
+            volume_mounts: volumes::bind_mounts(&self.paths, pod, container, id)?,
+            shm: if pod.spec.host_ipc { PathBuf::from("/dev/shm") } else { self.paths.pod_shm(&pod.id) },
+            hosts: self.paths.pod_file(&pod.id, "hosts"),
+            resolv_conf: self.paths.pod_file(&pod.id, "resolv.conf"),
+            hostname_file: self.paths.pod_file(&pod.id, "hostname"),
+            nofile: self.facts.nofile,
+            host_devices: if is_privileged(container) { crate::facts::host_devices() } else { Vec::new() },
+            available_capabilities: self.facts.capabilities.clone(),
+            host_memory_bytes: self.facts.memory_bytes,
+        })?;
+        let config =
+            serde_json::to_vec(&spec).map_err(io::Error::other).at("encode", dir.join("config.json"))?;
+        write_file(&dir.join("config.json"), &config, Keep::Boot)?;
+        made.created_at = observe::now();
+        write_json(&self.paths.container_record(id), &made, Keep::Boot)?;
+        self.spawn_shim(id, &log, container.tty, container.stdin)
+    }
+
+    fn mount_rootfs(&self, image: &keel_store::Image, id: &ContainerId) -> Result<(), HostError> {
+        let target = self.paths.rootfs(id);
+        private_dir(&target)?;
+        let state = self.paths.container_state(id);
+        let (upper, work) = (state.join("upper"), state.join("work"));
+        // Also under a read-only root: mount points that the image lacks are made in the upper directory.
+        private_dir(&upper)?;
+        private_dir(&work)?;
+        let layer = Some((upper.as_path(), work.as_path()));
+        self.store
+            .mount_rootfs(image, layer, &target)
+            .map_err(|source| HostError::RootFs { container: id.to_string(), source: Box::new(source) })
+    }
+
+    /// The manifest's user wins over the image's; names are looked up inside the image.
+    fn user(
+        &self,
+        pod: &DesiredPod,
+        container: &Container,
+        config: &oci_spec::image::ImageConfiguration,
+        id: &ContainerId,
+    ) -> Result<User, HostError> {
+        let own = container.security_context.as_ref();
+        let shared = pod.spec.security_context.as_ref();
+        let uid = own.and_then(|s| s.run_as_user).or_else(|| shared.and_then(|s| s.run_as_user));
+        let gid = own.and_then(|s| s.run_as_group).or_else(|| shared.and_then(|s| s.run_as_group));
+        let named = config.config().as_ref().and_then(|c| c.user().clone()).unwrap_or_default();
+        let wanted = uid.map_or(named, |uid| uid.to_string());
+        let found =
+            keel_store::resolve_user(&self.paths.rootfs(id), &wanted).map_err(|source| HostError::User {
+                container: container.name.clone(),
+                user: wanted.clone(),
+                source: Box::new(source),
+            })?;
+        Ok(User {
+            uid: found.uid,
+            gid: gid.unwrap_or(found.gid),
+            additional_gids: found.additional_gids,
+            home: found.home,
+        })
+    }
+
+    pub(crate) fn spawn_shim(
+        &self,
+        id: &ContainerId,
+        log: &Path,
+        tty: bool,
+        stdin: bool,
+    ) -> Result<(), HostError> {
+        let dir = self.paths.container(id);
+        let mut command = Command::new(&self.config.shim);
+        command.arg("run").arg("--id").arg(&id.0).arg("--dir").arg(&dir).arg("--bundle").arg(&dir);
+        self.shim_arguments(&mut command, id, log);
+        if tty {
+            command.arg("--tty");
+        }
+        if stdin {
+            command.arg("--stdin");
+        }
+        let failed = |message: String| HostError::Start { container: id.to_string(), message };
+        let mut child = command
+            .env_clear()
+            .current_dir("/")
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .map_err(|e| failed(format!("run {}: {e}", self.config.shim.display())))?;
+        let answer = read_answer(&mut child, START_TIMEOUT);
+        let _ = child.wait();
+        match answer.map_err(|e| failed(format!("shim: {e}")))? {
+            line if line.starts_with("ok ") => Ok(()),
+            line if line.is_empty() => Err(failed("the shim ended without an answer".into())),
+            line => Err(failed(line.strip_prefix("error ").unwrap_or(&line).to_string())),
+        }
+    }
+
+    fn shim_arguments(&self, command: &mut Command, id: &ContainerId, log: &Path) {
+        command.arg("--runtime").arg(&self.config.runtime);
+        command.arg("--runtime-root").arg(self.paths.runtime_root());
+        command.arg("--exit-file").arg(self.paths.exit_record(id));
+        command.arg("--log").arg(log);
+        command.arg("--log-max-bytes").arg(self.config.log_max_bytes.to_string());
+        command.arg("--log-max-files").arg(self.config.log_max_files.to_string());
+    }
+
+    /// Gives a container whose shim was killed a new one.
+    pub(crate) fn adopt(&self, orphan: &Orphan) -> Result<(), HostError> {
+        let log = self.paths.log(&orphan.pod, &orphan.name, orphan.attempt);
+        let dir = self.paths.container(&orphan.id);
+        let mut command = Command::new(&self.config.shim);
+        command.arg("adopt").arg("--id").arg(&orphan.id.0).arg("--dir").arg(&dir).arg("--bundle").arg(&dir);
+        self.shim_arguments(&mut command, &orphan.id, &log);
+        let failed = |message: String| HostError::Start { container: orphan.id.to_string(), message };
+        let mut child = command
+            .env_clear()
+            .current_dir("/")
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .map_err(|e| failed(format!("run {}: {e}", self.config.shim.display())))?;
+        let answer = read_answer(&mut child, START_TIMEOUT);
+        let _ = child.wait();
+        match answer {
+            Ok(line) if line.starts_with("ok ") => Ok(()),
+            Ok(line) => Err(failed(line)),
+            Err(e) => Err(failed(e.to_string())),
+        }
+    }
+
+    /// Asks the shim, which carries the stop through even if this process dies meanwhile; returns once the run is over.
+    pub(crate) fn stop_container(&self, id: &ContainerId, grace_ms: u64) -> Result<Done, HostError> {
+        let Some(record) = read_json::<ContainerRecord>(&self.paths.container_record(id))? else {
+            return Ok(Done::Stale);
+        };
+        let grace = Duration::from_millis(grace_ms);
+        let deadline = Instant::now() + grace + KILL_TIMEOUT;
+        let stop = |message: String| HostError::Stop { container: id.to_string(), message };
+        loop {
+            let (state, orphaned) = observe::container_state(&self.paths, id, record.created_at)?;
+            if !matches!(state, ContainerState::Running { .. }) {
+                return Ok(Done::Done);
+            }
+            if orphaned {
+                self.adopt(&Orphan {
+                    id: id.clone(),
+                    pod: record.pod_id.clone(),
+                    name: record.name.0.clone(),
+                    attempt: record.attempt,
+                })?;
+            }
+            match keel_proto::Client::connect(&self.paths.container(id)) {
+                Ok(mut client) => {
+                    let signal = u8::try_from(record.stop_signal).unwrap_or(DEFAULT_STOP_SIGNAL as u8);
+                    client.stop(signal, grace).map_err(|e| stop(e.to_string()))?;
+                    let left = deadline.saturating_duration_since(Instant::now());
+                    if client.wait(Some(left)).is_ok() {
+                        return Ok(Done::Done);
+                    }
+                }
+                // The shim may just have gone because the container ended.
+                Err(error) if Instant::now() > deadline => return Err(stop(error.to_string())),
+                Err(_) => {}
+            }
+            if Instant::now() > deadline {
+                return Err(stop(format!("still running {KILL_TIMEOUT:?} after the kill")));
+            }
+            std::thread::sleep(POLL_INTERVAL);
+        }
+    }
+
+    /// Removes what a run left, except its log. Absence of any part is success.
+    pub(crate) fn remove_container(&self, id: &ContainerId) -> Result<(), HostError> {
+        let dir = self.paths.container(id);
+        let shim = observe::read_mark(&dir.join("shim.pid"))?;
+        if self.paths.runtime_root().join(&id.0).exists() {
+            self.runtime_delete(id)?;
+        }
+        if let Some(shim) = shim
+            && observe::is_alive(shim)
+        {
+            self.await_shim(id, shim)?;
+        }
+        self.store
+            .unmount_rootfs(&self.paths.rootfs(id))
+            .map_err(|source| HostError::RootFs { container: id.to_string(), source: Box::new(source) })?;
+        volumes::unpin(&self.paths, id)?;
+        remove_tree(&self.paths.container_state(id))?;
+        remove_tree(&dir)?;
+        remove_file(&self.paths.exit_record(id))?;
+        Ok(())
+    }
+
+    /// `delete --force` ends whatever still runs and removes the runtime's own state.
+    fn runtime_delete(&self, id: &ContainerId) -> Result<(), HostError> {
+        let output = Command::new(&self.config.runtime)
+            .arg("--root")
+            .arg(self.paths.runtime_root())
+            .args(["delete", "--force"])
+            .arg(&id.0)
+            .stdin(Stdio::null())
+            .output()
+            .at("run", &self.config.runtime)?;
+        let text = String::from_utf8_lossy(&output.stderr);
+        if output.status.success() || text.contains("does not exist") {
+            return Ok(());
+        }
+        Err(HostError::Stop {
+            container: id.to_string(),
+            message: format!("runtime delete: {}", text.trim()),
+        })
+    }
+
+    /// A shim goes by itself once its container is gone.
+    fn await_shim(&self, id: &ContainerId, shim: observe::ProcessMark) -> Result<(), HostError> {
+        let deadline = Instant::now() + KILL_TIMEOUT;
+        while observe::is_alive(shim) {
+            if Instant::now() > deadline {
+                return Err(HostError::Stop {
+                    container: id.to_string(),
+                    message: format!("shim {} does not end", shim.pid),
+                });
+            }
+            std::thread::sleep(POLL_INTERVAL);
+        }
+        Ok(())
+    }
+}
+
+/// A container that runs now, for `exec` and `attach`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Running {
+    pub id: ContainerId,
+    pub name: ContainerName,
+    pub pid: u32,
+    pub dir: PathBuf,
+    pub runtime_root: PathBuf,
+}
+
+/// The newest running container of a pod with that name; without a name, the first of the manifest.
+pub fn find_running(
+    paths: &Paths,
+    pod: &PodKey,
+    name: Option<&str>,
+) -> Result<Result<Running, NotRunning>, HostError> {
+    let (pods, _) = observe::pods(paths)?;
+    let Some(found) = pods.get(pod) else { return Ok(Err(NotRunning::NoPod)) };
+    let declared: Vec<&str> =
+        found.pod.containers.iter().filter(|c| c.role == Role::Main).map(|c| c.name.0.as_str()).collect();
+    let Some(wanted) = name.or_else(|| declared.first().copied()) else { return Ok(Err(NotRunning::NoPod)) };
+    if !found.pod.containers.iter().any(|c| c.name.0 == wanted) {
+        return Ok(Err(NotRunning::NoContainer {
+            known: found.pod.containers.iter().map(|c| c.name.0.clone()).collect(),
+        }));
+    }
+    let running = found.containers.iter().rev().find_map(|c| match c.state {
+        ContainerState::Running { pid, .. } if c.name.0 == wanted => Some(Running {
+            id: c.id.clone(),
+            name: c.name.clone(),
+            pid,
+            dir: paths.container(&c.id),
+            runtime_root: paths.runtime_root(),
+        }),
+        _ => None,
+    });
+    Ok(running.ok_or(NotRunning::Stopped { name: wanted.to_string() }))
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum NotRunning {
+    NoPod,
+    NoContainer { known: Vec<String> },
+    Stopped { name: String },
+}
+
+fn find<'a>(pod: &'a DesiredPod, name: &ContainerName) -> Option<(&'a DesiredContainer, &'a Container)> {
+    let desired = pod.containers.iter().find(|c| c.name == *name)?;
+    let list = match desired.role {
+        Role::Init => &pod.spec.init_containers,
+        Role::Main => &pod.spec.containers,
+    };
+    list.get(desired.index).map(|container| (desired, container))
+}
+
+fn is_privileged(container: &Container) -> bool {
+    container.security_context.as_ref().and_then(|s| s.privileged).unwrap_or(false)
+}
+
+fn image_defaults(config: &oci_spec::image::ImageConfiguration) -> ImageDefaults {
+    let Some(config) = config.config() else { return ImageDefaults::default() };
+    ImageDefaults {
+        entrypoint: config.entrypoint().clone().unwrap_or_default(),
+        cmd: config.cmd().clone().unwrap_or_default(),
+        env: config.env().clone().unwrap_or_default(),
+        working_dir: config.working_dir().clone().unwrap_or_default(),
+        stop_signal: config.stop_signal().clone(),
+    }
+}
+
+fn stop_signal(container: &Container, image: &ImageDefaults) -> i32 {
+    let declared = container.lifecycle.as_ref().and_then(|l| l.stop_signal.as_deref());
+    declared.or(image.stop_signal.as_deref()).and_then(signal_number).unwrap_or(DEFAULT_STOP_SIGNAL as i32)
+}
+
+/// `SIGTERM`, `TERM`, `15`, `SIGRTMIN+3`.
+fn signal_number(text: &str) -> Option<i32> {
+    /// glibc keeps the first two real-time signals for itself.
+    const SIGRTMIN: i32 = 34;
+    const SIGRTMAX: i32 = 64;
+    let upper = text.trim().to_ascii_uppercase();
+    if let Ok(number) = upper.parse::<i32>() {
+        return (1..=SIGRTMAX).contains(&number).then_some(number);
+    }
+    let bare = upper.strip_prefix("SIG").unwrap_or(&upper);
+    if let Some(offset) = bare.strip_prefix("RTMIN") {
+        return Some(SIGRTMIN + offset.strip_prefix('+').map_or(Some(0), |n| n.parse().ok())?);
+    }
+    if let Some(offset) = bare.strip_prefix("RTMAX") {
+        return Some(SIGRTMAX - offset.strip_prefix('-').map_or(Some(0), |n| n.parse().ok())?);
+    }
+    Signal::from_str(&format!("SIG{bare}")).ok().map(|signal| signal as i32)
+}
+
+/// The log of the run before stays for `logs --previous`; older ones go.
+fn prune_logs(dir: &Path, attempt: u32) -> Result<(), PathError> {
+    for name in names(dir)? {
+        let number = name.split('.').next().and_then(|text| text.parse::<u32>().ok());
+        if number.is_some_and(|number| number + 1 < attempt) {
+            remove_file(&dir.join(name))?;
+        }
+    }
+    Ok(())
+}
+
+pub(crate) fn private_dir(dir: &Path) -> Result<(), PathError> {
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).at("create directory", dir)
+}
+
+/// One line from the shim, within a deadline: a hanging runtime must not hang the engine.
+fn read_answer(child: &mut Child, timeout: Duration) -> io::Result<String> {
+    let mut stdout = child.stdout.take().ok_or_else(|| io::Error::other("no pipe"))?;
+    let deadline = Instant::now() + timeout;
+    let mut answer = Vec::new();
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() || answer.len() as u64 > MAX_ANSWER_BYTES {
+            child.kill()?;
+            return Err(io::Error::new(io::ErrorKind::TimedOut, format!("no answer within {timeout:?}")));
+        }
+        let mut fds = [PollFd::new(stdout.as_fd(), PollFlags::POLLIN)];
+        let wait = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
+        match poll(&mut fds, wait) {
+            Ok(0) | Err(nix::Error::EINTR) => continue,
+            Err(e) => return Err(e.into()),
+            Ok(_) => {}
+        }
+        let mut chunk = [0; 4096];
+        match stdout.read(&mut chunk)? {
+            0 => break,
+            n => answer.extend_from_slice(&chunk[..n]),
+        }
+        if answer.contains(&b'\n') {
+            break;
+        }
+    }
+    Ok(String::from_utf8_lossy(&answer).lines().next().unwrap_or_default().to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn signals_in_every_spelling() {
+        for (text, number) in [
+            ("SIGTERM", Some(15)),
+            ("quit", Some(3)),
+            ("9", Some(9)),
+            ("SIGRTMIN+3", Some(37)),
+            ("RTMAX-1", Some(63)),
+            ("SIGNOPE", None),
+            ("0", None),
+            ("65", None),
+        ] {
+            assert_eq!(signal_number(text), number, "{text}");
+        }
+    }
+}

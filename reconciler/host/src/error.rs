@@ -1,0 +1,130 @@
+//! What can go wrong with an action, and what the engine is told about it.
+
+use std::path::PathBuf;
+
+use keel_engine::ports::{ActionError, Next, PortError};
+
+use crate::spec::SpecError;
+use crate::state::PathError;
+use crate::volumes::VolumeError;
+
+#[derive(Debug, thiserror::Error)]
+pub enum HostError {
+    #[error(transparent)]
+    Path(#[from] PathError),
+    #[error("another process works on {}{}", lock.display(), holder.as_ref().map(|pid| format!(" (pid {pid})")).unwrap_or_default())]
+    Locked { lock: PathBuf, holder: Option<u32> },
+    #[error("image store")]
+    Store(#[source] Box<dyn std::error::Error + Send + Sync>),
+    #[error("image {0} is not in the store")]
+    ImageMissing(String),
+    #[error("image {0} is not in the store, and imagePullPolicy is Never")]
+    NeverPulled(String),
+    #[error("pull {image}")]
+    Pull {
+        image: String,
+        retry: bool,
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    #[error("root file system of {container}")]
+    RootFs {
+        container: String,
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    #[error("container {container}: user {user:?} of the image")]
+    User {
+        container: String,
+        user: String,
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    #[error(transparent)]
+    Spec(#[from] SpecError),
+    #[error(transparent)]
+    Volume(#[from] VolumeError),
+    #[error("network of pod {pod}")]
+    Network {
+        pod: String,
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    #[error("published ports and hosts files")]
+    Publish(#[source] Box<dyn std::error::Error + Send + Sync>),
+    #[error("cgroup of pod {pod}")]
+    Cgroup {
+        pod: String,
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    #[error("start container {container}: {message}")]
+    Start { container: String, message: String },
+    #[error("stop container {container}: {message}")]
+    Stop { container: String, message: String },
+    #[error("{binary} is not at {}; {hint}", path.display())]
+    NoBinary { binary: &'static str, path: PathBuf, hint: &'static str },
+}
+
+impl HostError {
+    /// The whole chain in one line.
+    pub fn chain(&self) -> String {
+        chain(self)
+    }
+
+    fn reason(&self) -> &'static str {
+        match self {
+            HostError::ImageMissing(_) | HostError::Pull { .. } => "ErrImagePull",
+            HostError::NeverPulled(_) => "ErrImageNeverPull",
+            HostError::Spec(_) | HostError::User { .. } => "CreateContainerConfigError",
+            HostError::Volume(_) => "FailedMount",
+            HostError::Network { .. } | HostError::Publish(_) => "FailedNetwork",
+            HostError::RootFs { .. } | HostError::Cgroup { .. } | HostError::Start { .. } => {
+                "CreateContainerError"
+            }
+            HostError::Stop { .. } => "FailedKillPod",
+            HostError::Path(_)
+            | HostError::Locked { .. }
+            | HostError::Store(_)
+            | HostError::NoBinary { .. } => "HostError",
+        }
+    }
+
+    fn next(&self) -> Next {
+        match self {
+            HostError::Spec(_) | HostError::User { .. } | HostError::NeverPulled(_) => Next::Blocked,
+            HostError::Pull { retry: false, .. } => Next::Blocked,
+            HostError::Volume(VolumeError::BadVolume { .. } | VolumeError::SubPathEscapes { .. }) => {
+                Next::Blocked
+            }
+            _ => Next::Retry,
+        }
+    }
+}
+
+impl From<HostError> for ActionError {
+    fn from(error: HostError) -> ActionError {
+        ActionError { next: error.next(), reason: error.reason(), message: error.chain() }
+    }
+}
+
+impl From<HostError> for PortError {
+    fn from(error: HostError) -> PortError {
+        PortError(error.chain())
+    }
+}
+
+/// An error and its sources, joined by ": ", without repeating a source that the error already quotes.
+pub(crate) fn chain(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        let next = error.to_string();
+        if !text.ends_with(&next) {
+            text.push_str(": ");
+            text.push_str(&next);
+        }
+        source = error.source();
+    }
+    text
+}

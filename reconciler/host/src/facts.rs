@@ -1,0 +1,143 @@
+//! What this host is and allows, read once.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::Path;
+
+use nix::sys::resource::{Resource, getrlimit};
+
+use crate::spec::HostDevice;
+
+/// In the order of their numbers (capabilities(7)).
+const CAPABILITY_NAMES: &[&str] = &[
+    "CHOWN",
+    "DAC_OVERRIDE",
+    "DAC_READ_SEARCH",
+    "FOWNER",
+    "FSETID",
+    "KILL",
+    "SETGID",
+    "SETUID",
+    "SETPCAP",
+    "LINUX_IMMUTABLE",
+    "NET_BIND_SERVICE",
+    "NET_BROADCAST",
+    "NET_ADMIN",
+    "NET_RAW",
+    "IPC_LOCK",
+    "IPC_OWNER",
+    "SYS_MODULE",
+    "SYS_RAWIO",
+    "SYS_CHROOT",
+    "SYS_PTRACE",
+    "SYS_PACCT",
+    "SYS_ADMIN",
+    "SYS_BOOT",
+    "SYS_NICE",
+    "SYS_RESOURCE",
+    "SYS_TIME",
+    "SYS_TTY_CONFIG",
+    "MKNOD",
+    "LEASE",
+    "AUDIT_WRITE",
+    "AUDIT_CONTROL",
+    "SETFCAP",
+    "MAC_OVERRIDE",
+    "MAC_ADMIN",
+    "SYSLOG",
+    "WAKE_ALARM",
+    "BLOCK_SUSPEND",
+    "AUDIT_READ",
+    "PERFMON",
+    "BPF",
+    "CHECKPOINT_RESTORE",
+];
+
+/// Directories of `/dev` that belong to the host's own session and never to a container.
+const PRIVATE_DEVICES: &[&str] = &["pts", "shm", "mqueue", "hugepages", "fd"];
+
+/// More open files than this is never a sensible default, whatever the host allows.
+const MAX_NOFILE: u64 = 1 << 20;
+
+#[derive(Clone, Debug)]
+pub(crate) struct Facts {
+    pub(crate) node_name: String,
+    pub(crate) nofile: u64,
+    pub(crate) memory_bytes: u64,
+    pub(crate) capabilities: BTreeSet<String>,
+}
+
+impl Facts {
+    pub(crate) fn read() -> Facts {
+        let nofile = getrlimit(Resource::RLIMIT_NOFILE).map_or(1024, |(_, hard)| hard.min(MAX_NOFILE));
+        Facts {
+            node_name: node_name(),
+            nofile,
+            memory_bytes: memory_bytes().unwrap_or(1 << 30),
+            capabilities: bounding_set(),
+        }
+    }
+}
+
+pub(crate) fn node_name() -> String {
+    fs::read_to_string("/proc/sys/kernel/hostname")
+        .map(|name| name.trim().to_string())
+        .unwrap_or_else(|_| "localhost".to_string())
+}
+
+fn memory_bytes() -> Option<u64> {
+    let text = fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
+    line.split_whitespace().next()?.parse::<u64>().ok().map(|kib| kib * 1024)
+}
+
+fn bounding_set() -> BTreeSet<String> {
+    let mask = fs::read_to_string("/proc/self/status")
+        .ok()
+        .and_then(|text| {
+            let line = text.lines().find_map(|line| line.strip_prefix("CapBnd:"))?;
+            u64::from_str_radix(line.trim(), 16).ok()
+        })
+        .unwrap_or(u64::MAX);
+    CAPABILITY_NAMES
+        .iter()
+        .enumerate()
+        .filter(|(bit, _)| mask & (1 << bit) != 0)
+        .map(|(_, name)| format!("CAP_{name}"))
+        .collect()
+}
+
+/// Device nodes below `/dev`, for privileged containers.
+pub(crate) fn host_devices() -> Vec<HostDevice> {
+    let mut found = Vec::new();
+    collect_devices(Path::new("/dev"), &mut found);
+    found.sort_by(|a, b| a.path.cmp(&b.path));
+    found
+}
+
+fn collect_devices(dir: &Path, found: &mut Vec<HostDevice>) {
+    let Ok(entries) = fs::read_dir(dir) else { return };
+    for entry in entries.flatten() {
+        let path = entry.path();
+        let Ok(meta) = fs::symlink_metadata(&path) else { continue };
+        let kind = meta.file_type();
+        let name = entry.file_name();
+        if kind.is_dir() {
+            if !PRIVATE_DEVICES.iter().any(|private| name == *private) {
+                collect_devices(&path, found);
+            }
+        } else if (kind.is_char_device() || kind.is_block_device()) && name != "console" && name != "ptmx" {
+            let (major, minor) = (nix::sys::stat::major(meta.rdev()), nix::sys::stat::minor(meta.rdev()));
+            if let Ok(path) = path.into_os_string().into_string() {
+                found.push(HostDevice {
+                    path,
+                    kind: if kind.is_block_device() { 'b' } else { 'c' },
+                    major: i64::try_from(major).unwrap_or(0),
+                    minor: i64::try_from(minor).unwrap_or(0),
+                    mode: meta.mode() & 0o777,
+                });
+            }
+        }
+    }
+}

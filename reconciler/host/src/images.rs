@@ -1,0 +1,171 @@
+//! Images: the store, pulls, and the one image that needs no registry.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+
+use keel_engine::ports::{Done, Progress};
+use keel_manifest::model::PullPolicy;
+use keel_store::{ConfigSpec, Content, FileSpec, Image, LayerSpec, Store};
+
+use crate::RealHost;
+use crate::error::HostError;
+use crate::paths::Paths;
+
+/// Made from the running program itself, so that a first try needs neither a registry nor a download.
+pub const DEMO_IMAGE: &str = "evenkeel.dev/hello:latest";
+
+/// How registries are reached.
+#[derive(Clone, Debug, Default)]
+pub struct Registries {
+    /// `host[:port]` that are spoken to without TLS. Loopback always is.
+    pub insecure: Vec<String>,
+    /// Directory of `<host[:port]>/*.crt`, as Docker's `certs.d`.
+    pub certs_dir: Option<PathBuf>,
+    /// `config.json` of Docker or `auth.json` of podman.
+    pub auth_file: Option<PathBuf>,
+}
+
+/// Opens the store of an instance. What a crash left unfinished is swept away.
+pub fn open_store(paths: &Paths) -> Result<Arc<Store>, HostError> {
+    Store::open(paths.root()).map(Arc::new).map_err(|source| HostError::Store(Box::new(source)))
+}
+
+impl RealHost {
+    pub(crate) fn image(&self, reference: &str) -> Result<Image, HostError> {
+        let found = self.store.image(&canonical(reference)?).map_err(|e| HostError::Store(Box::new(e)))?;
+        found.ok_or_else(|| HostError::ImageMissing(reference.to_string()))
+    }
+
+    /// By canonical reference.
+    pub(crate) fn image_digests(&self) -> Result<BTreeMap<String, String>, HostError> {
+        let images = self.store.images().map_err(|e| HostError::Store(Box::new(e)))?;
+        Ok(images
+            .into_iter()
+            .map(|image| (image.reference.clone(), image.manifest_digest.to_string()))
+            .collect())
+    }
+
+    pub(crate) fn pull(
+        &self,
+        image: &str,
+        policy: PullPolicy,
+        report: &(dyn Fn(Progress) + Sync),
+    ) -> Result<Done, HostError> {
+        let reference = canonical(image)?;
+        let present = self.store.image(&reference).map_err(|e| HostError::Store(Box::new(e)))?.is_some();
+        match policy {
+            PullPolicy::IfNotPresent | PullPolicy::Never if present => return Ok(Done::Done),
+            PullPolicy::Never => return Err(HostError::NeverPulled(image.to_string())),
+            _ => {}
+        }
+        if reference == DEMO_IMAGE {
+            if !present {
+                make_demo_image(&self.store)?;
+            }
+            return Ok(Done::Done);
+        }
+        self.fetch(&reference, report)
+    }
+
+    fn fetch(&self, reference: &str, report: &(dyn Fn(Progress) + Sync)) -> Result<Done, HostError> {
+        // The client reports from tasks that may outlive a borrow: it leaves its numbers here, and this thread passes
+        // them on while it waits.
+        let latest: Arc<Mutex<Option<Progress>>> = Arc::default();
+        let sink = latest.clone();
+        let name = reference.to_string();
+        let on_progress = move |progress: keel_registry::PullProgress| {
+            let seen = Progress {
+                image: name.clone(),
+                done_bytes: progress.done_bytes,
+                total_bytes: progress.total_bytes,
+                layers_done: progress.layers_done,
+                layers_total: progress.layers_total,
+            };
+            *sink.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = Some(seen);
+        };
+        let pull = self.registry.pull(
+            &self.store,
+            reference,
+            keel_registry::Platform::host(),
+            Arc::new(on_progress),
+        );
+        let pass_on = || {
+            let seen = latest.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).take();
+            if let Some(seen) = seen {
+                report(seen);
+            }
+        };
+        let result = self.runtime.block_on(async {
+            tokio::pin!(pull);
+            loop {
+                match tokio::time::timeout(PROGRESS_INTERVAL, &mut pull).await {
+                    Ok(result) => return result,
+                    Err(_) => pass_on(),
+                }
+            }
+        });
+        pass_on();
+        match result {
+            Ok(_) => Ok(Done::Done),
+            Err(error) => Err(HostError::Pull {
+                image: reference.to_string(),
+                retry: error.is_retryable(),
+                source: Box::new(error),
+            }),
+        }
+    }
+}
+
+/// Often enough for a progress bar, rarely enough for an event stream.
+const PROGRESS_INTERVAL: std::time::Duration = std::time::Duration::from_millis(200);
+
+/// The client for these settings.
+pub fn client(registries: &Registries) -> keel_registry::Client {
+    let mut options = keel_registry::ClientOptions::default();
+    options.insecure_registries.extend(registries.insecure.iter().cloned());
+    // What the operator names comes before the places that every tool looks at.
+    options.certs_dirs.splice(0..0, registries.certs_dir.iter().cloned());
+    options.auth_files.splice(0..0, registries.auth_file.iter().cloned());
+    keel_registry::Client::new(options)
+}
+
+fn canonical(reference: &str) -> Result<String, HostError> {
+    keel_store::canonical_reference(reference).map_err(|source| HostError::Pull {
+        image: reference.to_string(),
+        retry: false,
+        source: Box::new(source),
+    })
+}
+
+/// One static binary and an account that is not root.
+fn make_demo_image(store: &Store) -> Result<(), HostError> {
+    let failed = |source: Box<dyn std::error::Error + Send + Sync>| HostError::Pull {
+        image: DEMO_IMAGE.to_string(),
+        retry: false,
+        source,
+    };
+    let program = std::env::current_exe().map_err(|e| failed(Box::new(e)))?;
+    let layer = LayerSpec {
+        files: vec![
+            FileSpec::new("keel", 0o755, Content::File(program)),
+            FileSpec::new(
+                "etc/passwd",
+                0o644,
+                Content::Bytes(b"hello:x:65532:65532:hello:/:/keel\n".to_vec()),
+            ),
+            FileSpec::new("etc/group", 0o644, Content::Bytes(b"hello:x:65532:\n".to_vec())),
+            FileSpec::new("tmp", 0o1777, Content::Dir),
+        ],
+    };
+    let config = ConfigSpec {
+        entrypoint: vec!["/keel".into(), "hello".into()],
+        env: vec!["PATH=/".into()],
+        user: Some("hello".into()),
+        exposed_ports: vec!["8080/tcp".into()],
+        pinned: true,
+        ..ConfigSpec::default()
+    };
+    store.build_image(DEMO_IMAGE, &[layer], &config).map_err(|e| failed(Box::new(e)))?;
+    Ok(())
+}

@@ -1,0 +1,110 @@
+//! The one process that a pod needs only when its containers share a pid namespace: by the kernel's rule such a
+//! namespace ends with its first process (pid_namespaces(7)), so that process must not be one of the containers.
+//!
+//! It is a container like the others, of the shim's own program and nothing else, that no planner knows.
+
+use std::fs;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use keel_plan::{ContainerId, DesiredPod, PodId};
+use serde_json::json;
+
+use crate::RealHost;
+use crate::containers::private_dir;
+use crate::error::HostError;
+use crate::observe;
+use crate::state::{At, Keep, write_file};
+
+/// Not a DNS label, so no declared container can have it.
+const NAME: &str = "pod_init";
+/// It reacts to SIGKILL at once; longer means that the kernel is stuck.
+const STOP_GRACE: Duration = Duration::from_secs(2);
+
+impl RealHost {
+    /// Where the namespace of the pod's first process is, for pods that share one.
+    pub(crate) fn shared_pid_namespace(&self, pod: &DesiredPod) -> Option<PathBuf> {
+        if !pod.spec.share_process_namespace || pod.spec.host_pid {
+            return None;
+        }
+        let mark = observe::read_mark(&self.paths.container(&id_of(&pod.id)).join("pid")).ok().flatten()?;
+        Some(PathBuf::from(format!("/proc/{}/ns/pid", mark.pid)))
+    }
+
+    pub(crate) fn pod_init_lives(&self, pod: &PodId) -> bool {
+        let mark = observe::read_mark(&self.paths.container(&id_of(pod)).join("pid")).ok().flatten();
+        mark.is_some_and(observe::is_alive)
+    }
+
+    pub(crate) fn start_pod_init(&self, pod: &DesiredPod) -> Result<(), HostError> {
+        if self.pod_init_lives(&pod.id) {
+            return Ok(());
+        }
+        self.remove_pod_init(&pod.id)?;
+        let id = id_of(&pod.id);
+        let dir = self.paths.container(&id);
+        let rootfs = self.paths.rootfs(&id);
+        private_dir(&rootfs)?;
+        fs::write(rootfs.join("init"), b"").at("create", rootfs.join("init"))?;
+        let config = self.pod_init_spec(pod, &id).to_string();
+        write_file(&dir.join("config.json"), config.as_bytes(), Keep::Boot)?;
+        let log = self.paths.log(&pod.id, NAME, 0);
+        if let Some(parent) = log.parent() {
+            private_dir(parent)?;
+        }
+        self.spawn_shim(&id, &log, false, false)
+    }
+
+    pub(crate) fn remove_pod_init(&self, pod: &PodId) -> Result<(), HostError> {
+        let id = id_of(pod);
+        if !self.paths.container(&id).exists() {
+            return Ok(());
+        }
+        if let Ok(mut client) = keel_proto::Client::connect(&self.paths.container(&id))
+            && client.stop(9, STOP_GRACE).is_ok()
+        {
+            let _ = client.wait(Some(STOP_GRACE));
+        }
+        self.remove_container(&id)
+    }
+
+    fn pod_init_spec(&self, pod: &DesiredPod, id: &ContainerId) -> serde_json::Value {
+        let pinned = |kind: &str| json!(self.paths.pod_namespaces(&pod.id).join(kind));
+        let mut namespaces =
+            vec![json!({"type": "mount"}), json!({"type": "pid"}), json!({"type": "cgroup"})];
+        if !pod.spec.host_ipc {
+            namespaces.push(json!({"type": "ipc", "path": pinned("ipc")}));
+        }
+        if !pod.spec.host_network {
+            namespaces.push(json!({"type": "network", "path": pinned("net")}));
+            namespaces.push(json!({"type": "uts", "path": pinned("uts")}));
+        }
+        json!({
+            "ociVersion": "1.2.0",
+            "root": {"path": "rootfs", "readonly": true},
+            "process": {
+                "user": {"uid": 0, "gid": 0},
+                "args": ["/init", "pause"],
+                "env": [],
+                "cwd": "/",
+                "capabilities": {},
+                "noNewPrivileges": true,
+            },
+            "mounts": [{
+                "destination": "/init",
+                "type": "bind",
+                "source": self.config.shim,
+                "options": ["rbind", "rprivate", "ro", "nosuid", "nodev"],
+            }],
+            "linux": {
+                "cgroupsPath": self.paths.container_cgroup(&pod.id, id),
+                "namespaces": namespaces,
+                "resources": {"devices": [{"allow": false, "access": "rwm"}], "pids": {"limit": 2}},
+            },
+        })
+    }
+}
+
+pub(crate) fn id_of(pod: &PodId) -> ContainerId {
+    ContainerId(format!("{pod}.{NAME}.0"))
+}

@@ -1,0 +1,145 @@
+//! Small files that must be whole or absent: written aside, renamed into place; unreadable ones are set apart, never fatal.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+/// An io error with the operation and the path.
+#[derive(Debug, thiserror::Error)]
+#[error("{operation} {}", path.display())]
+pub struct PathError {
+    pub operation: &'static str,
+    pub path: PathBuf,
+    #[source]
+    pub source: io::Error,
+}
+
+/// `result.at("open", path)` in place of six lines.
+pub(crate) trait At<T> {
+    fn at(self, operation: &'static str, path: impl AsRef<Path>) -> Result<T, PathError>;
+}
+
+impl<T> At<T> for io::Result<T> {
+    fn at(self, operation: &'static str, path: impl AsRef<Path>) -> Result<T, PathError> {
+        self.map_err(|source| PathError { operation, path: path.as_ref().to_path_buf(), source })
+    }
+}
+
+impl<T> At<T> for nix::Result<T> {
+    fn at(self, operation: &'static str, path: impl AsRef<Path>) -> Result<T, PathError> {
+        self.map_err(io::Error::from).at(operation, path)
+    }
+}
+
+/// How long the contents must survive.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Keep {
+    /// Until reboot: rename only.
+    Boot,
+    /// Through a power cut: fsync of the file, rename, fsync of the directory.
+    Durable,
+}
+
+/// Replaces `path` by `contents`, mode 0600.
+pub fn write_file(path: &Path, contents: &[u8], keep: Keep) -> Result<(), PathError> {
+    let temporary = path.with_extension(format!("{}.tmp", std::process::id()));
+    let mut file = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(&temporary)
+        .at("create", &temporary)?;
+    let written = file.write_all(contents).at("write", &temporary).and_then(|()| match keep {
+        Keep::Boot => Ok(()),
+        Keep::Durable => file.sync_all().at("fsync", &temporary),
+    });
+    if let Err(error) = written.and_then(|()| fs::rename(&temporary, path).at("rename to", path)) {
+        let _ = fs::remove_file(&temporary);
+        return Err(error);
+    }
+    if keep == Keep::Durable {
+        let parent = path.parent().unwrap_or(Path::new("/"));
+        File::open(parent).and_then(|dir| dir.sync_all()).at("fsync directory", parent)?;
+    }
+    Ok(())
+}
+
+pub fn write_json<T: Serialize>(path: &Path, value: &T, keep: Keep) -> Result<(), PathError> {
+    let text = serde_json::to_vec(value).map_err(io::Error::other).at("encode", path)?;
+    write_file(path, &text, keep)
+}
+
+/// `None` when the file does not exist, or does not parse: then it is renamed to `<name>.broken` for a person to look at,
+/// since state is a cache that the next round rebuilds.
+pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, PathError> {
+    let text = match fs::read(path) {
+        Ok(text) => text,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(e) => return Err(e).at("read", path),
+    };
+    match serde_json::from_slice(&text) {
+        Ok(value) => Ok(Some(value)),
+        Err(error) => {
+            let aside = path.with_extension("broken");
+            tracing::warn!(path = %path.display(), aside = %aside.display(), %error, "state file does not parse; set aside");
+            fs::rename(path, &aside).at("set aside", path)?;
+            Ok(None)
+        }
+    }
+}
+
+/// Names in a directory, sorted. A missing directory is empty.
+pub(crate) fn names(dir: &Path) -> Result<Vec<String>, PathError> {
+    let entries = match fs::read_dir(dir) {
+        Ok(entries) => entries,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(e) => return Err(e).at("list", dir),
+    };
+    let mut names = Vec::new();
+    for entry in entries {
+        if let Ok(name) = entry.at("list", dir)?.file_name().into_string() {
+            names.push(name);
+        }
+    }
+    names.sort();
+    Ok(names)
+}
+
+/// Removes a file; absence is success.
+pub(crate) fn remove_file(path: &Path) -> Result<(), PathError> {
+    match fs::remove_file(path) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e).at("remove", path),
+        _ => Ok(()),
+    }
+}
+
+/// Removes a tree without following symbolic links; absence is success. Mounts below must be gone already:
+/// a mount point answers EBUSY, and nothing behind it is touched.
+pub(crate) fn remove_tree(path: &Path) -> Result<(), PathError> {
+    match fs::remove_dir_all(path) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e).at("remove", path),
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_broken_file_is_set_aside_and_reads_as_absent() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x.json");
+        write_file(&path, b"{\"a\":", Keep::Durable).unwrap();
+        assert_eq!(read_json::<serde_json::Value>(&path).unwrap(), None);
+        assert!(!path.exists());
+        assert!(dir.path().join("x.broken").exists());
+        write_json(&path, &vec![1, 2], Keep::Boot).unwrap();
+        assert_eq!(read_json::<Vec<u8>>(&path).unwrap(), Some(vec![1, 2]));
+    }
+}

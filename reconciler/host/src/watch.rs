@@ -1,0 +1,77 @@
+//! Who holds the instance, and how the end of a container reaches the engine at once.
+
+use std::fs::{File, OpenOptions};
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::time::Duration;
+
+use inotify::{Inotify, WatchMask};
+use nix::fcntl::{Flock, FlockArg};
+
+use crate::error::HostError;
+use crate::paths::Paths;
+use crate::state::{At, PathError};
+
+/// Exclusive right to act on the instance. Given back by the kernel when the process ends, however it ends.
+#[derive(Debug)]
+pub struct Lock {
+    _file: Flock<File>,
+}
+
+impl Lock {
+    pub fn take(paths: &Paths) -> Result<Lock, HostError> {
+        paths.create().map_err(|source| PathError {
+            operation: "create",
+            path: paths.run().to_path_buf(),
+            source,
+        })?;
+        let path = paths.lock();
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(&path)
+            .at("open", &path)?;
+        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(mut file) => {
+                let pid = format!("{}\n", std::process::id());
+                file.set_len(0).and_then(|()| file.write_all(pid.as_bytes())).at("write", &path)?;
+                Ok(Lock { _file: file })
+            }
+            Err((mut file, nix::Error::EWOULDBLOCK)) => {
+                let mut text = String::new();
+                let read = file.seek(SeekFrom::Start(0)).and_then(|_| file.read_to_string(&mut text));
+                let holder = read.ok().and_then(|_| text.trim().parse().ok());
+                Err(HostError::Locked { lock: path, holder })
+            }
+            Err((_, e)) => Err(e).at("lock", &path)?,
+        }
+    }
+}
+
+/// Wakes when an exit record appears. A hint only: the records are the truth, and every round reads them.
+pub struct ExitWatch {
+    inotify: Inotify,
+}
+
+impl ExitWatch {
+    pub fn new(paths: &Paths) -> Result<ExitWatch, HostError> {
+        let dir = paths.exits();
+        let inotify = Inotify::init().at("watch", &dir)?;
+        inotify.watches().add(&dir, WatchMask::MOVED_TO).at("watch", &dir)?;
+        Ok(ExitWatch { inotify })
+    }
+
+    /// Blocks until there was at least one exit, then drains what else is queued, so that a burst is one wake-up.
+    pub fn wait(&mut self) -> Result<(), HostError> {
+        /// Exits that come together are handled together.
+        const SETTLE: Duration = Duration::from_millis(2);
+        let mut buffer = [0; 4096];
+        self.inotify.read_events_blocking(&mut buffer).at("read watch of", "exits")?;
+        std::thread::sleep(SETTLE);
+        while self.inotify.read_events(&mut buffer).is_ok_and(|events| events.count() > 0) {}
+        Ok(())
+    }
+}
