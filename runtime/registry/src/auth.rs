@@ -11,7 +11,7 @@ use serde::Deserialize;
 
 use crate::credentials::Credential;
 use crate::error::PullError;
-use crate::transport::{Outgoing, Transport};
+use crate::transport::{Outgoing, Payload, Transport};
 use keel_store::Digest;
 
 /// Tokens are a few kilobytes. A service that sends more is broken or hostile.
@@ -197,7 +197,7 @@ fn refresh_request(url: Url, request: &TokenRequest<'_>, token: &str) -> Outgoin
     Outgoing {
         method: Method::POST,
         content_type: Some("application/x-www-form-urlencoded".to_owned()),
-        body: Some(form.query().unwrap_or_default().to_owned().into()),
+        body: Payload::Bytes(form.query().unwrap_or_default().to_owned().into()),
         ..Outgoing::get(url)
     }
 }

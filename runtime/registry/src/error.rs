@@ -83,8 +83,13 @@ pub enum PullError {
     Malformed { what: String, registry: String, detail: String },
 
     /// The layer does not unpack. Stops the transfer, so whether its digest is right stays unknown.
-    #[error("{what} from {registry} cannot be unpacked: {}", with_causes(.source))]
-    BadLayer { what: String, registry: String, source: LayerError },
+    #[error("{what} from {registry} cannot be unpacked")]
+    BadLayer {
+        what: String,
+        registry: String,
+        #[source]
+        source: Box<LayerError>,
+    },
 
     #[error("{reference} is a Docker schema 1 image, a format without content digests")]
     Schema1 { reference: String },
@@ -291,7 +296,7 @@ impl PullError {
                 detail: format!("unpacked it is {actual}, and the config says {diff_id}"),
             },
             LayerError::Unpack { .. } if !keel_store::is_no_space(&error) && !is_local(&error) => {
-                Self::BadLayer { what, registry, source: error }
+                Self::BadLayer { what, registry, source: Box::new(error) }
             }
             other => Self::store(what, other),
         }

@@ -17,7 +17,7 @@ use crate::reference::Reference;
 use crate::transport::{Incoming, Outgoing, Transport};
 
 /// Larger manifests are refused by registries and engines alike; they cost memory on every host.
-const MANIFEST_LIMIT: u64 = 4 << 20;
+pub(crate) const MANIFEST_LIMIT: u64 = 4 << 20;
 const CONFIG_LIMIT: u64 = 4 << 20;
 
 /// What a session may do with the repository.
@@ -34,6 +34,8 @@ pub(crate) struct Session<'a> {
     pub(crate) reference: &'a Reference,
     pub(crate) credential: Option<Credential>,
     access: Access,
+    /// A repository of the same registry that has the blobs of a push.
+    mount_from: Option<String>,
     /// Decided by the first answer: `https`, or `http` where that is allowed.
     base: OnceLock<Url>,
     /// The header that the registry accepted last.
@@ -63,6 +65,7 @@ impl<'a> Session<'a> {
             reference,
             credential,
             access,
+            mount_from: None,
             base: OnceLock::new(),
             authorization: Mutex::new(None),
         }
@@ -175,6 +178,18 @@ impl<'a> Session<'a> {
         Err(last.unwrap_or_else(|| self.missing(what, String::new())))
     }
 
+    pub(crate) fn mount_from(&mut self, repository: &str) {
+        self.mount_from = Some(repository.to_owned());
+    }
+
+    pub(crate) fn mountable(&self) -> Option<&str> {
+        self.mount_from.as_deref()
+    }
+
+    pub(crate) async fn head(&self, path: &str) -> Result<Incoming, PullError> {
+        self.request(Method::HEAD, path, None, None).await
+    }
+
     async fn get(
         &self,
         path: &str,
@@ -267,7 +282,11 @@ impl<'a> Session<'a> {
             Access::Pull => "pull",
             Access::Push => "pull,push",
         };
-        format!("repository:{}:{actions}", self.reference.repository())
+        let own = format!("repository:{}:{actions}", self.reference.repository());
+        match &self.mount_from {
+            Some(other) => format!("{own} repository:{other}:pull"),
+            None => own,
+        }
     }
 
     fn authorization(&self) -> Option<HeaderValue> {
@@ -296,6 +315,14 @@ impl<'a> Session<'a> {
     /// The address of the repository, once the first request has found it.
     pub(crate) fn base(&self) -> Option<&Url> {
         self.base.get()
+    }
+
+    /// The address of something in the repository.
+    pub(crate) fn address(&self, path: &str) -> Result<Url, PullError> {
+        match self.base.get() {
+            Some(base) => Ok(join(base, path)),
+            None => Ok(join(&self.bases()?.0, path)),
+        }
     }
 
     async fn accept_document(&self, response: Incoming) -> Result<Incoming, PullError> {
@@ -377,7 +404,7 @@ fn check_digest(what: &str, host: &str, expected: Option<&Digest>, body: &[u8]) 
         Some(expected) if *expected != actual => Err(PullError::WrongDigest {
             what: what.to_owned(),
             registry: host.to_owned(),
-            expected: expected.clone(),
+            expected: *expected,
             actual: actual.to_string(),
         }),
         _ => Ok(actual),

@@ -4,17 +4,20 @@ use std::collections::BTreeMap;
 use std::error::Error as StdError;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
 
 use bytes::{Bytes, BytesMut};
 use reqwest::dns::{Addrs, Name, Resolve, Resolving};
 use reqwest::header::{
-    ACCEPT, AUTHORIZATION, CONTENT_TYPE, HeaderMap, HeaderValue, LOCATION, RANGE, RETRY_AFTER,
+    ACCEPT, AUTHORIZATION, CONTENT_LENGTH, CONTENT_TYPE, HeaderMap, HeaderValue, LOCATION, RANGE, RETRY_AFTER,
 };
 use reqwest::{Method, StatusCode, Url};
 use rustls::CertificateError;
 use serde::Deserialize;
+use tokio::io::{AsyncReadExt, AsyncSeekExt};
 use tokio::time::{Instant, timeout};
 
 use crate::backoff::parse_retry_after;
@@ -32,6 +35,7 @@ const MAX_OWN_CLIENTS: usize = 64;
 /// As much of an error page as is read to find a message in it.
 const ERROR_BODY_LIMIT: u64 = 64 << 10;
 const ERROR_TEXT_CHARS: usize = 300;
+const SEND_PIECE: usize = 64 << 10;
 
 /// How long to wait for what.
 #[derive(Clone, Debug)]
@@ -77,7 +81,26 @@ pub(crate) struct Outgoing {
     pub(crate) authorization: Option<HeaderValue>,
     pub(crate) content_type: Option<String>,
     pub(crate) content_range: Option<String>,
-    pub(crate) body: Option<Bytes>,
+    pub(crate) body: Payload,
+}
+
+/// What a request carries.
+#[derive(Clone, Debug, Default)]
+pub(crate) enum Payload {
+    #[default]
+    Nothing,
+    Bytes(Bytes),
+    File(FilePart),
+}
+
+/// A part of a file, read while it is sent.
+#[derive(Clone, Debug)]
+pub(crate) struct FilePart {
+    pub(crate) path: PathBuf,
+    pub(crate) from: u64,
+    pub(crate) len: u64,
+    /// Bytes that the connection took so far: what progress is measured by.
+    pub(crate) taken: Arc<AtomicU64>,
 }
 
 /// A response whose body is still to come.
@@ -102,7 +125,7 @@ impl Outgoing {
             authorization: None,
             content_type: None,
             content_range: None,
-            body: None,
+            body: Payload::Nothing,
         }
     }
 
@@ -125,6 +148,37 @@ impl Outgoing {
 
     fn follows_redirects(&self) -> bool {
         self.method == Method::GET || self.method == Method::HEAD
+    }
+}
+
+impl FilePart {
+    fn stream(&self) -> reqwest::Body {
+        let part = self.clone();
+        let pieces = futures_util::stream::try_unfold(None, move |state| {
+            let part = part.clone();
+            async move {
+                let (mut file, left) = match state {
+                    Some(state) => state,
+                    None => {
+                        let mut file = tokio::fs::File::open(&part.path).await?;
+                        file.seek(io::SeekFrom::Start(part.from)).await?;
+                        (file, part.len)
+                    }
+                };
+                if left == 0 {
+                    return Ok::<_, io::Error>(None);
+                }
+                let mut piece = vec![0; SEND_PIECE.min(usize::try_from(left).unwrap_or(SEND_PIECE))];
+                let n = file.read(&mut piece).await?;
+                if n == 0 {
+                    return Err(io::ErrorKind::UnexpectedEof.into());
+                }
+                piece.truncate(n);
+                part.taken.fetch_add(n as u64, Ordering::Relaxed);
+                Ok(Some((Bytes::from(piece), Some((file, left - n as u64)))))
+            }
+        });
+        reqwest::Body::wrap_stream(pieces)
     }
 }
 
@@ -186,13 +240,39 @@ impl Transport {
         let host = host_of(&url);
         let mut request =
             self.client(&url)?.request(outgoing.method.clone(), url).headers(outgoing.headers(authorization));
-        if let Some(body) = &outgoing.body {
-            request = request.body(body.clone());
+        let taken = match &outgoing.body {
+            Payload::Nothing => None,
+            Payload::Bytes(bytes) => {
+                request = request.body(bytes.clone());
+                None
+            }
+            Payload::File(part) => {
+                request = request.header(CONTENT_LENGTH, part.len).body(part.stream());
+                Some(part.taken.clone())
+            }
+        };
+        match self.watch(request.send(), taken.as_deref()).await {
+            Some(Ok(response)) => Ok(response),
+            Some(Err(error)) => Err(classify(&host, &error)),
+            None => Err(PullError::Stalled { registry: host, waited: self.timeouts.no_progress }),
         }
-        match timeout(self.timeouts.no_progress, request.send()).await {
-            Ok(Ok(response)) => Ok(response),
-            Ok(Err(error)) => Err(classify(&host, &error)),
-            Err(_) => Err(PullError::Stalled { registry: host, waited: self.timeouts.no_progress }),
+    }
+
+    /// Waits for an answer as long as bytes are taken; `None` is a stall.
+    async fn watch<T>(&self, answer: impl Future<Output = T>, taken: Option<&AtomicU64>) -> Option<T> {
+        let progress = || taken.map_or(0, |taken| taken.load(Ordering::Relaxed));
+        let mut answer = std::pin::pin!(answer);
+        let mut before = progress();
+        loop {
+            // Polling the same pinned future again after a timeout loses nothing.
+            if let Ok(answer) = timeout(self.timeouts.no_progress, answer.as_mut()).await {
+                return Some(answer);
+            }
+            let now = progress();
+            if now == before {
+                return None;
+            }
+            before = now;
         }
     }
 
@@ -259,8 +339,9 @@ impl Incoming {
         &self.host
     }
 
-    pub(crate) fn url(&self) -> &Url {
-        self.response.url()
+    /// The address that `Location` names, by the rules for redirects.
+    pub(crate) fn location(&self) -> Result<Url, String> {
+        redirect_target(self.response.url(), self.response.headers())
     }
 
     /// The next piece of the body, `None` at its end. Only time spent waiting for the network counts

@@ -7,7 +7,7 @@ use std::path::Path;
 use keel_store::Digest;
 use serde_json::{Value, json};
 
-use crate::manifest::{DOCKER_MANIFEST, OCI_INDEX, OCI_MANIFEST};
+use crate::manifest::{OCI_INDEX, OCI_MANIFEST};
 
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Packing {
@@ -31,27 +31,16 @@ pub(super) type LayerSpec<'a> = (Packing, &'a [(&'a str, &'a [u8])]);
 impl Content {
     /// An OCI image for `linux/<architecture>` under `tag`; gives its manifest digest.
     pub(super) fn image(&mut self, tag: &str, architecture: &str, layers: &[LayerSpec<'_>]) -> Digest {
-        self.image_as(tag, architecture, layers, false)
-    }
-
-    pub(super) fn image_as(
-        &mut self,
-        tag: &str,
-        architecture: &str,
-        layers: &[LayerSpec<'_>],
-        docker: bool,
-    ) -> Digest {
         let mut diff_ids = Vec::new();
         let mut descriptors = Vec::new();
         for (packing, files) in layers {
             let tar = tar(files);
             diff_ids.push(Digest::of(&tar).to_string());
             let packed = pack(*packing, &tar);
-            let media_type = match (docker, packing) {
-                (true, _) => "application/vnd.docker.image.rootfs.diff.tar.gzip",
-                (_, Packing::Plain) => "application/vnd.oci.image.layer.v1.tar",
-                (_, Packing::Gzip) => "application/vnd.oci.image.layer.v1.tar+gzip",
-                (_, Packing::Zstd) => "application/vnd.oci.image.layer.v1.tar+zstd",
+            let media_type = match packing {
+                Packing::Plain => "application/vnd.oci.image.layer.v1.tar",
+                Packing::Gzip => "application/vnd.oci.image.layer.v1.tar+gzip",
+                Packing::Zstd => "application/vnd.oci.image.layer.v1.tar+zstd",
             };
             descriptors.push(self.blob(media_type, packed));
         }
@@ -61,16 +50,11 @@ impl Content {
             "rootfs": {"type": "layers", "diff_ids": diff_ids},
             "history": [],
         });
-        let (config_type, manifest_type) = if docker {
-            ("application/vnd.docker.container.image.v1+json", DOCKER_MANIFEST)
-        } else {
-            ("application/vnd.oci.image.config.v1+json", OCI_MANIFEST)
-        };
-        let config = self.blob(config_type, config.to_string().into_bytes());
+        let config = self.blob("application/vnd.oci.image.config.v1+json", config.to_string().into_bytes());
         let manifest = json!({
-            "schemaVersion": 2, "mediaType": manifest_type, "config": config, "layers": descriptors,
+            "schemaVersion": 2, "mediaType": OCI_MANIFEST, "config": config, "layers": descriptors,
         });
-        self.manifest(tag, manifest_type, manifest.to_string().into_bytes())
+        self.manifest(tag, OCI_MANIFEST, manifest.to_string().into_bytes())
     }
 
     /// An index over images that are already there.

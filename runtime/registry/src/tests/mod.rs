@@ -2,6 +2,7 @@
 
 mod fixture;
 mod hostile;
+mod push;
 mod real;
 mod server;
 

@@ -14,7 +14,7 @@ use super::{Bench, options};
 use crate::{ClientOptions, Platform, PullError};
 
 /// Programs of the lab; a machine without them skips these tests and says so.
-fn lab_is_here(programs: &[&str]) -> bool {
+pub(super) fn lab_is_here(programs: &[&str]) -> bool {
     let missing: Vec<&&str> = programs
         .iter()
         .filter(|program| {
@@ -29,7 +29,7 @@ fn lab_is_here(programs: &[&str]) -> bool {
 }
 
 /// A registry process with its data in a directory of its own.
-struct Registry {
+pub(super) struct Registry {
     process: Child,
     dir: tempfile::TempDir,
     port: u16,
@@ -43,12 +43,12 @@ impl Drop for Registry {
 }
 
 impl Registry {
-    fn plain() -> Self {
+    pub(super) fn plain() -> Self {
         Self::start(|_| json!({}), json!({}))
     }
 
     /// `http` and `auth` sections of its configuration; `http` may write files first.
-    fn start(http: impl FnOnce(&Path) -> serde_json::Value, auth: serde_json::Value) -> Self {
+    pub(super) fn start(http: impl FnOnce(&Path) -> serde_json::Value, auth: serde_json::Value) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let mut http = http(dir.path());
         // Free a moment ago; the loop below notices when somebody else was faster.
@@ -93,20 +93,20 @@ impl Registry {
         }
     }
 
-    fn path(&self) -> &Path {
+    pub(super) fn path(&self) -> &Path {
         self.dir.path()
     }
 
-    fn host(&self) -> String {
+    pub(super) fn host(&self) -> String {
         format!("127.0.0.1:{}", self.port)
     }
 
-    fn reference(&self, tag: &str) -> String {
+    pub(super) fn reference(&self, tag: &str) -> String {
         format!("{}/keel/x:{tag}", self.host())
     }
 
     /// Pushes `tag` of the content with skopeo.
-    fn push(&self, content: &Content, tag: &str, more: &[&str]) {
+    pub(super) fn push(&self, content: &Content, tag: &str, more: &[&str]) {
         let layout = tempfile::tempdir().unwrap();
         content.write_layout(layout.path());
         let output = Command::new("skopeo")
@@ -283,7 +283,7 @@ fn certs_d(registry: &Registry, names: &[&str]) -> PathBuf {
     root
 }
 
-fn small() -> Content {
+pub(super) fn small() -> Content {
     let mut content = Content::default();
     content.image("1", "amd64", &[(Packing::Gzip, &[("a", b"x")])]);
     content

@@ -20,6 +20,7 @@ pub(super) struct Request {
     pub(super) target: String,
     pub(super) headers: BTreeMap<String, String>,
     pub(super) body: String,
+    pub(super) body_len: usize,
     /// How many requests with this method and target came before.
     pub(super) before: usize,
 }
@@ -185,6 +186,7 @@ async fn read_request(stream: &mut TcpStream) -> Option<Request> {
     let length = request.header("content-length").and_then(|l| l.parse().ok()).unwrap_or(0);
     let mut body = vec![0; length];
     stream.read_exact(&mut body).await.ok()?;
+    request.body_len = length;
     request.body = String::from_utf8_lossy(&body).into_owned();
     Some(request)
 }
