@@ -134,7 +134,7 @@ pub struct Core {
     /// Counts finished actions; an observation covers those before the number it was asked at.
     epoch: u64,
     /// What finished actions have touched, and when.
-    touched: BTreeMap<Touched, u64>,
+    touched: BTreeMap<Touched, Touch>,
     next_ticket: u64,
     clock: Option<Now>,
     replan: bool,
@@ -157,6 +157,12 @@ enum Touched {
     Pod(PodKey),
     Image(String),
     Network,
+}
+
+struct Touch {
+    epoch: u64,
+    /// Set when it brought up something of this version.
+    started: Option<Arc<DesiredPod>>,
 }
 
 #[derive(Default)]
@@ -396,7 +402,7 @@ impl Core {
                 self.observing.failures = 0;
                 self.observing.error = None;
                 self.observing.next_ms = now.mono.saturating_add(self.settings.observe_every_ms);
-                self.touched.retain(|_, epoch| *epoch > covered);
+                self.touched.retain(|_, touch| touch.epoch > covered);
                 self.graces.retain(|pod, _| observed.pods.contains_key(pod));
                 self.observed = Some(observed);
                 self.replan = true;
@@ -419,7 +425,8 @@ impl Core {
         let Some(flight) = self.flights.end(ticket) else { return };
         let work = Work::of(&flight.action);
         self.epoch += 1;
-        self.touched.insert(touched(&flight.action), self.epoch);
+        let touch = Touch { epoch: self.epoch, started: brings_up(&flight.action).cloned() };
+        self.touched.insert(touched(&flight.action), touch);
         self.observing.wanted = true;
         self.status_stale = true;
         if let Action::Pull { image, .. } = &flight.action {
@@ -554,18 +561,33 @@ impl Core {
         for mut planned in planned {
             let work = Work::of(&planned.action);
             let waits = self.retries.waiting(&work, now.mono).is_some();
-            if !waits && !is_touched(&self.touched, &work) && self.flights.is_free(&planned.action) {
+            if !waits && self.may_go(&planned.action, &work) {
                 self.override_grace(&mut planned.action);
                 self.queue.push_back(planned);
             }
         }
     }
 
+    /// The last observation is true for what this action touches, and nothing under way excludes it.
+    fn may_go(&self, action: &Action, work: &Work) -> bool {
+        !is_touched(&self.touched, work) && self.flights.is_free(action) && !self.other_version_moves(action)
+    }
+
+    /// Another version of the same Deployment is coming up, or has since the observation: only the next one shows it.
+    fn other_version_moves(&self, action: &Action) -> bool {
+        let Some(pod) = brings_up(action).filter(|pod| pod.owner.kind == "Deployment") else { return false };
+        let flying = self.flights.actions().filter_map(|(action, _)| brings_up(action));
+        let unseen = self.touched.values().filter_map(|touch| touch.started.as_ref());
+        flying.chain(unseen).any(|other| {
+            other.key.namespace == pod.key.namespace && other.owner == pod.owner && !same_version(other, pod)
+        })
+    }
+
     fn override_grace(&self, action: &mut Action) {
-        if let Action::StopContainer { pod, grace_ms, .. } = action {
-            if let Some(wanted) = self.graces.get(pod) {
-                *grace_ms = *wanted;
-            }
+        if let Action::StopContainer { pod, grace_ms, .. } = action
+            && let Some(wanted) = self.graces.get(pod)
+        {
+            *grace_ms = *wanted;
         }
     }
 
@@ -856,7 +878,20 @@ fn touched(action: &Action) -> Touched {
     }
 }
 
-fn is_touched(touched: &BTreeMap<Touched, u64>, work: &Work) -> bool {
+/// The pod that comes up, wholly or in part, by this action.
+fn brings_up(action: &Action) -> Option<&Arc<DesiredPod>> {
+    match action {
+        Action::CreatePod { pod } | Action::StartContainer { pod, .. } => Some(pod),
+        _ => None,
+    }
+}
+
+fn same_version(a: &DesiredPod, b: &DesiredPod) -> bool {
+    let hashes = |pod: &DesiredPod| -> Vec<_> { pod.containers.iter().map(|c| c.hash.clone()).collect() };
+    a.sandbox_hash == b.sandbox_hash && hashes(a) == hashes(b)
+}
+
+fn is_touched(touched: &BTreeMap<Touched, Touch>, work: &Work) -> bool {
     let key = match (work, work.pod()) {
         (_, Some(pod)) => Touched::Pod(pod.clone()),
         (Work::Pull(image), None) => Touched::Image(image.clone()),

@@ -63,10 +63,10 @@ impl Events {
     fn remember(&mut self, key: Key) {
         self.counts.insert(key.clone(), 1);
         self.order.push_back(key);
-        if self.order.len() > REMEMBERED {
-            if let Some(oldest) = self.order.pop_front() {
-                self.counts.remove(&oldest);
-            }
+        if self.order.len() > REMEMBERED
+            && let Some(oldest) = self.order.pop_front()
+        {
+            self.counts.remove(&oldest);
         }
     }
 }

@@ -166,12 +166,12 @@ impl Flights {
         for lock in locks(&flight.action) {
             self.locks.remove(&lock);
         }
-        if let Some(pod) = pod_of(&flight.action) {
-            if let Some(count) = self.pods.get_mut(pod) {
-                *count -= 1;
-                if *count == 0 {
-                    self.pods.remove(pod);
-                }
+        if let Some(pod) = pod_of(&flight.action)
+            && let Some(count) = self.pods.get_mut(pod)
+        {
+            *count -= 1;
+            if *count == 0 {
+                self.pods.remove(pod);
             }
         }
         Some(flight)
