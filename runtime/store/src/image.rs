@@ -1,6 +1,7 @@
 //! Image records: which reference means which manifest, config and layers.
 
 use crate::blob::BlobError;
+use crate::fixup::FixupError;
 use crate::fsio::{self, At, FsError};
 use crate::{Digest, ReferenceError, Store, canonical_reference};
 use oci_spec::image::{ImageConfiguration, ImageManifest};
@@ -35,6 +36,8 @@ pub struct Image {
     pub size_bytes: u64,
     /// Garbage collection leaves it alone.
     pub pinned: bool,
+    /// Layer on top that makes up for what layers could not know of the layers below them.
+    pub(crate) fixup: Option<Digest>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -72,6 +75,8 @@ pub enum CommitError {
     Mismatch(String),
     #[error("layer {0} is not in the store")]
     LayerMissing(Digest),
+    #[error(transparent)]
+    Fixup(#[from] FixupError),
 }
 
 /// `images/<name>.json`.
@@ -85,7 +90,9 @@ pub(crate) struct ImageRecord {
     pulled_at_ms: u64,
     size_bytes: u64,
     #[serde(default)]
-    pinned: bool,
+    pub(crate) pinned: bool,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) fixup: Option<Digest>,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -129,13 +136,16 @@ impl Store {
         let lowered = lower(manifest, media_type, config)?;
         let mut size_bytes = 0;
         let mut counted = std::collections::BTreeSet::new();
+        let mut records = Vec::new();
         for layer in &lowered.layers {
             let record =
                 self.layer_record(&layer.diff_id)?.ok_or(CommitError::LayerMissing(layer.diff_id))?;
             if counted.insert(layer.diff_id) {
                 size_bytes += record.size_bytes;
             }
+            records.push(record);
         }
+        let fixup = self.fixup(&records)?;
         let _commit = self.inner.commit();
         self.inner.settle_locked()?;
         let record = ImageRecord {
@@ -151,6 +161,7 @@ impl Store {
             pulled_at_ms: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis() as u64),
             size_bytes,
             pinned,
+            fixup,
         };
         let path = self.inner.record_path(&record.reference);
         let bytes = serde_json::to_vec_pretty(&record).map_err(io::Error::from).at("write", &path)?;
@@ -298,6 +309,7 @@ impl ImageRecord {
             pulled_at_ms: self.pulled_at_ms,
             size_bytes: self.size_bytes,
             pinned: self.pinned,
+            fixup: self.fixup,
         }
     }
 }

@@ -14,26 +14,38 @@
 //! image record is written last. A power cut at any moment leaves the image complete or absent.
 
 mod blob;
+mod builder;
 mod digest;
+mod fixup;
 mod fsio;
 mod image;
 mod layer;
+mod mount;
 mod path;
 mod reference;
 mod space;
 mod store;
 mod stream;
 mod tar;
+mod tarwrite;
 mod unpack;
+mod user;
 
 pub use blob::{BlobError, BlobWriter, Partial};
+pub use builder::{BuildError, ConfigSpec, Content, FileSpec, LayerSpec};
 pub use digest::{Digest, DigestError};
+pub use fixup::FixupError;
 pub use fsio::{FsError, is_no_space};
 pub use image::{CommitError, Image, ImageError, Layer, MAX_CONFIG, MAX_MANIFEST};
 pub use layer::{LayerError, LayerIngest};
+pub use mount::{MountError, unmount_rootfs};
 pub use path::PathError;
 pub use reference::{Reference, ReferenceError, canonical_reference};
 pub use space::Space;
 pub use store::{Lease, OpenError, Options, Store};
 pub use tar::TarError;
 pub use unpack::UnpackError;
+pub use user::{User, UserError, resolve_user};
+
+#[cfg(test)]
+mod tests;

@@ -144,7 +144,8 @@ impl<'a> Unpacker<'a> {
         Ok(Unpacker {
             root,
             root_path,
-            done: Unpacked::default(),
+            // The root too is only described when an entry does.
+            done: Unpacked { implicit_dirs: [Vec::new()].into(), ..Unpacked::default() },
             current: None,
             dir_times: BTreeMap::new(),
             umask: umask(),
@@ -188,6 +189,7 @@ impl<'a> Unpacker<'a> {
         self.xattrs(root.as_fd(), c".", entry)?;
         at(entry, "change the mode", file::fchmodat(root.as_fd(), c".", entry.mode))?;
         self.dir_times.insert(Vec::new(), entry.mtime);
+        self.done.implicit_dirs.remove(&b""[..]);
         Ok(())
     }
 
