@@ -1,3 +1,89 @@
 //! The command line: apply, daemon and everything to see.
+//!
+//! Commands that only look need no daemon: they read what is on disk and in the kernel. Commands that act go through
+//! the daemon when one listens on the instance's socket, and otherwise take the lock and act in this process.
+//!
+//! Standard output is data, standard error is talk. Exit codes ([`keel_api::exit`]):
+//!
+//! | code | meaning |
+//! |---|---|
+//! | 0 | done, or everything is as declared; also when the reader of standard output has gone |
+//! | 1 | failed; with `plan --exit-code`: there is something to do |
+//! | 2 | invalid input: manifest, flag or configuration |
+//! | 3 | applied, but not ready in time; with `status --check`: not ready |
+//! | 4 | no such object |
+//! | 5 | the daemon cannot be reached, or another process holds the state lock |
+//! | 6 | partly applied |
+//! | 125, 126, 127 | `exec`: could not be tried, cannot be executed, not found; else the command's own code |
 
-fn main() {}
+mod cli;
+mod commands;
+mod config;
+mod context;
+mod crilog;
+mod daemon;
+mod failure;
+mod input;
+mod object;
+mod oneshot;
+mod passwd;
+mod render;
+mod selector;
+mod term;
+mod text;
+mod world;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use crate::cli::{Cli, Command};
+use crate::context::Context;
+use crate::failure::{Failure, Outcome};
+use crate::term::Term;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let term = Term::detect(&cli.global);
+    let code = match run(&cli) {
+        Ok(code) => code,
+        Err(failure) => {
+            term.say(&failure.render(term.color_err));
+            failure.code
+        }
+    };
+    ExitCode::from(code)
+}
+
+/// The exit code of success is the command's only for `exec`.
+fn run(cli: &Cli) -> Outcome<u8> {
+    // No configuration, no state: it runs inside of containers.
+    if let Command::Hello(args) = &cli.command {
+        return done(commands::hello::hello(args));
+    }
+    let context = Context::new(&cli.global)?;
+    let base =
+        if matches!(cli.command, Command::Daemon(_)) { tracing::Level::INFO } else { tracing::Level::WARN };
+    context.start_logging(base);
+    dispatch(&context, &cli.command)
+}
+
+fn dispatch(context: &Context, command: &Command) -> Outcome<u8> {
+    use commands::{apply, check, exec, logs, version};
+    match command {
+        Command::Apply(args) => done(apply::apply(context, args)),
+        Command::Plan(args) => done(apply::plan(context, args)),
+        Command::Check(args) => done(check::check(context, args)),
+        Command::Schema(args) => done(check::schema(context, args)),
+        Command::Daemon(args) => done(daemon::run(context, args)),
+        Command::Logs(args) => done(logs::logs(context, args)),
+        Command::Exec(args) => exec::exec(context, args),
+        Command::Completion { shell } => done(version::completion(context, *shell)),
+        Command::Version(args) => done(version::version(context, args)),
+        _ => Err(Failure::failed("not done yet")),
+    }
+}
+
+fn done(outcome: Outcome) -> Outcome<u8> {
+    outcome.map(|()| keel_api::exit::DONE)
+}

@@ -1,0 +1,8 @@
+//! One module per command. Each takes the context and its arguments, and ends with a failure or not at all.
+
+pub(crate) mod apply;
+pub(crate) mod check;
+pub(crate) mod exec;
+pub(crate) mod hello;
+pub(crate) mod logs;
+pub(crate) mod version;

@@ -1,0 +1,203 @@
+//! The configuration file and what wins: flag, environment, file, default.
+
+use std::fs;
+use std::io;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+
+use crate::cli::Global;
+use crate::failure::{Failure, Outcome};
+
+const DEFAULT_CONFIG: &str = "/etc/evenkeel/config.yaml";
+const DEFAULT_ROOT: &str = "/var/lib/evenkeel";
+const DEFAULT_RUN: &str = "/run/evenkeel";
+const DEFAULT_LOG_MAX_BYTES: u64 = 10 << 20;
+const DEFAULT_LOG_MAX_FILES: u32 = 5;
+/// A configuration is a page of text; more is a mistake in the path.
+const MAX_CONFIG_BYTES: u64 = 1 << 20;
+
+/// `/etc/evenkeel/config.yaml`. Every field is optional, unknown ones are errors.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct Config {
+    pub(crate) root: Option<PathBuf>,
+    pub(crate) run: Option<PathBuf>,
+    pub(crate) runtime: Option<PathBuf>,
+    pub(crate) shim: Option<PathBuf>,
+    /// Directory of manifests.
+    pub(crate) manifests: Option<PathBuf>,
+    pub(crate) network: Network,
+    pub(crate) registries: Registries,
+    pub(crate) logs: Logs,
+    pub(crate) api: Api,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct Network {
+    /// Addresses of pods, e.g. `10.88.0.0/16`.
+    pub(crate) subnet: Option<ipnet::Ipv4Net>,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct Registries {
+    /// `host[:port]` that may be asked without TLS.
+    pub(crate) insecure: Vec<String>,
+    /// `<dir>/<host[:port]>/*.crt`: additional authorities.
+    pub(crate) certs_dir: Option<PathBuf>,
+    /// Credentials, docker's `config.json` form.
+    pub(crate) auth_file: Option<PathBuf>,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct Logs {
+    pub(crate) max_bytes: Option<u64>,
+    pub(crate) max_files: Option<u32>,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct Api {
+    /// Loopback address to serve the control API on, beside the socket.
+    pub(crate) listen: Option<SocketAddr>,
+}
+
+/// What a command works with, after precedence.
+#[derive(Clone, Debug)]
+pub(crate) struct Settings {
+    pub(crate) root: PathBuf,
+    pub(crate) run: PathBuf,
+    pub(crate) runtime: PathBuf,
+    pub(crate) shim: PathBuf,
+    pub(crate) manifests: Option<PathBuf>,
+    pub(crate) subnet: Option<ipnet::Ipv4Net>,
+    pub(crate) registries: Registries,
+    pub(crate) log_max_bytes: u64,
+    pub(crate) log_max_files: u32,
+    pub(crate) listen: Option<SocketAddr>,
+    pub(crate) namespace: String,
+}
+
+impl Settings {
+    pub(crate) fn load(global: &Global) -> Outcome<Settings> {
+        let config = match &global.config {
+            Some(path) => read(path)?
+                .ok_or_else(|| Failure::invalid(format!("configuration {}: no such file", path.display())))?,
+            None => read(Path::new(DEFAULT_CONFIG))?.unwrap_or_default(),
+        };
+        Settings::lower(global, config)
+    }
+
+    /// Flags and environment are one in `global` already.
+    fn lower(global: &Global, config: Config) -> Outcome<Settings> {
+        let pick = |flag: &Option<PathBuf>, file: Option<PathBuf>, default: &str| {
+            flag.clone().or(file).unwrap_or_else(|| PathBuf::from(default))
+        };
+        let log_max_files = config.logs.max_files.unwrap_or(DEFAULT_LOG_MAX_FILES);
+        if log_max_files == 0 {
+            return Err(Failure::invalid("configuration: logs.max_files must be at least 1"));
+        }
+        Ok(Settings {
+            root: pick(&global.root, config.root, DEFAULT_ROOT),
+            run: pick(&global.run, config.run, DEFAULT_RUN),
+            runtime: program(pick(&global.runtime, config.runtime, "keel-runtime"), find_program),
+            shim: program(pick(&global.shim, config.shim, "keel-shim"), find_program),
+            manifests: config.manifests,
+            subnet: config.network.subnet,
+            registries: config.registries,
+            log_max_bytes: config.logs.max_bytes.unwrap_or(DEFAULT_LOG_MAX_BYTES),
+            log_max_files,
+            listen: config.api.listen,
+            namespace: global.namespace.clone().unwrap_or_else(|| "default".to_owned()),
+        })
+    }
+}
+
+/// `None` when the file is not there.
+fn read(path: &Path) -> Outcome<Option<Config>> {
+    let shown = path.display();
+    let text = match fs::metadata(path) {
+        Ok(found) if found.len() > MAX_CONFIG_BYTES => {
+            return Err(Failure::invalid(format!(
+                "configuration {shown}: larger than {MAX_CONFIG_BYTES} bytes"
+            )));
+        }
+        Ok(_) => fs::read_to_string(path),
+        Err(error) => Err(error),
+    };
+    match text {
+        Ok(text) => parse(&text).map(Some).map_err(|problem| {
+            Failure::invalid(format!("configuration {shown}: {problem}"))
+                .hint("fields: root, run, runtime, shim, manifests, network, registries, logs, api")
+        }),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(Failure::io("read configuration", shown, &error)),
+    }
+}
+
+fn parse(text: &str) -> Result<Config, String> {
+    if text.lines().all(|line| line.trim().is_empty() || line.trim_start().starts_with('#')) {
+        return Ok(Config::default());
+    }
+    serde_saphyr::from_str(text).map_err(|error| error.to_string())
+}
+
+/// A bare name is looked for beside our own program first, then where the shell would find it.
+fn program(name: PathBuf, find: impl Fn(&Path) -> Option<PathBuf>) -> PathBuf {
+    if name.components().count() > 1 || name.is_absolute() {
+        return std::path::absolute(&name).unwrap_or(name);
+    }
+    find(&name).unwrap_or(name)
+}
+
+fn find_program(name: &Path) -> Option<PathBuf> {
+    let beside = std::env::current_exe().ok()?.parent()?.to_path_buf();
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::iter::once(beside)
+        .chain(std::env::split_paths(&path))
+        .map(|dir| dir.join(name))
+        .find(|path| path.is_file())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn check(global: Global, text: &str) -> Result<Settings, String> {
+        let config = parse(text)?;
+        Settings::lower(&global, config).map_err(|failure| failure.message)
+    }
+
+    #[test]
+    fn flags_win_over_the_file_and_the_file_over_defaults() {
+        let flags = Global { root: Some("/flag".into()), ..Global::default() };
+        let file = "root: /file\nrun: /file-run\nruntime: /bin/runc\nnetwork: {subnet: 10.9.0.0/16}\nlogs: {max_files: 2}\n";
+        let settings = check(flags, file).unwrap();
+        assert_eq!(settings.root, Path::new("/flag"));
+        assert_eq!(settings.run, Path::new("/file-run"));
+        assert_eq!(settings.runtime, Path::new("/bin/runc"));
+        assert_eq!(settings.subnet, Some("10.9.0.0/16".parse().unwrap()));
+        assert_eq!((settings.log_max_files, settings.log_max_bytes), (2, DEFAULT_LOG_MAX_BYTES));
+        assert_eq!(check(Global::default(), "# nothing\n\n").unwrap().root, Path::new(DEFAULT_ROOT));
+    }
+
+    #[test]
+    fn mistakes_in_the_file_are_errors_with_a_place() {
+        let unknown = check(Global::default(), "root: /a\nrootz: /b\n").unwrap_err();
+        assert!(unknown.contains("rootz") && unknown.contains('2'), "{unknown}");
+        assert!(check(Global::default(), "network: {subnet: x}\n").is_err());
+        assert!(check(Global::default(), "logs: {max_files: 0}\n").is_err());
+    }
+
+    #[test]
+    fn bare_program_names_are_looked_up_and_paths_are_not() {
+        let find = |name: &Path| Some(Path::new("/found").join(name));
+        assert_eq!(program("runc".into(), find), Path::new("/found/runc"));
+        assert_eq!(program("/usr/bin/crun".into(), find), Path::new("/usr/bin/crun"));
+        assert_eq!(program("nowhere".into(), |_| None), Path::new("nowhere"));
+    }
+}

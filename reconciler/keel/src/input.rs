@@ -1,0 +1,155 @@
+//! What `-f` names: a directory (recursive), a file, or standard input.
+
+use std::ffi::OsStr;
+use std::fs;
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+
+use keel_api::{Diagnostic, InputFile};
+use keel_manifest::{MAX_FILE_BYTES, Parsed};
+
+use crate::failure::{Failure, Outcome};
+
+/// Files below one directory. More is a mistake in the path (`-f /`).
+const MAX_FILES: usize = 20_000;
+/// Depth of folders, which also ends a circle of symbolic links.
+const MAX_DEPTH: usize = 32;
+
+/// Files as read; problems of those that could not be.
+#[derive(Debug, Default)]
+pub(crate) struct Input {
+    pub(crate) files: Vec<(String, Vec<u8>)>,
+    pub(crate) problems: Vec<Diagnostic>,
+}
+
+impl Input {
+    pub(crate) fn read(names: &[PathBuf]) -> Outcome<Input> {
+        let mut input = Input::default();
+        for name in names {
+            if name == Path::new("-") {
+                input.add("<stdin>", read_bounded(io::stdin().lock()));
+                continue;
+            }
+            match fs::metadata(name) {
+                Ok(found) if found.is_dir() => input.directory(name, 0)?,
+                Ok(_) => input.file(name),
+                Err(error) => {
+                    return Err(Failure::io("read", name.display(), &error).code(keel_api::exit::INVALID));
+                }
+            }
+        }
+        Ok(input)
+    }
+
+    /// All files parsed, with the problems of reading first.
+    pub(crate) fn parse(&self) -> (Vec<keel_manifest::Object>, Vec<Diagnostic>) {
+        let mut objects = Vec::new();
+        let mut problems = self.problems.clone();
+        for (name, text) in &self.files {
+            let parsed = keel_manifest::parse(name, text);
+            objects.extend(parsed.objects);
+            problems.extend(parsed.diagnostics);
+        }
+        problems.extend(keel_manifest::check(&objects));
+        problems.sort();
+        (objects, problems)
+    }
+
+    /// For the wire, which carries text. `None`: a file is no UTF-8, which [`Input::parse`] says with its place.
+    pub(crate) fn request_files(&self) -> Option<Vec<InputFile>> {
+        let file = |(name, text): &(String, Vec<u8>)| {
+            let text = String::from_utf8(text.clone()).ok()?;
+            Some(InputFile { name: name.clone(), text })
+        };
+        self.files.iter().map(file).collect()
+    }
+
+    fn directory(&mut self, dir: &Path, depth: usize) -> Outcome {
+        let fail = |error: io::Error| Failure::io("read directory", dir.display(), &error);
+        let mut entries = fs::read_dir(dir).map_err(fail)?.collect::<Result<Vec<_>, _>>().map_err(fail)?;
+        entries.sort_by_key(fs::DirEntry::file_name);
+        for entry in entries {
+            let path = entry.path();
+            if is_hidden(&entry.file_name()) {
+                continue;
+            }
+            match fs::metadata(&path) {
+                Ok(found) if found.is_dir() && depth < MAX_DEPTH => self.directory(&path, depth + 1)?,
+                Ok(found) if found.is_dir() => {
+                    return Err(Failure::invalid(format!(
+                        "{}: more than {MAX_DEPTH} folders deep",
+                        path.display()
+                    )));
+                }
+                // Whatever has a manifest's name is read, also a broken link: its problem must be seen.
+                _ if is_manifest(&entry.file_name()) => self.file(&path),
+                _ => {}
+            }
+            if self.files.len() > MAX_FILES {
+                return Err(Failure::invalid(format!("{}: more than {MAX_FILES} manifests", dir.display())));
+            }
+        }
+        Ok(())
+    }
+
+    fn file(&mut self, path: &Path) {
+        let name = path.display().to_string();
+        // Pipes and devices are read like files: `-f <(generate)` is a habit.
+        self.add(&name, fs::File::open(path).and_then(read_bounded));
+    }
+
+    fn add(&mut self, name: &str, text: io::Result<Vec<u8>>) {
+        let refused = match text {
+            Ok(text) if text.len() > MAX_FILE_BYTES => Parsed::too_large(name, None),
+            Ok(text) => return self.files.push((name.to_owned(), text)),
+            Err(error) => {
+                let reason = error.raw_os_error().map_or_else(|| error.to_string(), keel_sys::errno_text);
+                Parsed::unreadable(name, reason, None)
+            }
+        };
+        self.problems.extend(refused.diagnostics);
+    }
+}
+
+fn read_bounded(from: impl Read) -> io::Result<Vec<u8>> {
+    let mut text = Vec::new();
+    from.take(MAX_FILE_BYTES as u64 + 1).read_to_end(&mut text)?;
+    Ok(text)
+}
+
+/// Dot names (`..data` included), and what editors leave behind.
+fn is_hidden(name: &OsStr) -> bool {
+    let name = name.as_encoded_bytes();
+    name.starts_with(b".") || name.starts_with(b"#") || name.ends_with(b"~")
+}
+
+fn is_manifest(name: &OsStr) -> bool {
+    Path::new(name).extension().is_some_and(|end| end == "yaml" || end == "yml" || end == "json")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn directories_are_read_in_order_without_editors_leftovers() {
+        let temp = tempfile::tempdir().unwrap();
+        let sub = temp.path().join("sub");
+        fs::create_dir(&sub).unwrap();
+        for name in ["b.yaml", "a.yml", ".hidden.yaml", "c.yaml~", "notes.txt", "sub/d.json"] {
+            fs::write(temp.path().join(name), name).unwrap();
+        }
+        std::os::unix::fs::symlink("nowhere", temp.path().join("z.yaml")).unwrap();
+        let input = Input::read(&[temp.path().to_owned()]).unwrap();
+        let read: Vec<&[u8]> = input.files.iter().map(|(_, text)| text.as_slice()).collect();
+        assert_eq!(read, [&b"a.yml"[..], b"b.yaml", b"sub/d.json"]);
+        assert_eq!(input.problems.len(), 1, "a broken link is said, not skipped");
+    }
+
+    #[test]
+    fn a_missing_file_is_invalid_input() {
+        let failure = Input::read(&["/nonexistent/x.yaml".into()]).unwrap_err();
+        assert_eq!(failure.code, keel_api::exit::INVALID);
+        assert_eq!(failure.message, "read /nonexistent/x.yaml: no such file or directory");
+    }
+}

@@ -1,0 +1,5 @@
+//! Views. Pure: a value in, text out.
+
+pub(crate) mod progress;
+pub(crate) mod report;
+pub(crate) mod table;
