@@ -53,12 +53,10 @@ impl Epoll {
     /// counts as nothing ready. The wait is rounded up to whole milliseconds, so a deadline has passed afterwards.
     pub fn wait(&self, ready: &mut [Ready; BATCH], timeout: Option<Duration>) -> io::Result<usize> {
         let mut events = [libc::epoll_event { events: 0, u64: 0 }; BATCH];
-        let millis = timeout
-            .map_or(-1, |t| i32::try_from(t.as_nanos().div_ceil(1_000_000)).unwrap_or(i32::MAX));
+        let millis =
+            timeout.map_or(-1, |t| i32::try_from(t.as_nanos().div_ceil(1_000_000)).unwrap_or(i32::MAX));
         // SAFETY: the array has BATCH entries.
-        let got = unsafe {
-            libc::epoll_wait(self.0.as_raw_fd(), events.as_mut_ptr(), BATCH as i32, millis)
-        };
+        let got = unsafe { libc::epoll_wait(self.0.as_raw_fd(), events.as_mut_ptr(), BATCH as i32, millis) };
         let got = match check(i64::from(got)) {
             Err(e) if e.kind() == io::ErrorKind::Interrupted => 0,
             other => other? as usize,

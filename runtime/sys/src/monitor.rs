@@ -34,10 +34,7 @@ impl Status {
         if libc::WIFEXITED(raw) {
             Some(Status::Exited(libc::WEXITSTATUS(raw)))
         } else if libc::WIFSIGNALED(raw) {
-            Some(Status::Signaled {
-                signal: libc::WTERMSIG(raw),
-                core: libc::WCOREDUMP(raw),
-            })
+            Some(Status::Signaled { signal: libc::WTERMSIG(raw), core: libc::WCOREDUMP(raw) })
         } else {
             None
         }
@@ -91,10 +88,7 @@ const PIDFD_GET_INFO: libc::c_ulong =
 /// `Ok(None)`: it has not been reaped by its parent yet. `ENOTTY` and `EINVAL` come from kernels before 6.15, which
 /// keep no exit information; `ESRCH` from those that had none by the time the process was gone.
 pub fn pidfd_exit_status(pidfd: BorrowedFd<'_>) -> io::Result<Option<i32>> {
-    let mut info = PidfdInfo {
-        mask: PIDFD_INFO_EXIT,
-        ..PidfdInfo::default()
-    };
+    let mut info = PidfdInfo { mask: PIDFD_INFO_EXIT, ..PidfdInfo::default() };
     // SAFETY: the request encodes the size of `info`, which is live and writable for the call.
     let result = unsafe { libc::ioctl(pidfd.as_raw_fd(), PIDFD_GET_INFO, &mut info) };
     if result == -1 {
@@ -157,6 +151,126 @@ pub fn null_standard_streams() -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+/// Eight numbers in a file, mapped shared: each store is on file at once, whatever happens to the process.
+pub struct SharedCells {
+    start: ptr::NonNull<AtomicU64>,
+}
+
+impl SharedCells {
+    pub const LEN: usize = 8;
+
+    /// The file is given the needed size.
+    pub fn map(file: &File) -> io::Result<SharedCells> {
+        let len = Self::LEN * size_of::<AtomicU64>();
+        if file.metadata()?.len() < len as u64 {
+            file.set_len(len as u64)?;
+        }
+        // SAFETY: a fresh mapping at an address the kernel picks.
+        let start = unsafe {
+            libc::mmap(
+                ptr::null_mut(),
+                len,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_SHARED,
+                file.as_raw_fd(),
+                0,
+            )
+        };
+        if start == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let start = ptr::NonNull::new(start.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
+        Ok(SharedCells { start })
+    }
+}
+
+impl Deref for SharedCells {
+    type Target = [AtomicU64];
+    fn deref(&self) -> &[AtomicU64] {
+        // SAFETY: the mapping is that long, page-aligned, lives as long as self, and is only reached as atomics.
+        unsafe { std::slice::from_raw_parts(self.start.as_ptr(), Self::LEN) }
+    }
+}
+
+impl Drop for SharedCells {
+    fn drop(&mut self) {
+        // SAFETY: unmaps exactly what `map` mapped; no reference outlives self.
+        unsafe { libc::munmap(self.start.as_ptr().cast(), Self::LEN * size_of::<AtomicU64>()) };
+    }
+}
+
+/// Duplicates up to `len` bytes that wait in one pipe into another, without taking them out: `tee(2)`, never waiting.
+/// 0: the source is at its end. `WouldBlock`: it is empty.
+pub fn tee(from: BorrowedFd<'_>, to: BorrowedFd<'_>, len: usize) -> io::Result<usize> {
+    // SAFETY: plain numbers.
+    let got = unsafe { libc::tee(from.as_raw_fd(), to.as_raw_fd(), len, libc::SPLICE_F_NONBLOCK) };
+    usize::try_from(got).map_err(|_| io::Error::last_os_error())
+}
+
+/// Moves up to `len` bytes from a pipe to a file, or the other way round: `splice(2)`, never waiting on the pipe.
+pub fn splice(from: BorrowedFd<'_>, to: BorrowedFd<'_>, len: usize) -> io::Result<usize> {
+    // SAFETY: plain numbers; null offsets mean the files' own.
+    let got = unsafe {
+        libc::splice(
+            from.as_raw_fd(),
+            ptr::null_mut(),
+            to.as_raw_fd(),
+            ptr::null_mut(),
+            len,
+            libc::SPLICE_F_NONBLOCK,
+        )
+    };
+    usize::try_from(got).map_err(|_| io::Error::last_os_error())
+}
+
+/// Gives back the memory of a program that is about to sleep for long: its code, which is read in again page by page as
+/// it is used, and the part of the stack below the current frame.
+///
+/// The kernel maps code generously ahead; of a megabyte of that a sleeping program uses a few pages.
+pub fn shed_memory() {
+    // SAFETY: the callback only reads what it is given, and its data pointer is not used.
+    unsafe { libc::dl_iterate_phdr(Some(shed_segments), ptr::null_mut()) };
+    let here = 0u8;
+    // Far enough below this frame for the call of madvise itself.
+    const MARGIN: usize = 8 << 10;
+    const DEPTH: usize = 256 << 10;
+    const PAGE: usize = 4096;
+    let top = (&raw const here as usize).saturating_sub(MARGIN) & !(PAGE - 1);
+    let bottom = top.saturating_sub(DEPTH);
+    // SAFETY: nothing below the stack pointer and its red zone is in use by this thread, and a single-threaded program
+    // has nothing else right below its stack: a gap is kept there. Unmapped pages in the range only give ENOMEM.
+    unsafe { libc::madvise(bottom as *mut _, top - bottom, libc::MADV_DONTNEED) };
+}
+
+/// Drops the pages of the read-only segments: private, never written, so the file has the same contents.
+unsafe extern "C" fn shed_segments(
+    info: *mut libc::dl_phdr_info,
+    _size: usize,
+    _data: *mut libc::c_void,
+) -> i32 {
+    const PAGE: usize = 4096;
+    // SAFETY: the caller is dl_iterate_phdr, which passes a valid record with `dlpi_phnum` program headers.
+    let (base, headers) = unsafe {
+        let info = &*info;
+        (info.dlpi_addr as usize, std::slice::from_raw_parts(info.dlpi_phdr, usize::from(info.dlpi_phnum)))
+    };
+    for header in headers {
+        let writable = header.p_flags & libc::PF_W != 0;
+        if header.p_type != libc::PT_LOAD || writable {
+            continue;
+        }
+        let start = base + header.p_vaddr as usize;
+        let end = (start + header.p_filesz as usize) & !(PAGE - 1);
+        let start = start.next_multiple_of(PAGE);
+        if start < end {
+            // SAFETY: the range lies within a private, never written mapping of the program's file. What is needed of
+            // it, this very code included, is mapped again from the file at the next touch.
+            unsafe { libc::madvise(start as *mut _, end - start, libc::MADV_DONTNEED) };
+        }
+    }
+    0
 }
 
 /// Anonymous memory that takes no page until touched, and gives its pages back on request.
@@ -224,25 +338,17 @@ mod tests {
     #[test]
     fn wait_status_is_decoded() {
         assert_eq!(Status::decode(0x2a00), Some(Status::Exited(42)));
-        let killed = Status::Signaled {
-            signal: 9,
-            core: false,
-        };
+        let killed = Status::Signaled { signal: 9, core: false };
         assert_eq!(Status::decode(0x09), Some(killed));
-        let dumped = Status::Signaled {
-            signal: 11,
-            core: true,
-        };
+        let dumped = Status::Signaled { signal: 11, core: true };
         assert_eq!(Status::decode(0x8b), Some(dumped));
         assert_eq!(Status::decode(0x137f), None);
     }
 
     #[test]
     fn child_is_reaped_with_its_usage_and_its_pidfd_still_tells_the_status() {
-        let child = Command::new("/bin/sh")
-            .args(["-c", "exit 7"])
-            .spawn()
-            .unwrap();
+        #[expect(clippy::zombie_processes, reason = "reaped by the function under test")]
+        let child = Command::new("/bin/sh").args(["-c", "exit 7"]).spawn().unwrap();
         let pid = i32::try_from(child.id()).unwrap();
         let pidfd = pidfd_open(pid).unwrap();
         let deadline = Instant::now() + Duration::from_secs(10);
@@ -271,6 +377,40 @@ mod tests {
         assert!(take_inherited(number).is_err());
         assert!(take_inherited(1).is_err());
         assert!(take_inherited(-1).is_err());
+    }
+
+    #[test]
+    fn cells_are_in_the_file_and_pipes_are_read_without_taking() {
+        let path = std::env::temp_dir().join(format!("keel-cells-{}", std::process::id()));
+        let file = File::options().read(true).write(true).create(true).truncate(true).open(&path).unwrap();
+        let cells = SharedCells::map(&file).unwrap();
+        cells[1].store(0x0102, Ordering::Release);
+        drop(cells);
+        assert_eq!(std::fs::read(&path).unwrap()[8..10], [2, 1]);
+        std::fs::remove_file(&path).unwrap();
+
+        let (reader, writer) = crate::file::pipe().unwrap();
+        let (copy, copy_writer) = crate::file::pipe().unwrap();
+        crate::file::write_once(&writer, b"hello").unwrap();
+        assert_eq!(tee(reader.as_fd(), copy_writer.as_fd(), 100).unwrap(), 5);
+        let mut buffer = [0; 8];
+        assert_eq!(crate::file::read(&copy, &mut buffer).unwrap(), 5);
+        let null = File::options().write(true).open("/dev/null").unwrap();
+        assert_eq!(splice(reader.as_fd(), null.as_fd(), 4).unwrap(), 4);
+        assert_eq!(crate::file::read(&reader, &mut buffer).unwrap(), 1);
+        assert_eq!(buffer[0], b'o');
+        let empty = tee(reader.as_fd(), copy_writer.as_fd(), 100).unwrap_err();
+        assert_eq!(empty.kind(), io::ErrorKind::WouldBlock);
+        drop(writer);
+        assert_eq!(tee(reader.as_fd(), copy_writer.as_fd(), 100).unwrap(), 0);
+    }
+
+    #[test]
+    fn a_program_works_on_after_shedding_its_memory() {
+        // The stack part is left out: what is below a test thread's stack may be another thread's.
+        // SAFETY: as in `shed_memory`.
+        unsafe { libc::dl_iterate_phdr(Some(shed_segments), ptr::null_mut()) };
+        assert_eq!(format!("{:?}", vec![1, 2, 3]), "[1, 2, 3]");
     }
 
     #[test]

@@ -53,12 +53,7 @@ pub fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
     let mut fds = [0; 2];
     // SAFETY: `fds` has room for the two descriptors.
     check(unsafe {
-        libc::socketpair(
-            libc::AF_UNIX,
-            libc::SOCK_SEQPACKET | libc::SOCK_CLOEXEC,
-            0,
-            fds.as_mut_ptr(),
-        )
+        libc::socketpair(libc::AF_UNIX, libc::SOCK_SEQPACKET | libc::SOCK_CLOEXEC, 0, fds.as_mut_ptr())
     })?;
     // SAFETY: the kernel just gave us both; nobody else owns them.
     Ok(unsafe { (OwnedFd::from_raw_fd(fds[0]), OwnedFd::from_raw_fd(fds[1])) })
@@ -106,11 +101,7 @@ pub fn accept(listener: BorrowedFd<'_>) -> io::Result<OwnedFd> {
 
 /// The user who connected, as the kernel recorded it then.
 pub fn peer_uid(socket: BorrowedFd<'_>) -> io::Result<u32> {
-    let mut peer = libc::ucred {
-        pid: 0,
-        uid: 0,
-        gid: 0,
-    };
+    let mut peer = libc::ucred { pid: 0, uid: 0, gid: 0 };
     let mut len = mem::size_of::<libc::ucred>() as libc::socklen_t;
     // SAFETY: passes the address and the size of a live ucred.
     check(unsafe {
@@ -131,12 +122,7 @@ pub fn send(socket: BorrowedFd<'_>, head: &[u8], body: &[u8]) -> io::Result<()> 
 }
 
 /// As [`send`], with up to [`MAX_FDS`] descriptors, which the receiver gets copies of.
-pub fn send_fds(
-    socket: BorrowedFd<'_>,
-    head: &[u8],
-    body: &[u8],
-    fds: &[BorrowedFd<'_>],
-) -> io::Result<()> {
+pub fn send_fds(socket: BorrowedFd<'_>, head: &[u8], body: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<()> {
     if fds.len() > MAX_FDS {
         return Err(io::ErrorKind::InvalidInput.into());
     }
@@ -179,17 +165,13 @@ pub struct Received {
 
 /// Receives one message. A message that does not fit is an `InvalidData` error: it is never cut silently.
 pub fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<Received> {
-    let mut parts = [libc::iovec {
-        iov_base: buffer.as_mut_ptr().cast(),
-        iov_len: buffer.len(),
-    }];
+    let mut parts = [libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() }];
     let mut control = Control::default();
     let mut header = message_header(&mut parts);
     header.msg_control = control.0.as_mut_ptr().cast();
     header.msg_controllen = mem::size_of::<Control>() as _;
     // SAFETY: every pointer in the header is to a live local or argument with the stated size.
-    let len =
-        unsafe { libc::recvmsg(socket.as_raw_fd(), &mut header, libc::MSG_CMSG_CLOEXEC) };
+    let len = unsafe { libc::recvmsg(socket.as_raw_fd(), &mut header, libc::MSG_CMSG_CLOEXEC) };
     let Ok(len) = usize::try_from(len) else {
         return Err(io::Error::last_os_error());
     };
@@ -207,8 +189,7 @@ fn received_fds(header: &libc::msghdr) -> Vec<OwnedFd> {
     unsafe {
         let mut record = libc::CMSG_FIRSTHDR(header);
         while !record.is_null() {
-            if (*record).cmsg_level == libc::SOL_SOCKET && (*record).cmsg_type == libc::SCM_RIGHTS
-            {
+            if (*record).cmsg_level == libc::SOL_SOCKET && (*record).cmsg_type == libc::SCM_RIGHTS {
                 let bytes = (*record).cmsg_len as usize - libc::CMSG_LEN(0) as usize;
                 let data: *const RawFd = libc::CMSG_DATA(record).cast();
                 for i in 0..bytes / mem::size_of::<RawFd>() {
@@ -227,10 +208,7 @@ fn received_fds(header: &libc::msghdr) -> Vec<OwnedFd> {
 struct Control([u64; 8]);
 
 fn io_slice(part: &[u8]) -> libc::iovec {
-    libc::iovec {
-        iov_base: part.as_ptr().cast_mut().cast(),
-        iov_len: part.len(),
-    }
+    libc::iovec { iov_base: part.as_ptr().cast_mut().cast(), iov_len: part.len() }
 }
 
 fn message_header(parts: &mut [libc::iovec]) -> libc::msghdr {
@@ -250,10 +228,7 @@ struct Place {
 
 impl Place {
     fn new(dir: &Path, name: &str) -> io::Result<Place> {
-        let dir = File::options()
-            .read(true)
-            .custom_flags(libc::O_PATH | libc::O_DIRECTORY)
-            .open(dir)?;
+        let dir = File::options().read(true).custom_flags(libc::O_PATH | libc::O_DIRECTORY).open(dir)?;
         let path = format!("/proc/self/fd/{}/{name}", dir.as_raw_fd());
         // SAFETY: an all-zero sockaddr_un is valid.
         let mut address: libc::sockaddr_un = unsafe { mem::zeroed() };
@@ -265,11 +240,7 @@ impl Place {
         for (to, from) in address.sun_path.iter_mut().zip(bytes) {
             *to = *from as libc::c_char;
         }
-        Ok(Place {
-            address,
-            len: mem::size_of::<libc::sockaddr_un>() as libc::socklen_t,
-            _dir: dir,
-        })
+        Ok(Place { address, len: mem::size_of::<libc::sockaddr_un>() as libc::socklen_t, _dir: dir })
     }
 
     fn as_ptr(&self) -> *const libc::sockaddr {

@@ -11,6 +11,7 @@ use crate::args::AdoptOptions;
 use crate::error::{Context, Error};
 use crate::memory::Memory;
 use crate::process::{Identity, replace};
+use crate::progress;
 use crate::setup::{Access, BACKLOG, Descriptors, become_hold, detach, open};
 
 pub(crate) fn run(options: &AdoptOptions) -> ExitCode {
@@ -36,7 +37,7 @@ fn adopt(options: &AdoptOptions) -> Result<(Memory, Descriptors), Error> {
     }
     let shim_file = dir.join(file::SHIM_PID);
     let old = std::fs::read_to_string(&shim_file).at("read", &shim_file)?;
-    if let Some(old) = Identity::parse(&old).filter(|old| old.exists()) {
+    if let Some(old) = Identity::parse(&old).filter(|old| old.runs()) {
         return Err(Error::new(format!("shim {} still runs", old.pid)));
     }
     // Opened first and checked afterwards: the number cannot have been given to somebody else in between.
@@ -45,20 +46,26 @@ fn adopt(options: &AdoptOptions) -> Result<(Memory, Descriptors), Error> {
         None => pidfd_open(memory.container.pid).ok().filter(|_| memory.container.exists()),
     };
     memory.adopted = true;
+    memory.resumed = true;
     replace(&shim_file, Identity::current()?.to_line().as_bytes())?;
     let listener =
         seqpacket::listen(&dir, file::CONTROL, BACKLOG).at("listen on", &dir.join(file::CONTROL))?;
-    let fifo = |name, access| open(&dir, name, access).map(Into::into);
     let fds = if memory.options.tty {
         Descriptors { pidfd, listener, stdin: None, stdout: terminal, stderr: None }
     } else {
+        let stdout = open(&dir, file::STDOUT, Access::Read)?;
+        let stderr = open(&dir, file::STDERR, Access::Read)?;
+        if let Some(log) = &memory.options.log {
+            progress::resume(&dir, log, &stdout, &stderr)?;
+        }
+        // Fails when nobody reads the input any more, because the container has ended.
+        let stdin = if memory.options.stdin { open(&dir, file::STDIN, Access::Write).ok() } else { None };
         Descriptors {
             pidfd,
             listener,
-            // Nobody reads the input of a container that has ended.
-            stdin: if memory.options.stdin { fifo(file::STDIN, Access::Write).ok() } else { None },
-            stdout: fifo(file::STDOUT, Access::Read).ok(),
-            stderr: fifo(file::STDERR, Access::Read).ok(),
+            stdin: stdin.map(Into::into),
+            stdout: Some(stdout.into()),
+            stderr: Some(stderr.into()),
         }
     };
     memory.save()?;

@@ -16,14 +16,14 @@ const TAG: usize = TIME + 8;
 #[derive(Clone, Copy)]
 pub(crate) struct Formatter {
     header: [u8; HEADER],
-    pub(crate) in_line: bool,
+    in_line: bool,
 }
 
 impl Formatter {
-    pub(crate) fn new(stream: Stream) -> Formatter {
+    pub(crate) fn new(stream: Stream, in_line: bool) -> Formatter {
         let mut header = *b"0000-00-00T00:00:00.000000000Z stdout F ";
         header[TIME + 1..TIME + 7].copy_from_slice(stream.name().as_bytes());
-        Formatter { header, in_line: false }
+        Formatter { header, in_line }
     }
 
     pub(crate) fn set_time(&mut self, now: SystemTime) {
@@ -128,7 +128,7 @@ mod tests {
     }
 
     fn formatter(stream: Stream) -> Formatter {
-        let mut formatter = Formatter::new(stream);
+        let mut formatter = Formatter::new(stream, false);
         formatter.set_time(at(1_767_366_245, 7));
         formatter
     }
@@ -176,7 +176,7 @@ mod tests {
     #[test]
     fn the_fraction_has_nine_digits() {
         let check = |time: SystemTime, expected: &str| {
-            let mut formatter = Formatter::new(Stream::Stderr);
+            let mut formatter = Formatter::new(Stream::Stderr, false);
             formatter.set_time(time);
             let mut out = [0; 64];
             formatter.format(b"\n", &mut out);

@@ -1,8 +1,11 @@
 //! The hold phase: waits for output, for clients and for the end. What an idle container costs is here.
 
+use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{self, Read as _, Write as _};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -10,8 +13,9 @@ use keel_proto::{
     Attach, DecodeError, ErrorCode, ExitRecord, MAX_MESSAGE, Phase, Reply, Request, State, Stream, file,
 };
 use keel_sys::epoll::{BATCH, ERR, Epoll, HUP, IN, OUT, Ready};
-use keel_sys::monitor::{Buffer, Reaped, Status, pidfd_exit_status, reap, take_inherited};
-use keel_sys::process::{block_signals, pidfd_send_signal, read_signal, set_name};
+use keel_sys::file::set_cloexec;
+use keel_sys::monitor::{Buffer, Reaped, Status, pidfd_exit_status, reap, shed_memory, take_inherited};
+use keel_sys::process::{block_signals, close_range_cloexec, pidfd_send_signal, read_signal, set_name};
 use keel_sys::{seqpacket, tty};
 
 use crate::args::Inherited;
@@ -21,9 +25,11 @@ use crate::error::{Context, Error};
 use crate::log::{Log, Lost};
 use crate::machine::{Effect, Event, step};
 use crate::memory::Memory;
+use crate::progress::Progress;
 use crate::record::write_durably;
 use crate::replay;
 use crate::runtime::{DELETE_TIMEOUT, Runtime};
+use crate::setup;
 
 /// As much as a pipe holds: one read empties it.
 const INPUT: usize = 64 << 10;
@@ -77,6 +83,8 @@ struct Hold {
     stdin: Option<Stdin>,
     outputs: [Option<Output>; 2],
     log: Option<Log>,
+    /// Absent where nothing is to be kept safe: no log, or a terminal, which cannot be looked into.
+    progress: Option<Progress>,
     input: Buffer,
     output: Buffer,
     /// The buffers have pages to give back.
@@ -84,6 +92,8 @@ struct Hold {
     clients: Clients,
     phase: Phase,
     deadline: Option<Instant>,
+    /// The adopted container has ended and its parent has so long to reap it.
+    reaper_due: Option<Instant>,
     stop_signal: u8,
     grace: Duration,
     ended: Option<Ended>,
@@ -128,8 +138,21 @@ impl Hold {
             Some(path) => Log::open(path, o.log_max_bytes, o.log_max_files, memory.lost).ok(),
             None => None,
         };
-        let output = |fd: Option<OwnedFd>, stream| {
-            fd.map(|fd| Output { file: fd.into(), formatter: Formatter::new(stream) })
+        let progress = match log {
+            Some(_) if !o.tty => {
+                let null = File::options().write(true).open("/dev/null").at("open", "/dev/null".as_ref())?;
+                Progress::open(&o.dir, null.into()).ok()
+            }
+            _ => None,
+        };
+        let mut buffer = Buffer::new(OUTPUT).doing("map buffer")?;
+        let within = match &o.log {
+            Some(log) if memory.resumed => replay::within_lines(log, &mut buffer),
+            _ => [false; 2],
+        };
+        buffer.discard();
+        let output = |fd: Option<OwnedFd>, stream, in_line| {
+            fd.map(|fd| Output { file: fd.into(), formatter: Formatter::new(stream, in_line) })
         };
         Ok(Hold {
             epoll: Epoll::new().doing("create epoll")?,
@@ -137,14 +160,17 @@ impl Hold {
             pidfd,
             listener,
             stdin: stdin.map(|fd| Stdin { file: fd.into(), pending: Vec::new() }),
-            outputs: [output(stdout, Stream::Stdout), output(stderr, Stream::Stderr)],
+            outputs: [output(stdout, Stream::Stdout, within[0]), output(stderr, Stream::Stderr, within[1])],
             log,
+            progress,
             input: Buffer::new(INPUT).doing("map buffer")?,
-            output: Buffer::new(OUTPUT).doing("map buffer")?,
-            warm: false,
+            output: buffer,
+            // Start-up counts as a burst.
+            warm: true,
             clients: Clients::new(CLIENTS),
             phase: Phase::Running,
             deadline: None,
+            reaper_due: None,
             stop_signal: 0,
             grace: Duration::ZERO,
             ended: None,
@@ -185,23 +211,30 @@ impl Hold {
         if got == 0 && self.warm {
             self.input.discard();
             self.output.discard();
+            shed_memory();
             self.warm = false;
         }
         for ready in &ready[..got] {
             self.dispatch(*ready);
         }
-        if self.deadline.is_some_and(|d| Instant::now() >= d) {
+        let due = |deadline: Option<Instant>| deadline.is_some_and(|d| Instant::now() >= d);
+        if due(self.deadline) {
             self.deadline = None;
             self.event(Event::Deadline);
+        }
+        if due(self.reaper_due) {
+            self.container_ended_elsewhere(HUP);
         }
         Ok(())
     }
 
     /// `None` when nothing is due: an idle shim sleeps for ever.
     fn timeout(&self) -> Option<Duration> {
-        let deadline = self.deadline.map(|d| d.saturating_duration_since(Instant::now()));
+        let now = Instant::now();
+        let due = [self.deadline, self.reaper_due].into_iter().flatten().min();
+        let due = due.map(|d| d.saturating_duration_since(now));
         let warm = self.warm.then_some(WARM);
-        [deadline, warm].into_iter().flatten().min()
+        [due, warm].into_iter().flatten().min()
     }
 
     fn dispatch(&mut self, ready: Ready) {
@@ -268,7 +301,7 @@ impl Hold {
             Effect::Disarm => self.deadline = None,
             Effect::Quit => {
                 Runtime::new(&self.memory.options).forget_output();
-                for name in [file::CONTROL, file::MEMORY] {
+                for name in [file::CONTROL, file::MEMORY, file::PROGRESS] {
                     let _ = std::fs::remove_file(self.memory.options.dir.join(name));
                 }
             }
@@ -313,31 +346,16 @@ impl Hold {
         let status = match pidfd_exit_status(pidfd.as_fd()) {
             Ok(Some(status)) => Status::decode(status),
             Ok(None) if events & (HUP | ERR) == 0 => {
+                // Readable until then, it would wake us for nothing. The parent may be slow, or never reap.
                 let _ = self.epoll.modify(pidfd, 0, CONTAINER);
-                // The parent may be slow, or never reap.
-                self.wait_for_reaper(REAPED_BY_OTHERS);
+                self.reaper_due = Some(Instant::now() + REAPED_BY_OTHERS);
                 return;
             }
             _ => None,
         };
         let _ = self.epoll.remove(pidfd);
+        self.reaper_due = None;
         self.ended(status, Reaped::default());
-    }
-
-    fn wait_for_reaper(&mut self, limit: Duration) {
-        let due = Instant::now() + limit;
-        while Instant::now() < due {
-            let mut ready = [Ready::default(); BATCH];
-            let left = due.saturating_duration_since(Instant::now());
-            let Ok(got) = self.epoll.wait(&mut ready, Some(left)) else { break };
-            for ready in &ready[..got] {
-                if ready.token == CONTAINER {
-                    return self.container_ended_elsewhere(HUP);
-                }
-                self.dispatch(*ready);
-            }
-        }
-        self.container_ended_elsewhere(HUP);
     }
 
     // Output.
@@ -351,9 +369,13 @@ impl Hold {
 
     fn read_once(&mut self, index: usize) -> Read {
         let Some(output) = &mut self.outputs[index] else { return Read::Nothing };
-        let got = match output.file.read(&mut self.input) {
+        let got = match &self.progress {
+            Some(progress) => progress.look(&output.file, &mut self.input),
+            None => output.file.read(&mut self.input),
+        };
+        let bytes = match got {
             Ok(0) => return Read::End,
-            Ok(got) => got,
+            Ok(got) => &self.input[..got],
             Err(e) => {
                 return match e.kind() {
                     io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted => Read::Nothing,
@@ -363,9 +385,11 @@ impl Hold {
             }
         };
         self.warm = true;
-        let bytes = &self.input[..got];
         let stream = if index == 0 { Stream::Stdout } else { Stream::Stderr };
         if let Some(log) = &mut self.log {
+            if let Some(progress) = &self.progress {
+                progress.begin(stream, log.position());
+            }
             output.formatter.set_time(SystemTime::now());
             let mut rest = bytes;
             while !rest.is_empty() {
@@ -373,6 +397,9 @@ impl Hold {
                 log.append(&self.output[..written]);
                 rest = &rest[taken..];
             }
+        }
+        if let Some(progress) = &self.progress {
+            progress.take(&output.file, bytes.len());
         }
         let blocked = self.stdin.as_ref().is_some_and(|s| !s.pending.is_empty());
         self.clients.broadcast(stream, bytes, &self.epoll, blocked);
@@ -533,7 +560,7 @@ impl Hold {
             }
             Request::Wait => self.wait(index),
             Request::Spares => self.spares(index),
-            Request::Upgrade => self.refuse(index, ErrorCode::Unsupported, "upgrade is not possible"),
+            Request::Upgrade => self.upgrade(index),
         }
     }
 
@@ -630,6 +657,51 @@ impl Hold {
         }
     }
 
+    /// Executes whatever program now has the name that this one was started by. Connections end; the container, its
+    /// children and its streams do not notice.
+    fn upgrade(&mut self, index: usize) {
+        let busy = self.phase != Phase::Running || self.stdin.as_ref().is_some_and(|s| !s.pending.is_empty());
+        if busy {
+            return self.refuse(
+                index,
+                ErrorCode::Unsupported,
+                "not while the container is being stopped or fed",
+            );
+        }
+        self.memory.lost = self.lost();
+        self.memory.resumed = true;
+        if let Err(e) = self.memory.save() {
+            return self.acknowledge(index, Err(e));
+        }
+        self.answer(index, &Reply::Ok);
+        let inherited = self.pass_on();
+        let error = setup::execute_hold(&own_path(), &inherited);
+        self.keep();
+        self.acknowledge(index, Err(error).doing("execute the monitor's program"));
+    }
+
+    fn pass_on(&self) -> Inherited {
+        let pass = |fd: Option<BorrowedFd<'_>>| {
+            let fd = fd?;
+            set_cloexec(fd, false).ok()?;
+            Some(fd.as_raw_fd())
+        };
+        let output = |i: usize| self.outputs[i].as_ref().map(|o| o.file.as_fd());
+        Inherited {
+            dir: self.memory.options.dir.clone(),
+            pidfd: pass(self.pidfd.as_ref().map(AsFd::as_fd)),
+            listener: pass(self.listener.as_ref().map(AsFd::as_fd)),
+            stdin: pass(self.stdin.as_ref().map(|s| s.file.as_fd())),
+            stdout: pass(output(0)),
+            stderr: pass(output(1)),
+        }
+    }
+
+    /// Undoes `pass_on`.
+    fn keep(&self) {
+        let _ = close_range_cloexec(3);
+    }
+
     // Input.
 
     fn take_stdin(&mut self, index: usize, bytes: &[u8]) {
@@ -698,6 +770,14 @@ impl Hold {
             self.stdin = None;
         }
     }
+}
+
+/// The path by which this program was started, for a newer one may have that name now.
+fn own_path() -> PathBuf {
+    let link = std::fs::read_link("/proc/self/exe").unwrap_or_default();
+    let bytes = link.as_os_str().as_bytes();
+    // What the kernel shows for a file that lost its name.
+    OsStr::from_bytes(bytes.strip_suffix(b" (deleted)").unwrap_or(bytes)).into()
 }
 
 enum Read {

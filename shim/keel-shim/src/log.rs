@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::{self, Write as _};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
@@ -14,10 +14,14 @@ use crate::error::{Context, Error};
 /// Logs may hold secrets: the owner writes, the group reads.
 const MODE: u32 = 0o640;
 
+/// How a record begins that the monitor itself wrote, on the stderr stream.
+pub(crate) const MARK: &str = "keel-shim: ";
+
 pub(crate) struct Log {
     path: PathBuf,
     /// Absent while the file cannot be opened.
     file: Option<File>,
+    inode: u64,
     size: u64,
     max_bytes: u64,
     max_files: u32,
@@ -36,17 +40,24 @@ pub(crate) struct Lost {
 
 impl Log {
     pub(crate) fn open(path: &Path, max_bytes: u64, max_files: u32, lost: Lost) -> Result<Log, Error> {
-        let (file, size) = open_end(path).at("open log", path)?;
-        Ok(Log {
+        let mut log = Log {
             path: path.to_owned(),
-            file: Some(file),
-            size,
+            file: None,
+            inode: 0,
+            size: 0,
             max_bytes,
             max_files,
             lost,
             untold: Lost::default(),
             reason: None,
-        })
+        };
+        log.reopen()?;
+        Ok(log)
+    }
+
+    /// Where the next record goes: the file's inode number, and the offset in it.
+    pub(crate) fn position(&self) -> (u64, u64) {
+        (self.inode, self.size)
     }
 
     /// Writes whole records. What the disk refuses is counted, and told in the log as soon as it takes writes again.
@@ -60,9 +71,15 @@ impl Log {
 
     /// Opens the file by name again, after somebody moved it away.
     pub(crate) fn reopen(&mut self) -> Result<(), Error> {
-        let (file, size) = open_end(&self.path).at("open log", &self.path)?;
+        self.open_end().at("open log", &self.path)
+    }
+
+    fn open_end(&mut self) -> io::Result<()> {
+        let mut options = File::options();
+        let file = options.append(true).create(true).mode(MODE).open(&self.path)?;
+        let meta = file.metadata()?;
+        (self.inode, self.size) = (meta.ino(), meta.len());
         self.file = Some(file);
-        self.size = size;
         Ok(())
     }
 
@@ -88,9 +105,9 @@ impl Log {
         }
         let Lost { lines, bytes } = self.untold;
         let reason = self.reason.as_ref().map(|e| format!(": {e}")).unwrap_or_default();
-        let text = format!("keel-shim: {lines} lines ({bytes} bytes) of output are missing here{reason}\n");
+        let text = format!("{MARK}{lines} lines ({bytes} bytes) of output are missing here{reason}\n");
         let mut out = vec![0; HEADER + text.len()];
-        let mut formatter = Formatter::new(Stream::Stderr);
+        let mut formatter = Formatter::new(Stream::Stderr, false);
         formatter.set_time(SystemTime::now());
         formatter.format(text.as_bytes(), &mut out);
         self.write(&out).map_err(|(_, e)| (usize::MAX, e))?;
@@ -124,9 +141,7 @@ impl Log {
 
     fn write_part(&mut self, part: &[u8]) -> Result<(), (usize, io::Error)> {
         if self.file.is_none() {
-            let (file, size) = open_end(&self.path).map_err(|e| (0, e))?;
-            self.file = Some(file);
-            self.size = size;
+            self.open_end().map_err(|e| (0, e))?;
         }
         let Some(file) = &mut self.file else { return Ok(()) };
         let mut done = 0;
@@ -170,6 +185,7 @@ impl Log {
             rename_if_there(&self.path, &backup(1))?;
         }
         fs::rename(&next, &self.path)?;
+        self.inode = file.metadata()?.ino();
         self.file = Some(file);
         self.size = 0;
         Ok(())
@@ -189,12 +205,6 @@ fn rename_if_there(from: &Path, to: &Path) -> io::Result<()> {
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
         other => other,
     }
-}
-
-fn open_end(path: &Path) -> io::Result<(File, u64)> {
-    let file = File::options().append(true).create(true).mode(MODE).open(path)?;
-    let size = file.metadata()?.len();
-    Ok((file, size))
 }
 
 #[cfg(test)]
@@ -307,7 +317,7 @@ mod tests {
         let mut log = dir.open(1 << 20, 2);
         let record = |text: &str| {
             let mut out = vec![0; HEADER + text.len() + 1];
-            let mut formatter = Formatter::new(Stream::Stdout);
+            let mut formatter = Formatter::new(Stream::Stdout, false);
             formatter.format(format!("{text}\n").as_bytes(), &mut out);
             out
         };

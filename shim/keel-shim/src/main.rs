@@ -21,6 +21,7 @@ mod log;
 mod machine;
 mod memory;
 mod process;
+mod progress;
 mod record;
 mod replay;
 mod runtime;

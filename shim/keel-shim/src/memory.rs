@@ -21,6 +21,8 @@ pub(crate) struct Memory {
     pub(crate) cgroup: Cgroup,
     /// The container is not a child of this shim.
     pub(crate) adopted: bool,
+    /// Another hold phase came before: the log may end within a line.
+    pub(crate) resumed: bool,
     pub(crate) lost: Lost,
 }
 
@@ -62,6 +64,7 @@ impl Memory {
         out.put_some("freezer", self.cgroup.freezer.as_ref());
         out.put_some("pids", self.cgroup.pids.as_ref());
         out.put("adopted", self.adopted.to_string());
+        out.put("resumed", self.resumed.to_string());
         out.put("lost_lines", self.lost.lines.to_string());
         out.put("lost_bytes", self.lost.bytes.to_string());
         out.0
@@ -102,6 +105,7 @@ impl Memory {
             b"freezer" => self.cgroup.freezer = Some(path()),
             b"pids" => self.cgroup.pids = Some(path()),
             b"adopted" => self.adopted = parse(value)?,
+            b"resumed" => self.resumed = parse(value)?,
             b"lost_lines" => self.lost.lines = parse(value)?,
             b"lost_bytes" => self.lost.bytes = parse(value)?,
             b"version" => (value == b"1").then_some(())?,
@@ -158,6 +162,7 @@ mod tests {
             started_at_ms: 9,
             cgroup: Cgroup { unified: Some("/u".into()), ..Cgroup::default() },
             adopted: true,
+            resumed: true,
             lost: Lost { lines: 3, bytes: 4 },
         }
     }

@@ -33,6 +33,12 @@ impl Identity {
         Identity::of(self.pid).is_ok_and(|now| now == self)
     }
 
+    /// Whether it can still do anything: a zombie that nobody reaps cannot.
+    pub(crate) fn runs(self) -> bool {
+        let stat = fs::read_to_string(format!("{PROC}/{}/stat", self.pid)).unwrap_or_default();
+        start_time(&stat) == Some(self.start) && !matches!(field(&stat, 3), Some("Z" | "X"))
+    }
+
     pub(crate) fn to_line(self) -> String {
         format!("{} {}\n", self.pid, self.start)
     }
@@ -43,11 +49,15 @@ impl Identity {
     }
 }
 
-/// The command name is in parentheses and may hold anything, parentheses and spaces too.
 fn start_time(stat: &str) -> Option<u64> {
+    field(stat, 22)?.parse().ok()
+}
+
+/// Numbered as in proc(5), from 3. The command name before it is in parentheses and may hold anything, parentheses and
+/// spaces too.
+fn field(stat: &str, number: usize) -> Option<&str> {
     let after_name = &stat[stat.rfind(')')? + 1..];
-    // The first field after the name is number 3.
-    after_name.split_ascii_whitespace().nth(22 - 3)?.parse().ok()
+    after_name.split_ascii_whitespace().nth(number - 3)
 }
 
 /// Readers see the old contents or the new ones. For files that need not outlive a power failure.
@@ -76,8 +86,9 @@ mod tests {
     fn identity_survives_its_file_and_knows_the_dead() {
         let me = Identity::current().unwrap();
         assert_eq!(Identity::parse(&me.to_line()), Some(me));
-        assert!(me.exists());
-        assert!(!Identity { start: me.start + 1, ..me }.exists());
+        assert!(me.exists() && me.runs());
+        let other = Identity { start: me.start + 1, ..me };
+        assert!(!other.exists() && !other.runs());
         assert_eq!(Identity::parse("7"), None);
     }
 }

@@ -43,6 +43,19 @@ pub(crate) fn send(
     pack.flush()
 }
 
+/// For each stream, stdout first, whether its last record in the log is the beginning of a line. `text` is room to work
+/// in, larger than any record.
+pub(crate) fn within_lines(log: &Path, text: &mut [u8]) -> [bool; 2] {
+    let mut within = [false; 2];
+    let Ok(start) = tail(log, text) else { return within };
+    for record in text[start..].split_inclusive(|b| *b == b'\n') {
+        if let Some((stream, output)) = parse(record) {
+            within[usize::from(stream == Stream::Stderr)] = !output.ends_with(b"\n");
+        }
+    }
+    within
+}
+
 /// Fills the end of `buffer` with the end of the file; returns where that starts.
 fn tail(path: &Path, buffer: &mut [u8]) -> io::Result<usize> {
     let file = File::open(path)?;

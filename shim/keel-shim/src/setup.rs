@@ -26,6 +26,8 @@ use crate::memory::Memory;
 use crate::process::{Identity, replace};
 use crate::runtime::{CREATE_TIMEOUT, Runtime, read_pid};
 
+/// This very program, even if its name is another one's by now.
+const SELF: &str = "/proc/self/exe";
 const NONBLOCK: i32 = 0o4000;
 const FIFO: u32 = 0o010_000;
 /// Programs open `/dev/stdout` anew, as the container's user, and need write permission for that. Nobody else gets so
@@ -39,7 +41,7 @@ const CONSOLE: &str = "console.sock";
 /// Runs this program again in a process that outlives this one, and passes on its one-line report.
 pub(crate) fn launch(words: &[OsString], dir: &Path) -> Result<ExitCode, Error> {
     let verb = if words[0] == *"run" { "setup" } else { "setup-adopt" };
-    let mut child = Command::new("/proc/self/exe")
+    let mut child = Command::new(SELF)
         .arg(verb)
         .args(&words[1..])
         .stdin(Stdio::null())
@@ -86,7 +88,7 @@ pub(crate) fn become_hold(memory: &Memory, fds: &Descriptors) -> ExitCode {
     // From here on there is nobody to tell; what can still fail leaves the container running and adoptable.
     let _ = null_standard_streams();
     let inherited = pass_on(&memory.options.dir, fds);
-    execute_hold(&inherited);
+    execute_hold(Path::new(SELF), &inherited);
     // Only when this very program cannot be executed any more: hold in the memory of set-up rather than not at all.
     match hold::run(&inherited) {
         Ok(code) => code,
@@ -113,9 +115,9 @@ fn pass_on(dir: &Path, fds: &Descriptors) -> Inherited {
 }
 
 /// Returns only if it fails.
-pub(crate) fn execute_hold(inherited: &Inherited) -> io::Error {
+pub(crate) fn execute_hold(program: &Path, inherited: &Inherited) -> io::Error {
     // The environment is of no use to a monitor and may hold secrets of whoever started it.
-    Command::new("/proc/self/exe").arg0("keel-shim").args(inherited.to_words()).env_clear().exec()
+    Command::new(program).arg0("keel-shim").args(inherited.to_words()).env_clear().exec()
 }
 
 /// Session, subreaper, working directory: what every monitor is.

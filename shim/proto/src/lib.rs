@@ -27,6 +27,8 @@ pub mod file {
     pub const STDIN: &str = "stdin";
     pub const STDOUT: &str = "stdout";
     pub const STDERR: &str = "stderr";
+    /// Which output is on its way into the log, for a successor to go on exactly there.
+    pub const PROGRESS: &str = "progress";
     /// What the shim must remember to be re-executed or replaced.
     pub const MEMORY: &str = "shim.conf";
 }
