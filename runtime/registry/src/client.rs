@@ -16,9 +16,9 @@ use crate::credentials::{self, InlineAuth};
 use crate::error::PullError;
 use crate::manifest::{self, Descriptor, Document, Manifest};
 use crate::platform::Platform;
-use crate::progress::{LayerState, OnProgress, Tracker};
+use crate::progress::{LayerState, OnProgress, PullProgress, Tracker};
 use crate::reference::Reference;
-use crate::session::{Access, Fetched, Session};
+use crate::session::{Access, CONFIG_LIMIT, Fetched, Session};
 use crate::tls::Tls;
 use crate::transport::{Timeouts, Transport};
 
@@ -127,9 +127,17 @@ impl Client {
         progress: OnProgress,
     ) -> Result<Image, PullError> {
         let reference = Reference::parse(reference)?;
+        if let Some(image) = complete_image(store, &reference) {
+            progress(PullProgress::default());
+            return Ok(image);
+        }
         let session = self.session(&reference, &options.auth, Access::Pull).await?;
         let (fetched, manifest) = self.image_manifest(&session, &options.platform).await?;
-        let config = session.config(&manifest.config).await?;
+        let config = match store.read_blob(&manifest.config.digest, CONFIG_LIMIT) {
+            Ok(Some(there)) => there.into(),
+            // Damage of a kept config is healed by fetching it again.
+            Ok(None) | Err(_) => session.config(&manifest.config).await?,
+        };
         let layers = plan_layers(&reference, &manifest, &config)?;
         warn_about_platform(&reference, &config, &options.platform);
         let tracker = Tracker::new(
@@ -375,6 +383,16 @@ impl Drop for Unfinished {
             }
         });
     }
+}
+
+/// What a digest names never changes: an image that is here under it needs no registry.
+fn complete_image(store: &Store, reference: &Reference) -> Option<Image> {
+    let digest = reference.digest()?;
+    let image = store.image(reference.canonical()).ok()??;
+    // An index digest says nothing about which of its images is here.
+    let complete =
+        image.manifest_digest == *digest && image.layers.iter().all(|layer| store.has_layer(&layer.diff_id));
+    complete.then_some(image)
 }
 
 /// Matches layers with the diff ids of the config.

@@ -250,19 +250,30 @@ impl Found {
         match self {
             Found::Nothing => Ok(None),
             Found::Login(login) => Ok(Some(login)),
-            Found::Helper(helper, server) => ask_helper(&helper, &server).await.map_err(|detail| {
-                PullError::CredentialHelper { helper, registry: registry.to_owned(), detail }
-            }),
+            Found::Helper(helper, server) => {
+                let answer = if is_program_name(&helper) {
+                    ask_helper(&format!("docker-credential-{helper}"), &server).await
+                } else {
+                    Err("its name is not one of a program".to_owned())
+                };
+                answer.map_err(|detail| PullError::CredentialHelper {
+                    helper,
+                    registry: registry.to_owned(),
+                    detail,
+                })
+            }
         }
     }
 }
 
+/// A name that is looked up in `PATH`, never a path.
+fn is_program_name(helper: &str) -> bool {
+    helper.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'))
+}
+
 /// Runs `docker-credential-<helper> get`: the server on stdin, JSON on stdout.
-async fn ask_helper(helper: &str, server: &str) -> Result<Option<Credential>, String> {
-    if !helper.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.')) {
-        return Err("its name is not one of a program".to_owned());
-    }
-    let mut child = tokio::process::Command::new(format!("docker-credential-{helper}"))
+async fn ask_helper(program: &str, server: &str) -> Result<Option<Credential>, String> {
+    let mut child = tokio::process::Command::new(program)
         .arg("get")
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
@@ -365,6 +376,33 @@ mod tests {
         let none = lower_helper_answer(false, b"credentials not found in native keychain\n");
         assert_eq!(none, Ok(None));
         assert!(lower_helper_answer(false, b"vault sealed").unwrap_err().contains("vault sealed"));
+    }
+
+    #[tokio::test]
+    async fn helpers_are_told_the_server_and_answer_on_stdout() {
+        use std::os::unix::fs::PermissionsExt;
+        let dir = tempfile::tempdir().unwrap();
+        let script = |name: &str, body: &str| {
+            let path = dir.path().join(name);
+            std::fs::write(&path, format!("#!/bin/sh\n{body}\n")).unwrap();
+            std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+            path.to_str().unwrap().to_owned()
+        };
+        let good = script(
+            "good",
+            r#"read -r server; [ "$1" = get ] && printf '{"ServerURL":"%s","Username":"u","Secret":"for %s"}' "$server" "$server""#,
+        );
+        let answer = ask_helper(&good, "r:5000").await;
+        let expected = Credential::Basic { username: "u".into(), password: "for r:5000".into() };
+        assert_eq!(answer, Ok(Some(expected)));
+        let fails = script("fails", "echo the vault is sealed; exit 1");
+        assert!(ask_helper(&fails, "r").await.unwrap_err().contains("vault is sealed"));
+        let none = script("none", "echo credentials not found in native keychain; exit 1");
+        assert_eq!(ask_helper(&none, "r").await, Ok(None));
+        assert!(ask_helper("/no/such/helper", "r").await.unwrap_err().contains("cannot be started"));
+        assert!(is_program_name("ecr-login"));
+        let path = Found::Helper("x/../../good".into(), "r".into()).resolve("r").await;
+        assert!(path.unwrap_err().to_string().contains("not one of a program"));
     }
 
     #[test]

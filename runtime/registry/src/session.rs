@@ -18,7 +18,7 @@ use crate::transport::{Incoming, Outgoing, Transport};
 
 /// Larger manifests are refused by registries and engines alike; they cost memory on every host.
 pub(crate) const MANIFEST_LIMIT: u64 = 4 << 20;
-const CONFIG_LIMIT: u64 = 4 << 20;
+pub(crate) const CONFIG_LIMIT: u64 = 4 << 20;
 
 /// What a session may do with the repository.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -11,6 +11,7 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use rustls::{ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme};
 
 use crate::error::PullError;
+use crate::reference::{DOCKER_HUB, DOCKER_HUB_HOST};
 
 /// Builds the TLS side of connections. Certificates are read when a client is made, not per request.
 #[derive(Debug)]
@@ -41,7 +42,7 @@ impl Tls {
 
     /// Whether some `certs.d` directory has a word about this host (`name` or `name:port`).
     pub(crate) fn has_own_files(&self, host: &str) -> bool {
-        self.certs_dirs.iter().any(|dir| dir.join(host).is_dir())
+        self.certs_dirs.iter().any(|dir| names(host).any(|name| dir.join(name).is_dir()))
     }
 
     pub(crate) fn config(&self, host: Option<&str>, verify: bool) -> Result<ClientConfig, PullError> {
@@ -89,8 +90,8 @@ impl Tls {
 
     fn host_files(&self, host: &str) -> Result<HostFiles, PullError> {
         let mut found = HostFiles::default();
-        for dir in &self.certs_dirs {
-            let dir = dir.join(host);
+        let dirs = self.certs_dirs.iter().flat_map(|dir| names(host).map(|name| dir.join(name)));
+        for dir in dirs {
             let entries = match fs::read_dir(&dir) {
                 Ok(entries) => entries,
                 Err(e) if e.kind() == std::io::ErrorKind::NotFound => continue,
@@ -107,6 +108,11 @@ impl Tls {
         }
         Ok(found)
     }
+}
+
+/// The directories of a host: its own, and for the host behind `docker.io` the one of that name.
+fn names(host: &str) -> impl Iterator<Item = &str> {
+    [host].into_iter().chain((host == DOCKER_HUB_HOST).then_some(DOCKER_HUB))
 }
 
 impl HostFiles {

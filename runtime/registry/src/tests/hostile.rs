@@ -70,7 +70,7 @@ async fn an_honest_pull_reports_all_its_bytes_and_a_second_one_fetches_no_layer(
     let before = server.seen_of("/blobs/").len();
     let (report, seen) = recorder();
     client.pull(&bench.store, &server.reference("1"), platform, report).await.unwrap();
-    assert_eq!(server.seen_of("/blobs/").len(), before + 1, "only the config");
+    assert_eq!(server.seen_of("/blobs/").len(), before, "nothing but the manifest is asked for");
     let seen = seen.lock().unwrap();
     assert!(seen.last().unwrap().layers.iter().all(|l| l.state == LayerState::Present));
 }
@@ -288,6 +288,9 @@ async fn digests_in_references_bind() {
         let image = bench.pull(options(), &reference).await.unwrap();
         assert_eq!((image.manifest_digest, image.reference), (digest, reference));
     }
+    let asked = server.seen().len();
+    bench.pull(options(), &format!("{}/keel/x@{digest}", server.address)).await.unwrap();
+    assert_eq!(server.seen().len(), asked, "what a digest names is not asked for twice");
     let (_, other_body) = liar.manifests[&other].clone();
     let server = Server::start(liar, move |r| {
         r.target.contains("/manifests/").then(|| {
@@ -426,6 +429,69 @@ async fn two_pulls_share_the_layers_on_their_way() {
     two.unwrap();
     assert_eq!(server.seen_of(&big.to_string()).len(), 1);
     assert_eq!(bench.store.images().unwrap().len(), 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_disk_is_said_before_and_while_it_fills() {
+    let mount = Tmpfs::mount("6m");
+    let store = Arc::new(keel_store::Store::open(mount.path()).unwrap());
+    let mut content = Content::default();
+    // Too large for the disk as it is, and small but large when unpacked.
+    content.image("large", "amd64", &[(Packing::Plain, &[("big", &noise(8 << 20, 1))])]);
+    content.image("swells", "amd64", &[(Packing::Zstd, &[("zeros", &vec![1; 64 << 20])])]);
+    let server = Server::honest(content).await;
+    let client = Client::new(options());
+    let platform = Platform::parse("linux/amd64").unwrap();
+    for (tag, layers_asked) in [("large", 0), ("swells", 1)] {
+        let reference = server.reference(tag);
+        let before = server.seen_of("/blobs/").len();
+        let pull = client.pull(&store, &reference, platform.clone(), silent());
+        let error = pull.await.unwrap_err();
+        assert!(matches!(error, PullError::DiskFull { .. }), "{error:?}");
+        assert!(error.hint().unwrap().contains("keel image prune"));
+        assert_eq!(server.seen_of("/blobs/").len() - before, 1 + layers_asked, "{tag}");
+    }
+    // The failed attempts have given the space back.
+    eventually("space is free again", || store.space().unwrap().free_bytes > 5 << 20).await;
+    drop((client, store));
+}
+
+/// A small file system of its own.
+struct Tmpfs(tempfile::TempDir);
+
+impl Tmpfs {
+    fn mount(size: &str) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let status = std::process::Command::new("mount")
+            .args(["-t", "tmpfs", "-o", &format!("size={size}"), "keel-test"])
+            .arg(dir.path())
+            .status()
+            .unwrap();
+        assert!(status.success());
+        Self(dir)
+    }
+
+    fn path(&self) -> &std::path::Path {
+        self.0.path()
+    }
+}
+
+impl Drop for Tmpfs {
+    fn drop(&mut self) {
+        // Lazy: a thread of a failed pull may still close its files.
+        let _ = std::process::Command::new("umount").arg("-l").arg(self.0.path()).status();
+    }
+}
+
+#[test]
+fn pulls_and_pushes_can_be_spawned() {
+    fn sendable<T: Send>(_: &T) {}
+    let bench = Bench::new();
+    let client = Client::new(options());
+    let pull = client.pull(&bench.store, "x", Platform::host(), silent());
+    sendable(&pull);
+    let push = client.push(&bench.store, "x", "y", &[], silent());
+    sendable(&push);
 }
 
 // --- logins ---
