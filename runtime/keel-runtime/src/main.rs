@@ -1,3 +1,81 @@
 //! The command line of an OCI runtime.
 
-fn main() {}
+#![forbid(unsafe_code)]
+
+mod args;
+mod commands;
+mod log;
+mod update;
+
+use args::{Command, Globals};
+use log::Log;
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let parsed = args::parse(std::env::args_os().skip(1));
+    let (globals, command) = match parsed {
+        Ok(parsed) => parsed,
+        Err(e) => {
+            eprintln!("keel-runtime: {e}");
+            return ExitCode::from(1);
+        }
+    };
+    match command {
+        Command::Help => {
+            help();
+            ExitCode::SUCCESS
+        }
+        Command::Version => {
+            version();
+            ExitCode::SUCCESS
+        }
+        Command::Run { name, options, positional } => {
+            let log = Log::open(&globals);
+            if commands::needs_sealed_binary(&name)
+                && let Err(e) = keel_sys::sealed::ensure()
+            {
+                log.error(&format!("seal the own binary: {e}"));
+                return ExitCode::from(1);
+            }
+            match commands::run(&globals, &name, &options, &positional, &log) {
+                Ok(code) => ExitCode::from(code),
+                Err(e) => {
+                    log.error(&e.chain());
+                    // An exec that could not be carried out is told apart from a program that ended with 1.
+                    ExitCode::from(if name == "exec" { 255 } else { 1 })
+                }
+            }
+        }
+    }
+}
+
+fn help() {
+    println!("keel-runtime - a runtime for OCI bundles, with runc's command line\n");
+    println!("usage: keel-runtime [global options] COMMAND [options] [CONTAINER-ID] [arguments]\n");
+    println!("commands:");
+    for name in args::command_names() {
+        println!("  {name}");
+    }
+    println!("\nglobal options:");
+    println!("  --root DIR           where the state of containers is kept");
+    println!("  --log FILE           where errors are also written");
+    println!("  --log-format FORMAT  text or json");
+    println!("  --debug              more in the log");
+    println!("  --systemd-cgroup     not supported yet");
+    println!("  --version            print the version");
+}
+
+fn version() {
+    println!("keel-runtime version {}", env!("CARGO_PKG_VERSION"));
+    println!("spec: {}", commands::SPEC_VERSION);
+}
+
+fn root(globals: &Globals) -> std::path::PathBuf {
+    globals.root.clone().unwrap_or_else(|| {
+        let own = std::env::var_os("XDG_RUNTIME_DIR").filter(|_| keel_sys::process::geteuid() != 0);
+        match own {
+            Some(dir) => std::path::Path::new(&dir).join("keel-runtime"),
+            None => "/run/keel-runtime".into(),
+        }
+    })
+}

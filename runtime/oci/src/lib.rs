@@ -1,1 +1,27 @@
 //! The OCI runtime specification, lowered to operations and executed.
+//!
+//! Never: a choice in the code that touches the kernel. `lower` decides everything from the specification and the facts
+//! about the host; `child` carries it out between clone and exec.
+
+#![deny(unsafe_code)]
+
+#[expect(unsafe_code, reason = "the child of a clone works with raw memory of its parent")]
+mod child;
+mod container;
+mod error;
+mod exec;
+pub mod foreground;
+mod host;
+mod launch;
+pub mod lower;
+pub mod names;
+pub mod op;
+pub mod seccomp;
+pub mod spec;
+pub mod state;
+pub mod template;
+
+pub use container::{CreateOptions, Created, Runtime};
+pub use error::RuntimeError;
+pub use exec::{ExecOptions, Executed, parse_user};
+pub use host::observe;

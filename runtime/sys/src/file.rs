@@ -331,3 +331,82 @@ pub fn wait_readable(fd: impl AsFd, timeout_ms: Option<i32>) -> io::Result<bool>
 pub fn c_path(path: impl AsRef<OsStr>) -> io::Result<std::ffi::CString> {
     std::ffi::CString::new(path.as_ref().as_bytes()).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))
 }
+
+/// Names of a directory, read without allocation.
+pub struct DirBuffer {
+    bytes: [u8; 2048],
+    len: usize,
+    at: usize,
+}
+
+impl Default for DirBuffer {
+    fn default() -> Self {
+        DirBuffer::new()
+    }
+}
+
+impl DirBuffer {
+    pub fn new() -> DirBuffer {
+        DirBuffer { bytes: [0; 2048], len: 0, at: 0 }
+    }
+
+    /// Reads the next names; `false` at the end.
+    pub fn fill(&mut self, dir: impl AsFd) -> io::Result<bool> {
+        // SAFETY: the buffer's length is given.
+        let n = check(unsafe {
+            libc::syscall(
+                libc::SYS_getdents64,
+                dir.as_fd().as_raw_fd(),
+                self.bytes.as_mut_ptr(),
+                self.bytes.len(),
+            )
+        })?;
+        self.len = n as usize;
+        self.at = 0;
+        Ok(n > 0)
+    }
+
+    pub fn next_name(&mut self) -> Option<&CStr> {
+        // struct linux_dirent64: ino u64, off i64, reclen u16, type u8, name.
+        let record = self.bytes.get(self.at..self.len)?;
+        let size = usize::from(u16::from_ne_bytes([*record.get(16)?, *record.get(17)?]));
+        self.at += size.max(19);
+        CStr::from_bytes_until_nul(record.get(19..)?).ok()
+    }
+}
+
+/// One `write(2)`, which may be short.
+pub fn write(fd: impl AsFd, data: &[u8]) -> io::Result<usize> {
+    loop {
+        // SAFETY: the buffer's length is given.
+        let ret = unsafe { libc::write(fd.as_fd().as_raw_fd(), data.as_ptr().cast(), data.len()) };
+        match check(ret as i64) {
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+            Err(e) => return Err(e),
+            Ok(n) => return Ok(n as usize),
+        }
+    }
+}
+
+/// A standard stream by number. It may be closed; then every use of it fails with `EBADF`.
+pub fn standard(number: i32) -> BorrowedFd<'static> {
+    // SAFETY: standard streams are not owned by anything in these programs and never closed.
+    unsafe { BorrowedFd::borrow_raw(number.clamp(0, 2)) }
+}
+
+/// Waits until at least one of four descriptors is readable or hung up; absent ones never are.
+pub fn poll_readable(fds: &[Option<BorrowedFd<'_>>; 4]) -> io::Result<[bool; 4]> {
+    let mut polls = fds.map(|fd| libc::pollfd {
+        fd: fd.map_or(-1, |fd| fd.as_raw_fd()),
+        events: libc::POLLIN,
+        revents: 0,
+    });
+    loop {
+        // SAFETY: four entries are passed.
+        match check(i64::from(unsafe { libc::poll(polls.as_mut_ptr(), 4, -1) })) {
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+            Err(e) => return Err(e),
+            Ok(_) => return Ok(polls.map(|p| p.revents != 0)),
+        }
+    }
+}

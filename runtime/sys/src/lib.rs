@@ -11,6 +11,7 @@ pub mod memfd;
 pub mod monitor;
 pub mod mount;
 pub mod process;
+pub mod sealed;
 pub mod seccomp;
 pub mod seqpacket;
 pub mod socket;

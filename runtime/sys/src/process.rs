@@ -356,3 +356,17 @@ pub fn getegid() -> u32 {
     // SAFETY: cannot fail.
     unsafe { libc::getegid() }
 }
+
+/// The `CLONE_NEW*` flag of the namespace that `fd` is; an error for any other file.
+pub fn namespace_type(fd: impl AsFd) -> io::Result<i32> {
+    const NS_GET_NSTYPE: u64 = 0xb703;
+    // SAFETY: the request takes no argument.
+    Ok(check(i64::from(unsafe { libc::ioctl(fd.as_fd().as_raw_fd(), NS_GET_NSTYPE as _) }))? as i32)
+}
+
+/// Ignores a broken pipe, or gives it its default effect.
+pub fn ignore_sigpipe(on: bool) {
+    let disposition = if on { libc::SIG_IGN } else { libc::SIG_DFL };
+    // SAFETY: both are valid dispositions.
+    unsafe { libc::signal(libc::SIGPIPE, disposition) };
+}

@@ -1,0 +1,283 @@
+//! The command line: global options, a command, its options before or after the container id.
+
+use lexopt::{Arg, Parser, ValueExt};
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+#[derive(Debug, Default)]
+pub(crate) struct Globals {
+    pub(crate) root: Option<PathBuf>,
+    pub(crate) log: Option<PathBuf>,
+    pub(crate) log_json: bool,
+    pub(crate) debug: bool,
+    pub(crate) systemd_cgroup: bool,
+}
+
+#[derive(Debug)]
+pub(crate) enum Command {
+    Help,
+    Version,
+    Run { name: String, options: Options, positional: Vec<String> },
+}
+
+/// Options of all commands; each command takes those that it knows (see `KNOWN`).
+#[derive(Debug, Default)]
+pub(crate) struct Options {
+    flags: Vec<&'static str>,
+    values: Vec<(&'static str, String)>,
+}
+
+impl Options {
+    pub(crate) fn has(&self, name: &str) -> bool {
+        self.flags.contains(&name)
+    }
+
+    /// The last value given.
+    pub(crate) fn get(&self, name: &str) -> Option<&str> {
+        self.values.iter().rev().find(|(n, _)| *n == name).map(|(_, v)| v.as_str())
+    }
+
+    pub(crate) fn all(&self, name: &str) -> Vec<String> {
+        self.values.iter().filter(|(n, _)| *n == name).map(|(_, v)| v.clone()).collect()
+    }
+
+    pub(crate) fn path(&self, name: &str) -> Option<PathBuf> {
+        self.get(name).map(PathBuf::from)
+    }
+}
+
+struct Known {
+    command: &'static str,
+    flags: &'static [&'static str],
+    values: &'static [&'static str],
+    /// After so many positional arguments the rest belongs to the program in the container.
+    positional: usize,
+}
+
+const CREATE_VALUES: &[&str] =
+    &["bundle", "console-socket", "pid-file", "pidfd-socket", "preserve-fds", "config"];
+
+const KNOWN: &[Known] = &[
+    Known {
+        command: "create",
+        flags: &["no-pivot", "no-new-keyring"],
+        values: CREATE_VALUES,
+        positional: usize::MAX,
+    },
+    Known {
+        command: "run",
+        flags: &["no-pivot", "no-new-keyring", "detach", "keep", "no-subreaper"],
+        values: CREATE_VALUES,
+        positional: usize::MAX,
+    },
+    Known { command: "start", flags: &[], values: &[], positional: usize::MAX },
+    Known { command: "state", flags: &["all"], values: &[], positional: usize::MAX },
+    Known { command: "list", flags: &["quiet"], values: &["format"], positional: usize::MAX },
+    Known { command: "kill", flags: &["all"], values: &["signal"], positional: usize::MAX },
+    Known { command: "delete", flags: &["force"], values: &[], positional: usize::MAX },
+    Known {
+        command: "exec",
+        flags: &["tty", "detach", "no-new-privs", "ignore-paused"],
+        values: &[
+            "process",
+            "console-socket",
+            "pid-file",
+            "pidfd-socket",
+            "preserve-fds",
+            "cwd",
+            "env",
+            "user",
+            "additional-gids",
+            "cap",
+            "cgroup",
+            "apparmor",
+            "process-label",
+        ],
+        positional: 1,
+    },
+    Known { command: "ps", flags: &[], values: &["format"], positional: 1 },
+    Known { command: "pause", flags: &[], values: &[], positional: usize::MAX },
+    Known { command: "resume", flags: &[], values: &[], positional: usize::MAX },
+    Known { command: "events", flags: &["stats"], values: &["interval"], positional: usize::MAX },
+    Known {
+        command: "update",
+        flags: &[],
+        values: &[
+            "resources",
+            "blkio-weight",
+            "cpu-period",
+            "cpu-quota",
+            "cpu-burst",
+            "cpu-share",
+            "cpu-shares",
+            "cpu-rt-period",
+            "cpu-rt-runtime",
+            "cpu-idle",
+            "cpuset-cpus",
+            "cpuset-mems",
+            "kernel-memory",
+            "kernel-memory-tcp",
+            "memory",
+            "memory-reservation",
+            "memory-swap",
+            "pids-limit",
+        ],
+        positional: usize::MAX,
+    },
+    Known { command: "spec", flags: &["rootless"], values: &["bundle"], positional: usize::MAX },
+    Known { command: "features", flags: &[], values: &[], positional: usize::MAX },
+];
+
+pub(crate) fn command_names() -> impl Iterator<Item = &'static str> {
+    KNOWN.iter().map(|k| k.command)
+}
+
+/// Short letters, where commands agree about them; `f` and `p` depend on the command.
+fn short(command: &str, letter: char) -> Option<&'static str> {
+    Some(match (command, letter) {
+        ("list" | "ps", 'f') => "format",
+        ("delete", 'f') => "force",
+        ("create" | "run" | "spec", 'b') => "bundle",
+        ("create" | "run", 'f') => "config",
+        ("run" | "exec", 'd') => "detach",
+        ("list", 'q') => "quiet",
+        ("kill", 'a') => "all",
+        ("kill", 's') => "signal",
+        ("exec", 't') => "tty",
+        ("exec", 'e') => "env",
+        ("exec", 'u') => "user",
+        ("exec", 'g') => "additional-gids",
+        ("exec", 'p') => "process",
+        ("exec", 'c') => "cap",
+        ("update", 'r') => "resources",
+        _ => return None,
+    })
+}
+
+pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<(Globals, Command), lexopt::Error> {
+    let mut parser = Parser::from_args(args);
+    let mut globals = Globals::default();
+    let name = loop {
+        match parser.next()? {
+            None | Some(Arg::Short('h')) => return Ok((globals, Command::Help)),
+            Some(Arg::Long("help")) => return Ok((globals, Command::Help)),
+            Some(Arg::Short('v') | Arg::Long("version")) => return Ok((globals, Command::Version)),
+            Some(Arg::Value(value)) => break value.string()?,
+            Some(Arg::Long(name)) => {
+                let name = name.to_owned();
+                if !global(&name, &mut parser, &mut globals)? {
+                    return Err(format!("unknown option --{name}").into());
+                }
+            }
+            Some(other) => return Err(other.unexpected()),
+        }
+    };
+    if name == "help" {
+        return Ok((globals, Command::Help));
+    }
+    let known = KNOWN.iter().find(|k| k.command == name);
+    let known = known.ok_or_else(|| lexopt::Error::from(format!("no command {name:?}; see --help")))?;
+    let mut options = Options::default();
+    let mut positional = Vec::new();
+    loop {
+        if positional.len() >= known.positional {
+            // A program's own options are not ours, whatever they look like.
+            for rest in parser.raw_args()? {
+                positional.push(rest.string()?);
+            }
+            if positional.get(known.positional).is_some_and(|word| word == "--") {
+                positional.remove(known.positional);
+            }
+            break;
+        }
+        let (shown, long) = match parser.next()? {
+            None => break,
+            Some(Arg::Value(value)) => {
+                positional.push(value.string()?);
+                continue;
+            }
+            Some(Arg::Short('h') | Arg::Long("help")) => return Ok((globals, Command::Help)),
+            Some(Arg::Short(letter)) => {
+                (format!("-{letter}"), short(known.command, letter).map(str::to_owned))
+            }
+            Some(Arg::Long(name)) => (format!("--{name}"), Some(name.to_owned())),
+        };
+        let long = long.ok_or_else(|| lexopt::Error::from(format!("unknown option {shown}")))?;
+        if let Some(flag) = known.flags.iter().find(|f| **f == long) {
+            match parser.optional_value() {
+                None => options.flags.push(flag),
+                Some(value) if value == "true" => options.flags.push(flag),
+                Some(value) if value == "false" => {}
+                Some(_) => return Err(format!("option {shown} takes no value").into()),
+            }
+        } else if let Some(name) = known.values.iter().find(|v| **v == long) {
+            options.values.push((name, parser.value()?.string()?));
+        } else if !global(&long, &mut parser, &mut globals)? {
+            return Err(format!("unknown option {shown} of {name}").into());
+        }
+    }
+    Ok((globals, Command::Run { name, options, positional }))
+}
+
+fn global(name: &str, parser: &mut Parser, globals: &mut Globals) -> Result<bool, lexopt::Error> {
+    match name {
+        "root" => globals.root = Some(parser.value()?.into()),
+        "log" => globals.log = Some(parser.value()?.into()),
+        "log-format" => match parser.value()?.string()?.as_str() {
+            "json" => globals.log_json = true,
+            "text" => globals.log_json = false,
+            other => return Err(format!("invalid log-format {other:?}: it is text or json").into()),
+        },
+        "debug" => globals.debug = true,
+        "systemd-cgroup" => globals.systemd_cgroup = true,
+        "cgroup-manager" => globals.systemd_cgroup = parser.value()? == "systemd",
+        // Whether cgroup errors are forgiven is decided by the rights that are there.
+        "rootless" | "criu" | "log-level" => {
+            parser.value()?;
+        }
+        _ => return Ok(false),
+    }
+    Ok(true)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn words(text: &str) -> Vec<OsString> {
+        text.split(' ').map(OsString::from).collect()
+    }
+
+    #[test]
+    fn options_before_and_after_the_id() {
+        for line in
+            ["create --bundle /b -- id", "create id --bundle /b", "create id -b /b", "create --bundle=/b id"]
+        {
+            let (_, command) = parse(words(line)).unwrap();
+            let Command::Run { options, positional, .. } = command else { panic!("{line}") };
+            assert_eq!(
+                (options.get("bundle"), &positional[..]),
+                (Some("/b"), &["id".to_owned()][..]),
+                "{line}"
+            );
+        }
+    }
+
+    #[test]
+    fn the_programs_options_are_its_own() {
+        for line in ["exec -t id ls -t --all", "exec -t id -- ls -t --all"] {
+            let (_, command) = parse(words(line)).unwrap();
+            let Command::Run { options, positional, .. } = command else { panic!() };
+            assert!(options.has("tty"));
+            assert_eq!(positional, ["id", "ls", "-t", "--all"], "{line}");
+        }
+    }
+
+    #[test]
+    fn wrong_lines_are_errors() {
+        for line in ["nope", "--nope", "create --nope id", "--log-format xml list", "delete --force=maybe x"]
+        {
+            assert!(parse(words(line)).is_err(), "{line}");
+        }
+    }
+}

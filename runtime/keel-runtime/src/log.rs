@@ -1,0 +1,65 @@
+//! Errors on standard error, and in the log file that the caller reads.
+
+use crate::args::Globals;
+use serde::Serialize;
+use std::fs::{File, OpenOptions};
+use std::io::Write;
+
+pub(crate) struct Log {
+    file: Option<File>,
+    json: bool,
+    debug: bool,
+}
+
+#[derive(Serialize)]
+struct Line<'a> {
+    level: &'a str,
+    msg: &'a str,
+    time: &'a str,
+}
+
+impl Log {
+    pub(crate) fn open(globals: &Globals) -> Log {
+        let file = globals.log.as_ref().and_then(|path| {
+            let opened = OpenOptions::new().append(true).create(true).open(path);
+            if let Err(e) = &opened {
+                eprintln!("keel-runtime: open the log {}: {e}", path.display());
+            }
+            opened.ok()
+        });
+        Log { file, json: globals.log_json, debug: globals.debug }
+    }
+
+    pub(crate) fn error(&self, message: &str) {
+        eprintln!("keel-runtime: {message}");
+        self.write("error", message);
+    }
+
+    pub(crate) fn warning(&self, message: &str) {
+        if self.file.is_none() {
+            eprintln!("keel-runtime: warning: {message}");
+        }
+        self.write("warning", message);
+    }
+
+    pub(crate) fn debug(&self, message: &str) {
+        if self.debug {
+            if self.file.is_none() {
+                eprintln!("keel-runtime: debug: {message}");
+            }
+            self.write("debug", message);
+        }
+    }
+
+    fn write(&self, level: &str, message: &str) {
+        let Some(mut file) = self.file.as_ref() else { return };
+        let time = keel_oci::state::now_rfc3339();
+        let line = if self.json {
+            serde_json::to_string(&Line { level, msg: message, time: &time }).unwrap_or_default()
+        } else {
+            format!("time=\"{time}\" level={level} msg={message:?}")
+        };
+        // The log is for the caller's comfort; the exit code tells the truth.
+        let _ = writeln!(file, "{line}");
+    }
+}

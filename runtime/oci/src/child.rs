@@ -1,0 +1,1071 @@
+//! The child between clone and exec: executes the operations.
+//!
+//! Nothing here allocates, takes a lock, logs or panics. A failure is one fixed-size record on the socket; the words
+//! for it are found by the parent, which has the same list. All work on the container's file system is relative to a
+//! descriptor of its root and never follows a path out of it.
+
+use crate::op::{Failure, HookProgram, Op, Step, StringArray, Target};
+use keel_sys::file::{self, RESOLVE_IN_ROOT, RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS};
+use keel_sys::mount::{self, Attr};
+use keel_sys::{cred, errno, process, seccomp, socket, tty};
+use std::ffi::{CStr, c_char};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+
+/// Descriptors that the parent opened for the child.
+#[derive(Default)]
+pub(crate) struct Fds {
+    pub(crate) tasks: Vec<OwnedFd>,
+    /// By slot of [`Op::Join`].
+    pub(crate) namespaces: Vec<OwnedFd>,
+    /// By slot of an idmapped mount.
+    pub(crate) idmaps: Vec<OwnedFd>,
+    /// The container's init, for an exec.
+    pub(crate) process: Option<OwnedFd>,
+    /// To the parent.
+    pub(crate) sync: Option<OwnedFd>,
+    /// Where a later `start` connects; without it the start comes over `sync`.
+    pub(crate) start: Option<OwnedFd>,
+    pub(crate) console: Option<OwnedFd>,
+    /// Takes the seccomp notification descriptor.
+    pub(crate) notify: Option<OwnedFd>,
+}
+
+/// What the child tells, and the parent hears.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub(crate) enum Word {
+    Failed = 1,
+    WantIdMaps = 2,
+    WantHooks = 3,
+    Ready = 4,
+}
+
+/// Size of one message: word, operation, step, errno, detail.
+pub(crate) const MESSAGE_BYTES: usize = 20;
+
+pub(crate) fn encode(word: Word, op: u32, failure: Failure) -> [u8; MESSAGE_BYTES] {
+    let mut out = [0u8; MESSAGE_BYTES];
+    let numbers = [word as u32, op, failure.step as u32, failure.errno as u32, failure.detail];
+    for (place, number) in out.chunks_exact_mut(4).zip(numbers) {
+        place.copy_from_slice(&number.to_ne_bytes());
+    }
+    out
+}
+
+pub(crate) fn decode(bytes: &[u8]) -> Option<(Word, u32, Failure)> {
+    if bytes.len() < MESSAGE_BYTES {
+        return None;
+    }
+    let mut numbers = [0u32; 5];
+    for (number, place) in numbers.iter_mut().zip(bytes.chunks_exact(4)) {
+        *number = u32::from_ne_bytes([place[0], place[1], place[2], place[3]]);
+    }
+    let word = match numbers[0] {
+        1 => Word::Failed,
+        2 => Word::WantIdMaps,
+        3 => Word::WantHooks,
+        4 => Word::Ready,
+        _ => return None,
+    };
+    let failure =
+        Failure { step: Step::from_number(numbers[2]), errno: numbers[3] as i32, detail: numbers[4] };
+    Some((word, numbers[1], failure))
+}
+
+/// The state document for hooks, without the pid: it goes between the two halves.
+pub(crate) struct StateText {
+    pub(crate) before_pid: Vec<u8>,
+    pub(crate) after_pid: Vec<u8>,
+}
+
+type Done = Result<(), Failure>;
+
+trait At<T> {
+    fn at(self, step: Step) -> Result<T, Failure>;
+}
+
+impl<T> At<T> for io::Result<T> {
+    fn at(self, step: Step) -> Result<T, Failure> {
+        self.map_err(|e| Failure { step, errno: errno(&e), detail: 0 })
+    }
+}
+
+fn fail(step: Step, errno: i32) -> Failure {
+    Failure { step, errno, detail: 0 }
+}
+
+/// Longest path that the child puts together on its stack.
+const PATH_BYTES: usize = 4096;
+
+struct Machine<'a> {
+    fds: &'a Fds,
+    state: &'a StateText,
+    /// Messages for failures after the start, which nobody else can explain.
+    root: Option<OwnedFd>,
+    procfs: Option<OwnedFd>,
+    /// The read-only file system that hides directories, once there is one.
+    mask: Option<OwnedFd>,
+    /// The `start` command's connection.
+    starter: Option<OwnedFd>,
+    home: [u8; PATH_BYTES],
+    executable: [u8; PATH_BYTES],
+    executable_found: bool,
+}
+
+/// Runs the whole list and ends in exec or exit. `texts` explains the operations after [`Op::Ready`], which a later
+/// `start` command must print without having the list.
+pub(crate) fn run(ops: &[Op], texts: &[Vec<u8>], fds: &Fds, state: &StateText) -> ! {
+    let mut machine = Machine {
+        fds,
+        state,
+        root: None,
+        procfs: None,
+        mask: None,
+        starter: None,
+        home: [0; PATH_BYTES],
+        executable: [0; PATH_BYTES],
+        executable_found: false,
+    };
+    process::reset_signals();
+    // A hook that does not read its input must not kill the set-up.
+    process::ignore_sigpipe(true);
+    process::umask(0);
+    // If the parent dies before the container stands, nobody would ever find this process.
+    let _ = process::set_parent_death_signal(libc::SIGKILL);
+    for (index, op) in ops.iter().enumerate() {
+        if let Err(failure) = machine.step(op) {
+            machine.report(index, failure, texts.get(index));
+            process::exit_now(1);
+        }
+    }
+    process::exit_now(1)
+}
+
+impl Machine<'_> {
+    fn report(&self, index: usize, failure: Failure, text: Option<&Vec<u8>>) {
+        let record = encode(Word::Failed, index as u32, failure);
+        let Some(starter) = &self.starter else {
+            if let Some(sync) = &self.fds.sync {
+                let _ = socket::send(sync, &record);
+            }
+            return;
+        };
+        // Record and text in one message, on the stack.
+        let mut message = [0u8; MESSAGE_BYTES + 512];
+        message[..MESSAGE_BYTES].copy_from_slice(&record);
+        let text = text.map_or(&[][..], |t| t.as_slice());
+        let len = text.len().min(512);
+        message[MESSAGE_BYTES..MESSAGE_BYTES + len].copy_from_slice(&text[..len]);
+        let _ = socket::send(starter, &message[..MESSAGE_BYTES + len]);
+    }
+
+    /// Tells the parent a word and waits for its answer.
+    fn ask(&self, word: Word) -> Done {
+        let sync = self.fds.sync.as_ref().ok_or(fail(Step::Whole, libc::EBADF))?;
+        socket::send(sync, &encode(word, 0, fail(Step::Whole, 0))).at(Step::Send)?;
+        let mut answer = [0u8; 4];
+        match socket::recv(sync, &mut answer).at(Step::Whole)? {
+            // The parent has gone or refuses; it knows why.
+            0 => process::exit_now(1),
+            _ => Ok(()),
+        }
+    }
+
+    fn step(&mut self, op: &Op) -> Done {
+        match op {
+            Op::JoinCgroup => {
+                for tasks in &self.fds.tasks {
+                    file::write_once(tasks, b"0").at(Step::Write)?;
+                }
+                Ok(())
+            }
+            Op::Join { kind, slot } => {
+                let fd = self.fds.namespaces.get(*slot).ok_or(fail(Step::Open, libc::EBADF))?;
+                process::setns(fd, kind.flag()).at(Step::Whole)
+            }
+            Op::EnterProcess { flags } => {
+                let fd = self.fds.process.as_ref().ok_or(fail(Step::Open, libc::EBADF))?;
+                process::setns(fd, *flags).at(Step::Whole)
+            }
+            Op::WaitIdMaps => self.ask(Word::WantIdMaps),
+            Op::BecomeRoot => {
+                // Groups first: without the right to set them the old ones stay, which unprivileged maps demand.
+                let _ = cred::setgroups(&[]);
+                cred::setresgid(0).at(Step::Whole)?;
+                cred::setresuid(0).at(Step::Whole)
+            }
+            Op::NotDumpable => process::set_dumpable(false).at(Step::Whole),
+            Op::Unshare { kind } => process::unshare(kind.flag()).at(Step::Whole),
+            Op::SessionKeyring { name } => match process::join_session_keyring(name) {
+                // A kernel without keys, or a sandbox that forbids them, keeps nothing that could leak.
+                Err(e) if matches!(errno(&e), libc::ENOSYS | libc::EPERM | libc::EDQUOT) => Ok(()),
+                other => other.map(drop).at(Step::Whole),
+            },
+            Op::NewSession => match process::setsid() {
+                Err(e) if errno(&e) == libc::EPERM => Ok(()),
+                other => other.at(Step::Whole),
+            },
+            Op::PrivateProcfs => self.private_procfs(),
+            Op::OomScoreAdj { value } => self.oom_score_adj(*value),
+            Op::Propagation { flag } => {
+                let attr = Attr { propagation: flag & !libc::MS_REC, ..Attr::default() };
+                mount::set_attr_at(file::cwd(), c"/", &attr, true).at(Step::SetPropagation)
+            }
+            Op::BindRoot { path, private_parent } => self.bind_root(path, *private_parent),
+            Op::OpenRoot { path } => {
+                let flags = libc::O_PATH | libc::O_DIRECTORY;
+                self.root = Some(file::openat(file::cwd(), path, flags, 0).at(Step::Open)?);
+                Ok(())
+            }
+            Op::Bind { .. } => self.bind(op),
+            Op::FileSystem { .. } => self.file_system(op),
+            Op::Remount { target, attr, recursive } => {
+                let target = self.existing(target)?;
+                mount::set_attr(&target, attr, *recursive).at(Step::SetAttr)
+            }
+            Op::Symlink { to, link } => self.symlink(to, link.as_c_str()),
+            Op::Directory { path, mode } => {
+                match make_dirs(self.root()?, path.as_c_str(), *mode) {
+                    // A read-only or odd image: the change of directory will tell.
+                    Ok(_) | Err(_) => Ok(()),
+                }
+            }
+            Op::DeviceNode { path, mode, major, minor, uid, gid } => {
+                self.device_node(path.as_c_str(), *mode, (*major, *minor), (*uid, *gid))
+            }
+            Op::DeviceBind { source, path } => self.device_bind(source, path.as_c_str()),
+            Op::Console { bind, rows, columns, uid, gid } => {
+                self.console(*bind, tty::Size { rows: *rows, columns: *columns }, *uid, *gid)
+            }
+            Op::RuntimeHooks => self.ask(Word::WantHooks),
+            Op::Hook { program, .. } => run_hook(program, self.state, process::getpid()),
+            Op::Mask { path } => self.mask(path.as_c_str()),
+            Op::ReadOnly { path } => self.read_only(path.as_c_str()),
+            Op::ReadOnlyRoot => {
+                let attr = Attr { set: mount::ATTR_RDONLY, ..Attr::default() };
+                mount::set_attr(self.root()?, &attr, false).at(Step::SetAttr)
+            }
+            Op::PivotRoot => self.pivot_root(),
+            Op::MoveRoot => self.move_root(),
+            Op::ChangeRoot => {
+                file::fchdir(self.root()?).at(Step::Open)?;
+                mount::chroot(c".").at(Step::Whole)?;
+                file::chdir(c"/").at(Step::Whole)
+            }
+            Op::RootPropagation { flag } => {
+                let attr = Attr { propagation: flag & !libc::MS_REC, ..Attr::default() };
+                mount::set_attr_at(file::cwd(), c"/", &attr, flag & libc::MS_REC != 0)
+                    .at(Step::SetPropagation)
+            }
+            Op::Hostname { name } => process::sethostname(name.as_bytes()).at(Step::Whole),
+            Op::Domainname { name } => process::setdomainname(name.as_bytes()).at(Step::Whole),
+            Op::Sysctl { path, value } => self.write_proc(path, value.as_bytes()),
+            Op::Rlimit { resource, soft, hard, .. } => {
+                cred::setrlimit(*resource, *soft, *hard).at(Step::Whole)
+            }
+            Op::IoPriority { class, level } => process::ioprio_set(*class, *level).at(Step::Whole),
+            Op::Scheduler { attr } => process::sched_setattr(attr).at(Step::Whole),
+            Op::MemoryPolicy { mode, nodes } => process::set_mempolicy(*mode, nodes).at(Step::Whole),
+            Op::Affinity { mask } => process::set_affinity(mask).at(Step::Whole),
+            Op::Personality { value } => process::personality(*value).at(Step::Whole),
+            Op::ExecLabel { file, label } => self.write_self(file, label.as_bytes()),
+            Op::OwnStdio { uid, gid } => {
+                own_stdio(*uid, *gid);
+                Ok(())
+            }
+            Op::FindExecutable { name, path } => self.find_executable(name, path.as_deref()),
+            Op::Ready => self.ready(),
+            Op::NoNewPrivileges => process::set_no_new_privs().at(Step::Whole),
+            Op::Seccomp { filter } => {
+                let listener = seccomp::install(filter.flags, &filter.program).at(Step::Whole)?;
+                match (listener, &self.fds.notify) {
+                    (Some(listener), Some(notify)) => self.send_listener(notify, &listener),
+                    (Some(_), None) => Err(fail(Step::Send, libc::ENOTCONN)),
+                    (None, _) => Ok(()),
+                }
+            }
+            Op::BoundingSet { keep, last } => {
+                for cap in 0..=*last {
+                    if keep & (1 << cap) == 0 {
+                        cred::bounding_drop(cap).at(Step::Whole)?;
+                    }
+                }
+                Ok(())
+            }
+            Op::KeepCapabilities => cred::set_keep_caps(true).at(Step::Whole),
+            Op::Groups { gids } => match cred::setgroups(gids) {
+                // A user namespace made by an ordinary user has setgroups denied, and nothing to drop.
+                Err(e) if errno(&e) == libc::EPERM && gids.is_empty() => Ok(()),
+                other => other.at(Step::Whole),
+            },
+            Op::Gid { gid } => cred::setresgid(*gid).at(Step::Whole),
+            Op::Uid { uid } => cred::setresuid(*uid).at(Step::Whole),
+            Op::Capabilities { caps } => {
+                cred::set_keep_caps(false).at(Step::Whole)?;
+                cred::capset(caps).at(Step::Whole)
+            }
+            Op::Ambient { caps } => {
+                for cap in 0..64 {
+                    if caps & (1 << cap) != 0 {
+                        cred::ambient_raise(cap).at(Step::Whole)?;
+                    }
+                }
+                Ok(())
+            }
+            Op::WorkingDirectory { path } => working_directory(path),
+            Op::Umask { mask } => {
+                process::umask(*mask);
+                Ok(())
+            }
+            Op::CloseFrom { first } => process::close_range_cloexec(*first).at(Step::Whole),
+            Op::Exec { args, env, path, home_of } => self.exec(args, env, path.as_deref(), *home_of),
+        }
+    }
+
+    fn root(&self) -> Result<BorrowedFd<'_>, Failure> {
+        self.root.as_ref().map(|r| r.as_fd()).ok_or(fail(Step::Open, libc::EBADF))
+    }
+
+    // --- procfs -------------------------------------------------------------------------------------------------
+
+    fn private_procfs(&mut self) -> Done {
+        let made = mount::fsopen(c"proc").and_then(|fs| mount::fsmount(&fs, 0));
+        let fd = match made {
+            Ok(fd) => fd,
+            // A user namespace in which the host's procfs is covered: the host's own is what there is before the pivot.
+            Err(e) if errno(&e) == libc::EPERM => {
+                file::openat(file::cwd(), c"/proc", libc::O_PATH | libc::O_DIRECTORY, 0).at(Step::Open)?
+            }
+            Err(e) => return Err(fail(Step::Create, errno(&e))),
+        };
+        if file::fs_type(&fd).at(Step::Verify)? != file::PROC_SUPER_MAGIC {
+            return Err(fail(Step::Verify, libc::EXDEV));
+        }
+        self.procfs = Some(fd);
+        Ok(())
+    }
+
+    /// `path` is below the private procfs; nothing mounted or linked can redirect the write.
+    fn write_proc(&self, path: &CStr, value: &[u8]) -> Done {
+        let procfs = self.procfs.as_ref().ok_or(fail(Step::Open, libc::EBADF))?;
+        let resolve =
+            file::RESOLVE_BENEATH | file::RESOLVE_NO_XDEV | RESOLVE_NO_SYMLINKS | RESOLVE_NO_MAGICLINKS;
+        let fd = file::openat2(procfs, path, libc::O_WRONLY, 0, resolve).at(Step::Open)?;
+        file::write_once(&fd, value).at(Step::Write)
+    }
+
+    /// As `write_proc`, below `/proc/self`, which is a plain link within the procfs.
+    fn write_self(&self, path: &CStr, value: &[u8]) -> Done {
+        let procfs = self.procfs.as_ref().ok_or(fail(Step::Open, libc::EBADF))?;
+        let own = file::openat(procfs, c"self", libc::O_PATH | libc::O_DIRECTORY, 0).at(Step::Open)?;
+        let resolve =
+            file::RESOLVE_BENEATH | file::RESOLVE_NO_XDEV | RESOLVE_NO_SYMLINKS | RESOLVE_NO_MAGICLINKS;
+        let fd = file::openat2(&own, path, libc::O_WRONLY, 0, resolve).at(Step::Open)?;
+        file::write_once(&fd, value).at(Step::Write)
+    }
+
+    fn oom_score_adj(&self, value: i32) -> Done {
+        let mut digits = [0u8; 12];
+        let text = decimal(i64::from(value), &mut digits);
+        match self.write_self(c"oom_score_adj", text) {
+            // Below the present value only CAP_SYS_RESOURCE may go. The score only orders victims, so a container that
+            // is asked to be safer than the runtime may be runs with the runtime's score.
+            Err(f) if f.errno == libc::EACCES => Ok(()),
+            other => other,
+        }
+    }
+
+    // --- mounts -------------------------------------------------------------------------------------------------
+
+    fn bind_root(&mut self, path: &CStr, private_parent: bool) -> Done {
+        let flags = libc::O_PATH | libc::O_DIRECTORY;
+        let place = file::openat(file::cwd(), path, flags, 0).at(Step::OpenSource)?;
+        if private_parent {
+            // The mount below must not pass the new one on to its peers.
+            let mut here = file::dup_above(&place, 3).at(Step::OpenSource)?;
+            while !file::is_mount_root(&here).at(Step::OpenSource)? {
+                here = file::openat(&here, c"..", flags, 0).at(Step::OpenSource)?;
+            }
+            let attr = Attr { propagation: libc::MS_PRIVATE, ..Attr::default() };
+            mount::set_attr(&here, &attr, false).at(Step::SetPropagation)?;
+        }
+        let tree = mount::clone_tree(&place, c"", true, true).at(Step::Create)?;
+        mount::attach(&tree, &place).at(Step::Attach)?;
+        self.root = Some(tree);
+        Ok(())
+    }
+
+    /// The place of a mount, which must exist.
+    fn existing(&self, target: &Target) -> Result<OwnedFd, Failure> {
+        open_in(self.root()?, target.path.as_c_str(), target.real)
+    }
+
+    /// The place of a mount, made when it does not exist.
+    fn place(&self, target: &Target, directory: bool) -> Result<OwnedFd, Failure> {
+        let path = target.path.as_c_str();
+        match open_in(self.root()?, path, target.real) {
+            Err(f) if f.errno == libc::ENOENT => {}
+            Err(f) if target.real && f.errno == libc::ELOOP => return Err(fail(Step::NotReal, f.errno)),
+            other => return other,
+        }
+        if directory {
+            make_dirs(self.root()?, path, 0o755)?;
+        } else {
+            let (parent, name) = split(path);
+            let parent = make_dirs_bytes(self.root()?, parent, 0o755)?;
+            with_c_str(name, |name| {
+                let flags = libc::O_CREAT | libc::O_EXCL | libc::O_NOFOLLOW | libc::O_WRONLY;
+                file::openat(&parent, name, flags, 0o755).map(drop).at(Step::OpenTarget)
+            })?;
+        }
+        open_in(self.root()?, path, target.real)
+    }
+
+    fn bind(&self, op: &Op) -> Done {
+        let Op::Bind {
+            source,
+            target,
+            recursive,
+            follow,
+            attr,
+            tree_attr,
+            propagation,
+            propagate_tree,
+            only_procfs,
+            idmap,
+        } = op
+        else {
+            return Ok(());
+        };
+        let tree = mount::clone_tree(file::cwd(), source, *recursive, *follow).at(Step::OpenSource)?;
+        if *only_procfs && file::fs_type(&tree).at(Step::Verify)? != file::PROC_SUPER_MAGIC {
+            return Err(fail(Step::Verify, libc::EINVAL));
+        }
+        if let Some((slot, recursive)) = idmap {
+            let userns = self.fds.idmaps.get(*slot).ok_or(fail(Step::SetAttr, libc::EBADF))?;
+            let attr =
+                Attr { set: mount::ATTR_IDMAP, userns_fd: userns.as_raw_fd() as u64, ..Attr::default() };
+            mount::set_attr(&tree, &attr, *recursive).at(Step::SetAttr)?;
+        }
+        set_attributes(&tree, attr, false)?;
+        set_attributes(&tree, tree_attr, true)?;
+        let directory = file::fstat(&tree).at(Step::OpenSource)?.is_dir();
+        let place = self.place(target, directory)?;
+        mount::attach(&tree, &place).at(Step::Attach)?;
+        set_propagation(&tree, *propagation, *propagate_tree)
+    }
+
+    fn file_system(&self, op: &Op) -> Done {
+        let Op::FileSystem { kind, target, options, attr, propagation, copy_up, read_only_after } = op else {
+            return Ok(());
+        };
+        let fs = mount::fsopen(kind).at(Step::Create)?;
+        for (i, option) in options.iter().enumerate() {
+            mount::fsconfig(&fs, &option.key, option.value.as_deref()).map_err(|e| Failure {
+                step: Step::Option,
+                errno: errno(&e),
+                detail: i as u32,
+            })?;
+        }
+        let mounted = mount::fsmount(&fs, *attr).at(Step::Create)?;
+        let place = self.place(target, true)?;
+        if *copy_up {
+            copy_up_into(&place, &mounted)?;
+        }
+        if *read_only_after {
+            let attr = Attr { set: mount::ATTR_RDONLY, ..Attr::default() };
+            mount::set_attr(&mounted, &attr, false).at(Step::SetAttr)?;
+        }
+        mount::attach(&mounted, &place).at(Step::Attach)?;
+        set_propagation(&mounted, *propagation, false)
+    }
+
+    fn symlink(&self, to: &CStr, link: &CStr) -> Done {
+        let (parent, name) = split(link);
+        let parent = open_bytes_in(self.root()?, parent, true)?;
+        with_c_str(name, |name| match file::symlinkat(to, &parent, name) {
+            Err(e) if errno(&e) == libc::EEXIST => Ok(()),
+            other => other.at(Step::Create),
+        })
+    }
+
+    fn device_node(&self, path: &CStr, mode: u32, number: (u32, u32), owner: (u32, u32)) -> Done {
+        let (parent, name) = split(path);
+        let parent = make_dirs_bytes(self.root()?, parent, 0o755)?;
+        with_c_str(name, |name| match file::mknodat(&parent, name, mode, number.0, number.1) {
+            Ok(()) => {
+                // Ids that are not mapped cannot be set; the node then belongs to root.
+                if owner != (0, 0) {
+                    file::fchownat(&parent, name, owner.0, owner.1, libc::AT_SYMLINK_NOFOLLOW)
+                        .at(Step::SetAttr)?;
+                }
+                Ok(())
+            }
+            Err(e) if errno(&e) == libc::EEXIST => {
+                // What the image brought is used only when it is that very device.
+                let st = file::fstatat(&parent, name, libc::AT_SYMLINK_NOFOLLOW).at(Step::Verify)?;
+                let same = st.kind() == mode & libc::S_IFMT && st.rdev == libc::makedev(number.0, number.1);
+                if same { Ok(()) } else { Err(fail(Step::Verify, libc::EEXIST)) }
+            }
+            Err(e) => Err(fail(Step::Create, errno(&e))),
+        })
+    }
+
+    fn device_bind(&self, source: &CStr, path: &CStr) -> Done {
+        let tree = mount::clone_tree(file::cwd(), source, false, true).at(Step::OpenSource)?;
+        let kind = file::fstat(&tree).at(Step::Verify)?.kind();
+        if !matches!(kind, libc::S_IFCHR | libc::S_IFBLK | libc::S_IFIFO) {
+            return Err(fail(Step::Verify, libc::ENODEV));
+        }
+        let (parent, name) = split(path);
+        let parent = make_dirs_bytes(self.root()?, parent, 0o755)?;
+        let place = with_c_str(name, |name| {
+            let flags = libc::O_CREAT | libc::O_NOFOLLOW | libc::O_RDONLY | libc::O_NONBLOCK;
+            file::openat(&parent, name, flags, 0o666).at(Step::OpenTarget)
+        })?;
+        mount::attach(&tree, &place).at(Step::Attach)
+    }
+
+    fn mask(&mut self, path: &CStr) -> Done {
+        let place = match open_in(self.root()?, path, false) {
+            Err(f) if matches!(f.errno, libc::ENOENT | libc::ENOTDIR) => return Ok(()),
+            other => other?,
+        };
+        if file::fstat(&place).at(Step::OpenTarget)?.is_dir() {
+            let tree = match &self.mask {
+                Some(mask) => mount::clone_tree(mask, c"", false, true).at(Step::Create)?,
+                None => {
+                    let fs = mount::fsopen(c"tmpfs").at(Step::Create)?;
+                    let size = mount::fsconfig(&fs, c"size", Some(c"0"));
+                    size.and_then(|()| mount::fsconfig(&fs, c"nr_blocks", Some(c"1"))).at(Step::Option)?;
+                    let attr =
+                        mount::ATTR_RDONLY | mount::ATTR_NOSUID | mount::ATTR_NODEV | mount::ATTR_NOEXEC;
+                    mount::fsmount(&fs, attr).at(Step::Create)?
+                }
+            };
+            mount::attach(&tree, &place).at(Step::Attach)?;
+            if self.mask.is_none() {
+                self.mask = Some(tree);
+            }
+            return Ok(());
+        }
+        // The host's null device, taken before the root is changed and checked, never the container's.
+        let null = file::openat(file::cwd(), c"/dev/null", libc::O_PATH, 0).at(Step::OpenSource)?;
+        if !file::fstat(&null).at(Step::Verify)?.is_char_device(1, 3) {
+            return Err(fail(Step::Verify, libc::ENODEV));
+        }
+        let tree = mount::clone_tree(&null, c"", false, true).at(Step::Create)?;
+        mount::attach(&tree, &place).at(Step::Attach)
+    }
+
+    fn read_only(&self, path: &CStr) -> Done {
+        let place = match open_in(self.root()?, path, false) {
+            Err(f) if matches!(f.errno, libc::ENOENT | libc::ENOTDIR) => return Ok(()),
+            other => other?,
+        };
+        let tree = mount::clone_tree(&place, c"", true, true).at(Step::Create)?;
+        let attr = Attr { set: mount::ATTR_RDONLY, ..Attr::default() };
+        mount::set_attr(&tree, &attr, false).at(Step::SetAttr)?;
+        mount::attach(&tree, &place).at(Step::Attach)
+    }
+
+    fn pivot_root(&self) -> Done {
+        let old =
+            file::openat(file::cwd(), c"/", libc::O_PATH | libc::O_DIRECTORY, 0).at(Step::OpenSource)?;
+        file::fchdir(self.root()?).at(Step::Open)?;
+        mount::pivot_root(c".", c".").at(Step::Whole)?;
+        // The old root lies over the new one. Its unmount must not reach the host.
+        file::fchdir(&old).at(Step::Open)?;
+        let attr = Attr { propagation: libc::MS_SLAVE, ..Attr::default() };
+        mount::set_attr_at(file::cwd(), c".", &attr, true).at(Step::SetPropagation)?;
+        mount::umount(c".", libc::MNT_DETACH).at(Step::Whole)?;
+        file::chdir(c"/").at(Step::Whole)
+    }
+
+    fn move_root(&self) -> Done {
+        file::fchdir(self.root()?).at(Step::Open)?;
+        mount::mount(c".", c"/", c"", libc::MS_MOVE, None).at(Step::Attach)?;
+        mount::chroot(c".").at(Step::Whole)?;
+        file::chdir(c"/").at(Step::Whole)
+    }
+
+    // --- terminal -----------------------------------------------------------------------------------------------
+
+    fn console(&mut self, bind: bool, size: tty::Size, uid: u32, gid: u32) -> Done {
+        let flags = libc::O_RDWR | libc::O_NOCTTY;
+        // Before the pivot below the root's descriptor, in an exec below `/`.
+        let slash = file::openat(file::cwd(), c"/", libc::O_PATH | libc::O_DIRECTORY, 0).at(Step::Open)?;
+        let root = self.root.as_ref().map_or(slash.as_fd(), |r| r.as_fd());
+        let resolve = RESOLVE_IN_ROOT | RESOLVE_NO_SYMLINKS;
+        let master = match file::openat2(root, c"dev/pts/ptmx", flags, 0, resolve) {
+            // A container without a devpts of its own uses the host's.
+            Err(e) if errno(&e) == libc::ENOENT => file::openat(file::cwd(), c"/dev/ptmx", flags, 0),
+            other => other,
+        }
+        .at(Step::Open)?;
+        let st = file::fstat(&master).at(Step::Verify)?;
+        if !st.is_char_device(5, 2) {
+            return Err(fail(Step::Verify, libc::ENOTTY));
+        }
+        let peer = tty::open_peer(&master).at(Step::Create)?;
+        if size.rows != 0 && size.columns != 0 {
+            tty::set_size(&master, size).at(Step::SetAttr)?;
+        }
+        let console = self.fds.console.as_ref().ok_or(fail(Step::Send, libc::ENOTCONN))?;
+        socket::send_fd(console, b"/dev/ptmx", &master).at(Step::Send)?;
+        let _ = file::fchownat(&peer, c"", uid, gid, libc::AT_EMPTY_PATH);
+        if bind {
+            let tree = mount::clone_tree(&peer, c"", false, true).at(Step::Create)?;
+            let place = open_bytes_in(root, b"dev", true)?;
+            let flags = libc::O_CREAT | libc::O_NOFOLLOW | libc::O_RDONLY | libc::O_NONBLOCK | libc::O_NOCTTY;
+            let place = match file::openat(&place, c"console", flags | libc::O_EXCL, 0o666) {
+                Err(e) if errno(&e) == libc::EEXIST => {
+                    file::openat(&place, c"console", libc::O_PATH | libc::O_NOFOLLOW, 0)
+                }
+                other => other,
+            }
+            .at(Step::OpenTarget)?;
+            mount::attach(&tree, &place).at(Step::Attach)?;
+        }
+        tty::set_controlling(&peer).at(Step::Whole)?;
+        for standard in 0..3 {
+            file::dup2(&peer, standard).at(Step::Whole)?;
+        }
+        Ok(())
+    }
+
+    // --- start --------------------------------------------------------------------------------------------------
+
+    fn ready(&mut self) -> Done {
+        // From here on the process may outlive the command that made it.
+        process::set_parent_death_signal(0).at(Step::Whole)?;
+        let Some(listener) = &self.fds.start else {
+            return self.ask(Word::Ready);
+        };
+        let sync = self.fds.sync.as_ref().ok_or(fail(Step::Whole, libc::EBADF))?;
+        socket::send(sync, &encode(Word::Ready, 0, fail(Step::Whole, 0))).at(Step::Send)?;
+        loop {
+            let starter = socket::accept(listener).at(Step::Whole)?;
+            let mut word = [0u8; 4];
+            // A connection that says nothing was only a look whether somebody is here.
+            if socket::recv(&starter, &mut word).unwrap_or(0) > 0 {
+                self.starter = Some(starter);
+                return Ok(());
+            }
+        }
+    }
+
+    fn send_listener(&self, notify: &OwnedFd, listener: &OwnedFd) -> Done {
+        // The whole state goes in one message, put together on the stack.
+        let mut message = [0u8; 16384];
+        let mut digits = [0u8; 12];
+        let pid = decimal(i64::from(process::getpid()), &mut digits);
+        let mut len = 0;
+        for part in [&self.state.before_pid[..], pid, &self.state.after_pid[..]] {
+            let end = len + part.len();
+            let Some(place) = message.get_mut(len..end) else {
+                return Err(fail(Step::Send, libc::EMSGSIZE));
+            };
+            place.copy_from_slice(part);
+            len = end;
+        }
+        socket::send_fd(notify, &message[..len], listener).at(Step::Send)
+    }
+
+    fn find_executable(&mut self, name: &CStr, path: Option<&CStr>) -> Done {
+        let bytes = name.to_bytes();
+        if bytes.contains(&b'/') {
+            // Relative to a directory that is entered later, so only an absolute name can be judged now.
+            if bytes.first() == Some(&b'/') {
+                match file::fstatat(file::cwd(), name, 0) {
+                    Err(e) if errno(&e) == libc::EACCES => {}
+                    other => return other.map(drop).at(Step::Whole),
+                }
+            }
+            return Ok(());
+        }
+        if bytes.is_empty() {
+            return Err(fail(Step::NotFound, libc::ENOENT));
+        }
+        for dir in path.map_or(&[][..], |p| p.to_bytes()).split(|b| *b == b':') {
+            if join(dir, bytes, &mut self.executable).is_some_and(is_executable) {
+                self.executable_found = true;
+                return Ok(());
+            }
+        }
+        Err(fail(Step::NotFound, libc::ENOENT))
+    }
+
+    fn exec(
+        &mut self,
+        args: &StringArray,
+        env: &StringArray,
+        path: Option<&CStr>,
+        home_of: Option<u32>,
+    ) -> Done {
+        if let Some(uid) = home_of {
+            home(uid, &mut self.home);
+            env.fill_spare(self.home.as_ptr().cast());
+        }
+        let name = args.strings().first().ok_or(fail(Step::NotFound, libc::ENOENT))?;
+        let target = if name.to_bytes().contains(&b'/') {
+            name.as_c_str()
+        } else {
+            // Searched again: now with the rights and in the directory of the user.
+            self.find_executable(name, path)?;
+            CStr::from_bytes_until_nul(&self.executable).map_err(|_| fail(Step::Whole, libc::ENAMETOOLONG))?
+        };
+        process::ignore_sigpipe(false);
+        // SAFETY: both arrays were made from C strings that outlive this call; the spare slot of the environment holds
+        // null or the NUL-terminated buffer `home`.
+        let error = unsafe { process::execve(target, pointers(args), pointers(env)) };
+        let step =
+            if errno(&error) == libc::ENOENT && self.executable_found { Step::NotFound } else { Step::Whole };
+        Err(fail(step, errno(&error)))
+    }
+}
+
+fn pointers(array: &StringArray) -> &[*const c_char] {
+    let cells = array.pointers();
+    // SAFETY: `Cell<T>` has the layout of `T`, and nothing writes to the cells while the slice lives.
+    unsafe { std::slice::from_raw_parts(cells.as_ptr().cast::<*const c_char>(), cells.len()) }
+}
+
+// --- paths below a root -------------------------------------------------------------------------------------------
+
+fn open_in(root: BorrowedFd<'_>, path: &CStr, real: bool) -> Result<OwnedFd, Failure> {
+    if path.is_empty() {
+        return file::openat(root, c".", libc::O_PATH | libc::O_DIRECTORY, 0).at(Step::OpenTarget);
+    }
+    let resolve = RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS | if real { RESOLVE_NO_SYMLINKS } else { 0 };
+    file::openat2(root, path, libc::O_PATH, 0, resolve).at(Step::OpenTarget)
+}
+
+fn open_bytes_in(root: BorrowedFd<'_>, path: &[u8], real: bool) -> Result<OwnedFd, Failure> {
+    with_c_str(path, |path| open_in(root, path, real))
+}
+
+fn make_dirs(root: BorrowedFd<'_>, path: &CStr, mode: u32) -> Result<OwnedFd, Failure> {
+    make_dirs_bytes(root, path.to_bytes(), mode)
+}
+
+/// Opens a directory below the root, making what is missing. Each existing part is resolved within the root, each new
+/// one is made in the directory just opened, so a link exchanged meanwhile can never lead outside.
+fn make_dirs_bytes(root: BorrowedFd<'_>, path: &[u8], mode: u32) -> Result<OwnedFd, Failure> {
+    match open_bytes_in(root, path, false) {
+        Err(f) if f.errno == libc::ENOENT => {}
+        other => return other,
+    }
+    let (parent, name) = split_bytes(path);
+    let parent = make_dirs_bytes(root, parent, mode)?;
+    with_c_str(name, |name| {
+        match file::mkdirat(&parent, name, mode) {
+            Err(e) if errno(&e) == libc::EEXIST => {}
+            other => other.at(Step::OpenTarget)?,
+        }
+        let flags = libc::O_PATH | libc::O_DIRECTORY | libc::O_NOFOLLOW;
+        file::openat(&parent, name, flags, 0).at(Step::OpenTarget)
+    })
+}
+
+fn split(path: &CStr) -> (&[u8], &[u8]) {
+    split_bytes(path.to_bytes())
+}
+
+fn split_bytes(path: &[u8]) -> (&[u8], &[u8]) {
+    match path.iter().rposition(|b| *b == b'/') {
+        Some(at) => (&path[..at], &path[at + 1..]),
+        None => (&[], path),
+    }
+}
+
+/// Calls with the bytes as a C string on the stack.
+fn with_c_str<T>(bytes: &[u8], call: impl FnOnce(&CStr) -> Result<T, Failure>) -> Result<T, Failure> {
+    let mut buffer = [0u8; PATH_BYTES];
+    if bytes.len() >= PATH_BYTES {
+        return Err(fail(Step::OpenTarget, libc::ENAMETOOLONG));
+    }
+    buffer[..bytes.len()].copy_from_slice(bytes);
+    match CStr::from_bytes_until_nul(&buffer) {
+        Ok(text) => call(text),
+        Err(_) => Err(fail(Step::OpenTarget, libc::EINVAL)),
+    }
+}
+
+/// `dir/name` as a C string in the buffer.
+fn join<'b>(dir: &[u8], name: &[u8], buffer: &'b mut [u8; PATH_BYTES]) -> Option<&'b CStr> {
+    let dir = if dir.is_empty() { b"." } else { dir };
+    let len = dir.len() + 1 + name.len();
+    if len >= PATH_BYTES {
+        return None;
+    }
+    buffer[..dir.len()].copy_from_slice(dir);
+    buffer[dir.len()] = b'/';
+    buffer[dir.len() + 1..len].copy_from_slice(name);
+    buffer[len] = 0;
+    CStr::from_bytes_until_nul(buffer).ok()
+}
+
+fn is_executable(path: &CStr) -> bool {
+    let regular = file::fstatat(file::cwd(), path, 0).is_ok_and(|st| st.kind() == libc::S_IFREG);
+    regular && file::faccessat(file::cwd(), path, libc::X_OK, libc::AT_EACCESS).is_ok()
+}
+
+// --- mount helpers ------------------------------------------------------------------------------------------------
+
+fn set_attributes(tree: &OwnedFd, attr: &Attr, recursive: bool) -> Done {
+    if attr.set == 0 && attr.clear == 0 {
+        return Ok(());
+    }
+    match mount::set_attr(tree, attr, recursive) {
+        // In a user namespace what the host set is locked; then what can only be added is added.
+        Err(e) if errno(&e) == libc::EPERM && attr.clear != 0 => {
+            let clear = if attr.set & mount::ATTR_ATIME != 0 { mount::ATTR_ATIME } else { 0 };
+            mount::set_attr(tree, &Attr { clear, ..*attr }, recursive).at(Step::SetAttr)
+        }
+        other => other.at(Step::SetAttr),
+    }
+}
+
+fn set_propagation(tree: &OwnedFd, flag: u64, recursive: bool) -> Done {
+    if flag == 0 {
+        return Ok(());
+    }
+    let attr = Attr { propagation: flag, ..Attr::default() };
+    mount::set_attr(tree, &attr, recursive).at(Step::SetPropagation)
+}
+
+/// Directories nested deeper than this are not copied: the stack is finite and an image decides the depth.
+const COPY_DEPTH: u32 = 64;
+
+/// Copies a directory's content: what an image keeps below the mount point of a tmpfs.
+fn copy_up_into(from: &OwnedFd, to: &OwnedFd) -> Done {
+    let st = file::fstat(from).at(Step::Copy)?;
+    file::fchownat(to, c"", st.uid, st.gid, libc::AT_EMPTY_PATH).at(Step::Copy)?;
+    copy_tree(from, to, COPY_DEPTH)
+}
+
+fn copy_tree(from: &OwnedFd, to: &OwnedFd, depth: u32) -> Done {
+    if depth == 0 {
+        return Err(fail(Step::Copy, libc::ELOOP));
+    }
+    let dir = file::openat(from, c".", libc::O_RDONLY | libc::O_DIRECTORY, 0).at(Step::Copy)?;
+    let mut entries = file::DirBuffer::new();
+    while entries.fill(&dir).at(Step::Copy)? {
+        while let Some(name) = entries.next_name() {
+            if name != c"." && name != c".." {
+                copy_entry(&dir, to, name, depth)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+fn copy_entry(from: &OwnedFd, to: &OwnedFd, name: &CStr, depth: u32) -> Done {
+    let st = file::fstatat(from, name, libc::AT_SYMLINK_NOFOLLOW).at(Step::Copy)?;
+    match st.kind() {
+        libc::S_IFDIR => {
+            file::mkdirat(to, name, st.mode & 0o7777).at(Step::Copy)?;
+            let flags = libc::O_RDONLY | libc::O_DIRECTORY | libc::O_NOFOLLOW;
+            let below = file::openat(from, name, flags, 0).at(Step::Copy)?;
+            let new = file::openat(to, name, flags, 0).at(Step::Copy)?;
+            copy_tree(&below, &new, depth - 1)?;
+        }
+        libc::S_IFREG => {
+            let source = file::openat(from, name, libc::O_RDONLY | libc::O_NOFOLLOW, 0).at(Step::Copy)?;
+            let flags = libc::O_WRONLY | libc::O_CREAT | libc::O_EXCL | libc::O_NOFOLLOW;
+            let target = file::openat(to, name, flags, st.mode & 0o777).at(Step::Copy)?;
+            let mut chunk = [0u8; 8192];
+            loop {
+                let n = file::read(&source, &mut chunk).at(Step::Copy)?;
+                if n == 0 {
+                    break;
+                }
+                file::write_once(&target, &chunk[..n]).at(Step::Copy)?;
+            }
+        }
+        libc::S_IFLNK => {
+            let mut buffer = [0u8; PATH_BYTES];
+            let len = file::readlinkat(from, name, &mut buffer).at(Step::Copy)?.len();
+            with_c_str(&buffer[..len], |link| file::symlinkat(link, to, name).at(Step::Copy))?;
+        }
+        kind => {
+            let (major, minor) = (libc::major(st.rdev), libc::minor(st.rdev));
+            file::mknodat(to, name, kind | (st.mode & 0o7777), major, minor).at(Step::Copy)?;
+        }
+    }
+    file::fchownat(to, name, st.uid, st.gid, libc::AT_SYMLINK_NOFOLLOW).at(Step::Copy)?;
+    if !st.is_symlink() {
+        // A change of owner clears the set-id bits.
+        file::fchmodat(to, name, st.mode & 0o7777).at(Step::Copy)?;
+    }
+    Ok(())
+}
+
+// --- process helpers ----------------------------------------------------------------------------------------------
+
+/// Best effort: a stream that cannot be given away (a file of another owner in a user namespace) stays as it is, and
+/// the shared null device must.
+fn own_stdio(uid: u32, gid: u32) {
+    for number in 0..3 {
+        // SAFETY: a standard stream, open or not; the call copes with both.
+        let fd = unsafe { BorrowedFd::borrow_raw(number) };
+        let Ok(st) = file::fstat(fd) else { continue };
+        if st.is_char_device(1, 3) || (st.uid, st.gid) == (uid, gid) || st.uid == uid {
+            continue;
+        }
+        let _ = file::fchownat(fd, c"", uid, st.gid, libc::AT_EMPTY_PATH);
+        let _ = gid;
+    }
+}
+
+fn working_directory(path: &CStr) -> Done {
+    file::chdir(path).at(Step::Whole)?;
+    // A directory outside the root (through a leaked descriptor) has no path here.
+    let mut buffer = [0u8; PATH_BYTES];
+    match file::getcwd(&mut buffer) {
+        Ok(_) => Ok(()),
+        Err(_) => Err(fail(Step::Verify, libc::ENOENT)),
+    }
+}
+
+/// Writes `HOME=...` as a C string: the directory in the container's passwd file, else `/`.
+fn home(uid: u32, buffer: &mut [u8; PATH_BYTES]) {
+    let write = |buffer: &mut [u8; PATH_BYTES], dir: &[u8]| {
+        let len = dir.len().min(PATH_BYTES - 6);
+        buffer[..5].copy_from_slice(b"HOME=");
+        buffer[5..5 + len].copy_from_slice(&dir[..len]);
+        buffer[5 + len] = 0;
+    };
+    write(buffer, b"/");
+    let Ok(fd) = file::openat(file::cwd(), c"/etc/passwd", libc::O_RDONLY | libc::O_NONBLOCK, 0) else {
+        return;
+    };
+    // Lines that do not fit the buffer are skipped: an entry for a user never has that size.
+    let mut text = [0u8; PATH_BYTES];
+    let mut have = 0;
+    while let Ok(n) = file::read(&fd, &mut text[have..]) {
+        have += n;
+        let mut start = 0;
+        while let Some(end) = text[start..have].iter().position(|b| *b == b'\n') {
+            if let Some(dir) = passwd_home(&text[start..start + end], uid) {
+                return write(buffer, dir);
+            }
+            start += end + 1;
+        }
+        if n == 0 {
+            if let Some(dir) = passwd_home(&text[start..have], uid) {
+                write(buffer, dir);
+            }
+            return;
+        }
+        text.copy_within(start..have, 0);
+        have -= start;
+        if have == text.len() {
+            have = 0;
+        }
+    }
+}
+
+/// The sixth field of a passwd line whose third is `uid`.
+fn passwd_home(line: &[u8], uid: u32) -> Option<&[u8]> {
+    let mut fields = line.split(|b| *b == b':');
+    let number = std::str::from_utf8(fields.nth(2)?).ok()?.parse::<u32>().ok()?;
+    let dir = fields.nth(2)?;
+    (number == uid && !dir.is_empty()).then_some(dir)
+}
+
+/// A number as decimal digits, in the buffer.
+fn decimal(value: i64, buffer: &mut [u8; 12]) -> &[u8] {
+    let mut rest = value.unsigned_abs();
+    let mut at = buffer.len();
+    loop {
+        at -= 1;
+        buffer[at] = b'0' + (rest % 10) as u8;
+        rest /= 10;
+        if rest == 0 || at == 1 {
+            break;
+        }
+    }
+    if value < 0 {
+        at -= 1;
+        buffer[at] = b'-';
+    }
+    &buffer[at..]
+}
+
+/// Runs one hook with the state on its standard input, and waits for it.
+pub(crate) fn run_hook(program: &HookProgram, state: &StateText, pid: i32) -> Done {
+    let (read, write) = file::pipe().at(Step::Spawn)?;
+    // SAFETY: one thread; the child makes only the calls below before it executes or exits.
+    let child = match unsafe { process::clone(0, None) }.at(Step::Spawn)? {
+        process::Cloned::Child => {
+            drop(write);
+            let _ = process::set_dumpable(true);
+            process::reset_signals();
+            process::umask(0o022);
+            let ready = file::dup2(&read, 0).is_ok() && process::close_range_cloexec(3).is_ok();
+            if ready {
+                // SAFETY: both arrays were made from C strings that outlive this call.
+                unsafe { process::execve(&program.path, pointers(&program.args), pointers(&program.env)) };
+            }
+            process::exit_now(127)
+        }
+        process::Cloned::Parent { pid, pidfd } => (pid, pidfd),
+    };
+    drop(read);
+    let mut digits = [0u8; 12];
+    let pid_text = decimal(i64::from(pid), &mut digits);
+    for part in [&state.before_pid[..], pid_text, &state.after_pid[..]] {
+        // A hook need not read; then the pipe breaks, and SIGPIPE is ignored by whoever calls this from the parent.
+        if file::write_once(&write, part).is_err() {
+            break;
+        }
+    }
+    drop(write);
+    if !file::wait_readable(&child.1, program.timeout_ms).at(Step::Whole)? {
+        let _ = process::pidfd_send_signal(&child.1, libc::SIGKILL);
+        let _ = process::wait_pid(child.0);
+        return Err(fail(Step::Timeout, libc::ETIMEDOUT));
+    }
+    match process::wait_pid(child.0).at(Step::Whole)? {
+        process::Exit::Code(0) => Ok(()),
+        process::Exit::Code(code) => Err(Failure { step: Step::ExitCode, errno: 0, detail: code as u32 }),
+        process::Exit::Signal(signal) => Err(Failure { step: Step::Killed, errno: 0, detail: signal as u32 }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn messages_round_trip() {
+        let failure = Failure { step: Step::Option, errno: 22, detail: 3 };
+        assert_eq!(decode(&encode(Word::Failed, 7, failure)), Some((Word::Failed, 7, failure)));
+        assert_eq!(decode(&[0; 20]), None);
+        assert_eq!(decode(&[1, 0, 0]), None);
+    }
+
+    #[test]
+    fn decimals() {
+        for n in [0, 7, 10, 4_194_304, -1, -1000, i64::from(i32::MAX)] {
+            assert_eq!(decimal(n, &mut [0; 12]), n.to_string().as_bytes());
+        }
+    }
+
+    #[test]
+    fn passwd_lines() {
+        assert_eq!(passwd_home(b"root:x:0:0:root:/root:/bin/sh", 0), Some(&b"/root"[..]));
+        assert_eq!(passwd_home(b"root:x:0:0:root:/root:/bin/sh", 1), None);
+        assert_eq!(passwd_home(b"broken:x", 0), None);
+        assert_eq!(passwd_home(b"a:x:5:5::", 5), None);
+    }
+
+    #[test]
+    fn paths_are_split_at_the_last_slash() {
+        assert_eq!(split_bytes(b"a/b/c"), (&b"a/b"[..], &b"c"[..]));
+        assert_eq!(split_bytes(b"c"), (&b""[..], &b"c"[..]));
+    }
+}

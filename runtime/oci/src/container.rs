@@ -1,0 +1,603 @@
+//! The life of a container: create, start, kill, delete and what lies between.
+
+use crate::child::{Fds, StateText, Word, run_hook};
+use crate::error::{RuntimeError, io_error, sys_error};
+use crate::host;
+use crate::launch::{self, Heard, Launch, Launched};
+use crate::lower::{self, HostFacts, Lowered, Request, lower_hook};
+use crate::op::NsKind;
+use crate::spec::{Hook, IdMapping, Spec};
+use crate::state::{ContainerDir, START_SOCKET, State, Status, Store, start_time};
+use keel_cgroup::{Cgroup, Resources, Roots};
+use keel_sys::{file, process, socket};
+use std::fs;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+/// How long a killed container may take to disappear.
+pub(crate) const KILL_DEADLINE: Duration = Duration::from_secs(10);
+/// A larger `config.json` is refused: it is read into memory before it is judged.
+const CONFIG_MAX_BYTES: u64 = 16 << 20;
+
+pub struct Runtime {
+    pub store: Store,
+    pub roots: Roots,
+}
+
+#[derive(Clone, Debug, Default)]
+pub struct CreateOptions {
+    pub id: String,
+    pub bundle: PathBuf,
+    pub pid_file: Option<PathBuf>,
+    pub console_socket: Option<PathBuf>,
+    pub pidfd_socket: Option<PathBuf>,
+    pub preserve_fds: u32,
+    pub no_pivot: bool,
+    pub no_new_keyring: bool,
+}
+
+/// A container whose process waits for the word to execute its program.
+pub struct Created {
+    dir: ContainerDir,
+    pub state: State,
+    spec: Spec,
+    launched: Launched,
+    lowered: Lowered,
+    pub warnings: Vec<String>,
+    kept: bool,
+}
+
+impl Runtime {
+    pub fn new(root: impl Into<PathBuf>) -> Runtime {
+        Runtime { store: Store::new(root), roots: Roots::default() }
+    }
+
+    /// `create`: the process stays, waiting for `start`.
+    pub fn create(&self, options: &CreateOptions) -> Result<Vec<String>, RuntimeError> {
+        let mut created = self.set_up(options, true, None)?;
+        created.write_pid_file(options)?;
+        created.kept = true;
+        Ok(std::mem::take(&mut created.warnings))
+    }
+
+    /// The first half of `run`: everything but the word to go. `console` is an already connected console socket.
+    pub fn prepare(
+        &self,
+        options: &CreateOptions,
+        console: Option<OwnedFd>,
+    ) -> Result<Created, RuntimeError> {
+        let created = self.set_up(options, false, console)?;
+        created.write_pid_file(options)?;
+        Ok(created)
+    }
+
+    /// Whether the bundle's process wants a terminal.
+    pub fn wants_terminal(&self, bundle: &Path) -> Result<bool, RuntimeError> {
+        #[derive(Default, serde::Deserialize)]
+        #[serde(default)]
+        struct Process {
+            terminal: bool,
+        }
+        #[derive(Default, serde::Deserialize)]
+        #[serde(default)]
+        struct Brief {
+            process: Option<Process>,
+        }
+        let path = bundle.join("config.json");
+        let brief: Brief = serde_json::from_slice(&read_config(&path)?)
+            .map_err(|source| RuntimeError::Json { path, source })?;
+        Ok(brief.process.unwrap_or_default().terminal)
+    }
+
+    fn set_up(
+        &self,
+        options: &CreateOptions,
+        wait: bool,
+        console: Option<OwnedFd>,
+    ) -> Result<Created, RuntimeError> {
+        let bundle =
+            fs::canonicalize(&options.bundle).map_err(io_error("open the bundle", &options.bundle))?;
+        let text = read_config(&bundle.join("config.json"))?;
+        let spec: Spec = serde_json::from_slice(&text)
+            .map_err(|source| RuntimeError::Json { path: bundle.join("config.json"), source })?;
+        let facts = host::observe(&self.roots)?;
+        let rootfs = rootfs_path(&bundle, &spec)?;
+        let cgroup_path = cgroup_path(&spec, &options.id)?;
+        let request = Request {
+            id: options.id.clone(),
+            rootfs: rootfs.to_string_lossy().into_owned(),
+            no_pivot: options.no_pivot,
+            no_new_keyring: options.no_new_keyring,
+            preserve_fds: options.preserve_fds,
+            cgroup: cgroup_path.clone(),
+        };
+        let lowered = lower::lower(&spec, &request, &facts)?;
+        check_terminal(&spec, options, console.is_some(), wait)?;
+        let cgroup = facts.layout.cgroup(&cgroup_path)?;
+        let dir = self.store.create(&options.id)?;
+        let mut state = State::new(&spec, &options.id, &bundle, &rootfs, &cgroup, &cgroup_path);
+        state.own_pid_namespace = lowered.own_pid_namespace;
+        let mut building = Building { dir: &dir, cgroup: &cgroup, pid: None, done: false };
+        dir.save_config(&text)?;
+        dir.save(&state)?;
+        let launched =
+            self.build(&mut building, &spec, &lowered, &facts, &mut state, options, wait, console)?;
+        building.done = true;
+        let warnings = lowered.warnings.clone();
+        drop(building);
+        Ok(Created { dir, state, spec, launched, lowered, warnings, kept: false })
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "the one place where all parts of a container meet")]
+    fn build(
+        &self,
+        building: &mut Building<'_>,
+        spec: &Spec,
+        lowered: &Lowered,
+        facts: &HostFacts,
+        state: &mut State,
+        options: &CreateOptions,
+        wait: bool,
+        console: Option<OwnedFd>,
+    ) -> Result<Launched, RuntimeError> {
+        let dir = building.dir;
+        create_cgroup(building.cgroup, spec, lowered, facts)?;
+        let mut fds = Fds { tasks: building.cgroup.open_tasks()?, console, ..Fds::default() };
+        for (kind, path) in &lowered.child_joins {
+            fds.namespaces.push(open_namespace(*kind, path)?);
+        }
+        for (uids, gids) in &lowered.idmaps {
+            fds.idmaps.push(make_user_namespace(uids, gids)?);
+        }
+        if wait {
+            let listener = socket::listen_at(&dir.open_fd()?, c"start.sock", libc::SOCK_SEQPACKET);
+            fds.start = Some(listener.map_err(io_error("listen on", dir.file(START_SOCKET)))?);
+        }
+        if let Some(path) = &options.console_socket {
+            let socket = socket::connect(path, libc::SOCK_STREAM);
+            fds.console = Some(socket.map_err(io_error("connect to the console socket", path))?);
+        }
+        if let Some(path) = notify_path(spec) {
+            let socket = socket::connect(Path::new(path), libc::SOCK_STREAM);
+            fds.notify = Some(socket.map_err(io_error("connect to the seccomp listener", path))?);
+        }
+        let mut parent_joins = Vec::new();
+        for (kind, path) in &lowered.parent_joins {
+            parent_joins.push((*kind, open_namespace(*kind, path)?));
+        }
+        let launched = launch::launch(Launch {
+            ops: &lowered.ops,
+            fds,
+            clone_flags: lowered.clone_flags,
+            parent_joins,
+            time_offsets: lowered.time_offsets.clone(),
+            cgroup: building.cgroup.open_v2()?,
+            state: state_text(state, "creating"),
+        })?;
+        building.pid = Some(launched.pid);
+        state.pid = launched.pid;
+        state.start_time = start_time(launched.pid).unwrap_or(0);
+        dir.save(state)?;
+        if let Some(path) = &options.pidfd_socket {
+            let socket = socket::connect(path, libc::SOCK_STREAM);
+            let socket = socket.map_err(io_error("connect to the pidfd socket", path))?;
+            socket::send_fd(&socket, b"pidfd", &launched.pidfd).map_err(sys_error("send the pidfd"))?;
+        }
+        self.until_ready(&launched, spec, lowered, state)?;
+        Ok(launched)
+    }
+
+    fn until_ready(
+        &self,
+        launched: &Launched,
+        spec: &Spec,
+        lowered: &Lowered,
+        state: &State,
+    ) -> Result<(), RuntimeError> {
+        loop {
+            match launch::hear(&launched.sync, &lowered.ops)? {
+                Heard::Word(Word::Ready) => return Ok(()),
+                Heard::Word(Word::WantIdMaps) => {
+                    if let Some((uids, gids)) = &lowered.id_maps {
+                        write_id_maps(launched.pid, uids, gids)?;
+                    }
+                    launch::answer(&launched.sync)?;
+                }
+                Heard::Word(Word::WantHooks) => {
+                    if let Some(hooks) = &spec.hooks {
+                        run_hooks("prestart", &hooks.prestart, state, "creating")?;
+                        run_hooks("createRuntime", &hooks.create_runtime, state, "creating")?;
+                    }
+                    launch::answer(&launched.sync)?;
+                }
+                Heard::Word(Word::Failed) | Heard::Closed => {
+                    return Err(RuntimeError::ChildDied(launch::obituary(launched.pid)));
+                }
+            }
+        }
+    }
+
+    /// `start`.
+    pub fn start(&self, id: &str) -> Result<(), RuntimeError> {
+        let dir = self.store.open(id)?;
+        let state = dir.load()?;
+        let status = dir.status(&state)?;
+        let wrong = |status: Status| RuntimeError::WrongState {
+            id: id.to_owned(),
+            status: status.as_str(),
+            action: match status {
+                Status::Stopped => "start a container that has stopped",
+                _ => "start an already running container",
+            },
+        };
+        if status != Status::Created {
+            return Err(wrong(status));
+        }
+        let connected = socket::connect_at(&dir.open_fd()?, c"start.sock", libc::SOCK_SEQPACKET);
+        let socket = connected.map_err(|e| match e.raw_os_error() {
+            Some(libc::ECONNREFUSED | libc::ENOENT) => wrong(dir.status(&state).unwrap_or(Status::Stopped)),
+            _ => io_error("connect to", dir.file(START_SOCKET))(e),
+        })?;
+        socket::send(&socket, b"start").map_err(sys_error("tell the container's process to start"))?;
+        let failure = launch::hear_start(&socket)?;
+        let path = dir.file(START_SOCKET);
+        fs::remove_file(&path).map_err(io_error("remove", &path))?;
+        if let Some(text) = failure {
+            return Err(RuntimeError::Child(text));
+        }
+        let spec = dir.load_spec()?;
+        poststart(&spec, &state)
+    }
+
+    /// `kill`.
+    pub fn kill(&self, id: &str, signal: i32, all: bool) -> Result<(), RuntimeError> {
+        let dir = self.store.open(id)?;
+        let state = dir.load()?;
+        let cgroup = state.cgroup();
+        let init = state.init_pidfd();
+        if all || (signal == libc::SIGKILL && !state.own_pid_namespace && init.is_some()) {
+            if init.is_none() && cgroup.pids()?.is_empty() {
+                return Err(RuntimeError::NotRunning);
+            }
+            return Ok(cgroup.signal_all(signal)?);
+        }
+        let Some(init) = init else { return Err(RuntimeError::NotRunning) };
+        match process::pidfd_send_signal(&init, signal) {
+            Err(e) if e.raw_os_error() == Some(libc::ESRCH) => return Err(RuntimeError::NotRunning),
+            other => other.map_err(sys_error("signal the container's process"))?,
+        }
+        // What is frozen would die only when it is resumed.
+        if signal == libc::SIGKILL && cgroup.is_frozen()? {
+            cgroup.freeze(false)?;
+        }
+        Ok(())
+    }
+
+    /// `delete`. With `force` a container that runs is killed, and one that does not exist is no error.
+    pub fn delete(&self, id: &str, force: bool) -> Result<(), RuntimeError> {
+        let dir = match self.store.open(id) {
+            Err(RuntimeError::NotFound(_)) if force => return Ok(()),
+            other => other?,
+        };
+        let state = match dir.load() {
+            // Claimed, but its maker died before it wrote anything: there is nothing but the directory.
+            Err(RuntimeError::NotFound(_)) if force => return dir.remove(),
+            Err(RuntimeError::Json { .. }) if force => return dir.remove(),
+            other => other?,
+        };
+        let status = dir.status(&state)?;
+        match status {
+            Status::Stopped => {}
+            Status::Created => self.kill_and_wait(&state)?,
+            _ if force => self.kill_and_wait(&state)?,
+            status => return Err(RuntimeError::NotStopped { id: id.to_owned(), status: status.as_str() }),
+        }
+        destroy(&dir, &state)
+    }
+
+    fn kill_and_wait(&self, state: &State) -> Result<(), RuntimeError> {
+        let init = state.init_pidfd();
+        if let Some(init) = &init {
+            match process::pidfd_send_signal(init, libc::SIGKILL) {
+                Err(e) if e.raw_os_error() == Some(libc::ESRCH) => {}
+                other => other.map_err(sys_error("kill the container's process"))?,
+            }
+        }
+        let cgroup = state.cgroup();
+        if init.is_none() || !state.own_pid_namespace || cgroup.is_frozen()? {
+            cgroup.kill_all()?;
+        }
+        if let Some(init) = init {
+            let gone = file::wait_readable(&init, Some(KILL_DEADLINE.as_millis() as i32));
+            if !gone.map_err(sys_error("wait for the container's process"))? {
+                return Err(RuntimeError::WontDie(state.id.clone()));
+            }
+        }
+        Ok(())
+    }
+
+    pub fn pause(&self, id: &str, on: bool) -> Result<(), RuntimeError> {
+        let dir = self.store.open(id)?;
+        let state = dir.load()?;
+        let status = dir.status(&state)?;
+        let action = match (on, status) {
+            (true, Status::Running | Status::Created) => return Ok(state.cgroup().freeze(true)?),
+            (false, Status::Paused) => return Ok(state.cgroup().freeze(false)?),
+            (true, _) => "pause a container that is not running",
+            (false, _) => "resume a container that is not paused",
+        };
+        Err(RuntimeError::WrongState { id: id.to_owned(), status: status.as_str(), action })
+    }
+
+    pub fn update(&self, id: &str, resources: &Resources) -> Result<(), RuntimeError> {
+        let dir = self.store.open(id)?;
+        let state = dir.load()?;
+        Ok(state.cgroup().apply_limits(resources)?)
+    }
+}
+
+impl Created {
+    /// Says the word; returns when the program runs.
+    pub fn go(&mut self) -> Result<(), RuntimeError> {
+        launch::answer(&self.launched.sync)?;
+        match launch::hear(&self.launched.sync, &self.lowered.ops)? {
+            Heard::Closed => {}
+            Heard::Word(_) => return Err(RuntimeError::Child("unexpected message at the start".to_owned())),
+        }
+        poststart(&self.spec, &self.state)
+    }
+
+    pub fn pid(&self) -> i32 {
+        self.launched.pid
+    }
+
+    pub fn pidfd(&self) -> &OwnedFd {
+        &self.launched.pidfd
+    }
+
+    /// Leaves the container to itself.
+    pub fn detach(mut self) {
+        self.kept = true;
+    }
+
+    /// Removes everything of the container after its init has been waited for.
+    pub fn finish(mut self) -> Result<(), RuntimeError> {
+        self.kept = true;
+        destroy(&self.dir, &self.state)
+    }
+
+    fn write_pid_file(&self, options: &CreateOptions) -> Result<(), RuntimeError> {
+        match &options.pid_file {
+            Some(path) => write_pid_file(path, self.launched.pid),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Drop for Created {
+    fn drop(&mut self) {
+        if !self.kept {
+            let _ = process::pidfd_send_signal(&self.launched.pidfd, libc::SIGKILL);
+            let _ = process::wait_pid(self.launched.pid);
+            let _ = destroy(&self.dir, &self.state);
+        }
+    }
+}
+
+/// Takes back what was made when the container does not come to stand.
+struct Building<'a> {
+    dir: &'a ContainerDir,
+    cgroup: &'a Cgroup,
+    pid: Option<i32>,
+    done: bool,
+}
+
+impl Drop for Building<'_> {
+    fn drop(&mut self) {
+        if self.done {
+            return;
+        }
+        if let Some(pid) = self.pid {
+            let _ = process::kill(pid, libc::SIGKILL);
+            let _ = process::wait_pid(pid);
+        }
+        // A cgroup that others use too is busy or has children of theirs, and stays.
+        let _ = self.cgroup.kill_all();
+        let _ = self.cgroup.remove();
+        let _ = self.dir.remove();
+    }
+}
+
+pub(crate) fn write_pid_file(path: &Path, pid: i32) -> Result<(), RuntimeError> {
+    // A reader that waits for the file must never see it empty.
+    let name = path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+    let temp = path.with_file_name(format!(".{name}.tmp"));
+    fs::write(&temp, pid.to_string()).map_err(io_error("write", &temp))?;
+    fs::rename(&temp, path).map_err(io_error("rename", path))
+}
+
+fn read_config(path: &Path) -> Result<Vec<u8>, RuntimeError> {
+    let meta = fs::metadata(path).map_err(io_error("open", path))?;
+    if meta.len() > CONFIG_MAX_BYTES {
+        return Err(RuntimeError::Usage(format!(
+            "{} is larger than {CONFIG_MAX_BYTES} bytes",
+            path.display()
+        )));
+    }
+    fs::read(path).map_err(io_error("read", path))
+}
+
+fn rootfs_path(bundle: &Path, spec: &Spec) -> Result<PathBuf, RuntimeError> {
+    let path = spec.root.as_ref().map(|r| r.path.as_str()).filter(|p| !p.is_empty());
+    let path = path.ok_or_else(|| {
+        RuntimeError::Spec(lower::SpecError::Invalid {
+            field: "root.path".into(),
+            problem: "is missing".into(),
+        })
+    })?;
+    let path = bundle.join(path);
+    fs::canonicalize(&path).map_err(io_error("open rootfs", &path))
+}
+
+fn cgroup_path(spec: &Spec, id: &str) -> Result<String, RuntimeError> {
+    let given = spec.linux.as_ref().and_then(|l| l.cgroups_path.as_deref()).filter(|p| !p.is_empty());
+    match given {
+        Some(path) if path.split('/').any(|part| part == "..") => {
+            Err(RuntimeError::Usage(format!("linux.cgroupsPath {path:?} must not contain \"..\"")))
+        }
+        Some(path) => Ok(path.to_owned()),
+        None => Ok(id.to_owned()),
+    }
+}
+
+fn check_terminal(
+    spec: &Spec,
+    options: &CreateOptions,
+    own: bool,
+    detached: bool,
+) -> Result<(), RuntimeError> {
+    let terminal = spec.process.as_ref().is_some_and(|p| p.terminal);
+    let usage = |text: &str| Err(RuntimeError::Usage(text.to_owned()));
+    match (terminal, options.console_socket.is_some()) {
+        (true, false) if !own && detached => {
+            usage("cannot allocate tty if the container will be detached: give --console-socket")
+        }
+        (false, true) => usage("cannot use console socket if the container will not allocate a tty"),
+        _ => Ok(()),
+    }
+}
+
+fn create_cgroup(
+    cgroup: &Cgroup,
+    spec: &Spec,
+    lowered: &Lowered,
+    facts: &HostFacts,
+) -> Result<(), RuntimeError> {
+    cgroup.create()?;
+    let mut resources = spec.linux.as_ref().and_then(|l| l.resources.clone()).unwrap_or_default();
+    resources.devices = lowered.device_rules.clone();
+    if facts.euid != 0 {
+        // An ordinary user has no right to the device rules, and its user namespace no right to devices.
+        resources.devices.clear();
+    }
+    Ok(cgroup.apply(&resources)?)
+}
+
+pub(crate) fn open_namespace(kind: NsKind, path: &str) -> Result<OwnedFd, RuntimeError> {
+    let open = || file::openat(file::cwd(), &file::c_path(path)?, libc::O_RDONLY, 0);
+    let fd = open().map_err(io_error("open namespace", path))?;
+    let found = process::namespace_type(&fd).map_err(io_error("not a namespace:", path))?;
+    if found != kind.flag() {
+        return Err(RuntimeError::Usage(format!("{path} is no {} namespace", kind.spec_name())));
+    }
+    Ok(fd)
+}
+
+fn notify_path(spec: &Spec) -> Option<&str> {
+    let seccomp = spec.linux.as_ref()?.seccomp.as_ref()?;
+    let used = seccomp.syscalls.iter().any(|s| s.action == "SCMP_ACT_NOTIFY");
+    seccomp.listener_path.as_deref().filter(|p| used && !p.is_empty())
+}
+
+fn map_text(maps: &[IdMapping]) -> String {
+    maps.iter().map(|m| format!("{} {} {}\n", m.container_id, m.host_id, m.size)).collect()
+}
+
+fn write_id_maps(pid: i32, uids: &[IdMapping], gids: &[IdMapping]) -> Result<(), RuntimeError> {
+    let write = |name: &str, text: &str| {
+        let path = format!("/proc/{pid}/{name}");
+        fs::write(&path, text).map_err(io_error("write", path))
+    };
+    if process::geteuid() != 0 {
+        // Without this an ordinary user may not map groups; with it the groups cannot be dropped either.
+        write("setgroups", "deny")?;
+    }
+    write("uid_map", &map_text(uids))?;
+    write("gid_map", &map_text(gids))
+}
+
+/// A user namespace that only lends its maps to an idmapped mount.
+#[expect(unsafe_code, reason = "clone")]
+fn make_user_namespace(uids: &[IdMapping], gids: &[IdMapping]) -> Result<OwnedFd, RuntimeError> {
+    let (ours, theirs) = socket::pair().map_err(sys_error("make a socket pair"))?;
+    // SAFETY: one thread; the child waits for the end of the conversation and exits.
+    let cloned = unsafe { process::clone(libc::CLONE_NEWUSER as u64, None) };
+    match cloned.map_err(sys_error("make a user namespace"))? {
+        process::Cloned::Child => {
+            drop(ours);
+            let _ = socket::recv(&theirs, &mut [0u8; 4]);
+            process::exit_now(0)
+        }
+        process::Cloned::Parent { pid, .. } => {
+            drop(theirs);
+            let result = write_id_maps(pid, uids, gids)
+                .and_then(|()| open_namespace(NsKind::User, &format!("/proc/{pid}/ns/user")));
+            drop(ours);
+            let _ = process::wait_pid(pid);
+            result
+        }
+    }
+}
+
+/// The state document around the pid.
+pub(crate) fn state_text(state: &State, status: &str) -> StateText {
+    const MARK: &str = "\"pid\":0";
+    let mut document = state.document(Status::Stopped);
+    document.status = status;
+    document.pid = 0;
+    let text = serde_json::to_string(&document).unwrap_or_default();
+    let at = text.find(MARK).map_or(text.len(), |at| at + MARK.len() - 1);
+    StateText {
+        before_pid: text.as_bytes()[..at].to_vec(),
+        after_pid: text.as_bytes().get(at + 1..).unwrap_or_default().to_vec(),
+    }
+}
+
+fn run_hooks(kind: &'static str, hooks: &[Hook], state: &State, status: &str) -> Result<(), RuntimeError> {
+    if hooks.is_empty() {
+        return Ok(());
+    }
+    let text = state_text(state, status);
+    for (i, hook) in hooks.iter().enumerate() {
+        let program = lower_hook(&format!("hooks.{kind}[{i}]"), hook)?;
+        if let Err(failure) = run_hook(&program, &text, state.pid) {
+            let op = crate::op::Op::Hook { program, kind };
+            return Err(RuntimeError::Hook(op.explain(failure)));
+        }
+    }
+    Ok(())
+}
+
+/// A failing poststart hook stops the container (specification 1.3, "Lifecycle").
+fn poststart(spec: &Spec, state: &State) -> Result<(), RuntimeError> {
+    let Some(hooks) = &spec.hooks else { return Ok(()) };
+    let result = run_hooks("poststart", &hooks.poststart, state, "running");
+    if result.is_err()
+        && let Some(init) = state.init_pidfd()
+    {
+        let _ = process::pidfd_send_signal(&init, libc::SIGKILL);
+    }
+    result
+}
+
+/// Removes cgroup and state of a container without processes; a failing poststop hook is only told.
+fn destroy(dir: &ContainerDir, state: &State) -> Result<(), RuntimeError> {
+    let cgroup = state.cgroup();
+    // Without a pid namespace of its own, processes may have outlived the init.
+    if !state.own_pid_namespace {
+        cgroup.kill_all()?;
+        let deadline = Instant::now() + KILL_DEADLINE;
+        while !cgroup.pids()?.is_empty() && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+    cgroup.remove()?;
+    let hooks = dir.load_spec().ok().and_then(|s| s.hooks).unwrap_or_default();
+    for hook in &hooks.poststop {
+        if let Err(e) = run_hooks("poststop", std::slice::from_ref(hook), state, "stopped") {
+            eprintln!("warning: {}", e.chain());
+        }
+    }
+    dir.remove()
+}

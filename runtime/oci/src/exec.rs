@@ -1,0 +1,297 @@
+//! `exec`: a further process in a running container.
+
+use crate::child::{Fds, Word};
+use crate::container::{Runtime, state_text, write_pid_file};
+use crate::error::{RuntimeError, io_error, sys_error};
+use crate::host;
+use crate::launch::{self, Heard, Launch, Launched};
+use crate::lower::{ProcessContext, lower_process};
+use crate::names;
+use crate::op::{NsKind, Op};
+use crate::spec::{Capabilities, Process, Spec};
+use crate::state::{State, Status};
+use keel_sys::{file, process, socket};
+use std::fs;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+
+#[derive(Clone, Debug, Default)]
+pub struct ExecOptions {
+    pub id: String,
+    /// A file with the whole process; the other options about the process are then not used.
+    pub process: Option<PathBuf>,
+    pub args: Vec<String>,
+    pub tty: bool,
+    pub env: Vec<String>,
+    pub cwd: Option<String>,
+    pub user: Option<(u32, Option<u32>)>,
+    pub additional_gids: Vec<u32>,
+    pub caps: Vec<String>,
+    pub no_new_privs: bool,
+    pub apparmor: Option<String>,
+    pub process_label: Option<String>,
+    pub sub_cgroup: Option<String>,
+    pub ignore_paused: bool,
+    pub pid_file: Option<PathBuf>,
+    pub console_socket: Option<PathBuf>,
+    pub pidfd_socket: Option<PathBuf>,
+    pub preserve_fds: u32,
+    pub detach: bool,
+}
+
+/// A process in a container, running its program.
+pub struct Executed {
+    pub pid: i32,
+    pub pidfd: OwnedFd,
+    pub warnings: Vec<String>,
+}
+
+impl Runtime {
+    /// What `exec` would run, and whether it wants a terminal.
+    pub fn exec_process(&self, options: &ExecOptions) -> Result<Process, RuntimeError> {
+        let spec = self.store.open(&options.id)?.load_spec()?;
+        exec_process(&spec, options)
+    }
+
+    /// Starts the process; returns when its program runs. `console` is a connected console socket.
+    pub fn exec(
+        &self,
+        options: &ExecOptions,
+        process: &Process,
+        console: Option<OwnedFd>,
+    ) -> Result<Executed, RuntimeError> {
+        let dir = self.store.open(&options.id)?;
+        let state = dir.load()?;
+        let status = dir.status(&state)?;
+        let wrong =
+            |action| RuntimeError::WrongState { id: options.id.clone(), status: status.as_str(), action };
+        match status {
+            Status::Running | Status::Created => {}
+            Status::Paused if options.ignore_paused => {}
+            Status::Paused => return Err(wrong("exec in a paused container")),
+            _ => return Err(wrong("exec in a container that is not running")),
+        }
+        let init = state.init_pidfd().ok_or_else(|| wrong("exec in a container that is not running"))?;
+        let spec = dir.load_spec()?;
+        let facts = host::observe(&self.roots)?;
+        let flags = foreign_namespaces(state.pid)?;
+        let user_namespace = flags & libc::CLONE_NEWUSER != 0;
+        let context = ProcessContext {
+            linux: spec.linux.as_ref(),
+            facts: &facts,
+            user_namespace,
+            preserve_fds: options.preserve_fds,
+            hooks: &[],
+            exec: true,
+        };
+        let mut warnings = Vec::new();
+        let ops = exec_ops(process, flags, lower_process(process, &context, &mut warnings)?);
+        let (tasks, cgroup) = open_cgroup(&state, options)?;
+        let mut fds = Fds { tasks, console, ..Fds::default() };
+        if let Some(path) = &options.console_socket {
+            let socket = socket::connect(path, libc::SOCK_STREAM);
+            fds.console = Some(socket.map_err(io_error("connect to the console socket", path))?);
+        }
+        let mut parent_joins = Vec::new();
+        if flags & libc::CLONE_NEWPID != 0 {
+            parent_joins
+                .push((NsKind::Pid, file::dup_above(&init, 3).map_err(sys_error("copy a descriptor"))?));
+        }
+        fds.process = Some(init);
+        let launched = launch::launch(Launch {
+            ops: &ops,
+            fds,
+            clone_flags: 0,
+            parent_joins,
+            time_offsets: None,
+            cgroup,
+            state: state_text(&state, "running"),
+        })?;
+        match finish(&launched, &ops, options) {
+            Ok(()) => Ok(Executed { pid: launched.pid, pidfd: launched.pidfd, warnings }),
+            Err(e) => {
+                let _ = process::pidfd_send_signal(&launched.pidfd, libc::SIGKILL);
+                let _ = process::wait_pid(launched.pid);
+                Err(e)
+            }
+        }
+    }
+}
+
+fn finish(launched: &Launched, ops: &[Op], options: &ExecOptions) -> Result<(), RuntimeError> {
+    match launch::hear(&launched.sync, ops)? {
+        Heard::Word(Word::Ready) => {}
+        _ => return Err(RuntimeError::ChildDied(launch::obituary(launched.pid))),
+    }
+    if let Some(path) = &options.pidfd_socket {
+        let socket = socket::connect(path, libc::SOCK_STREAM);
+        let socket = socket.map_err(io_error("connect to the pidfd socket", path))?;
+        socket::send_fd(&socket, b"pidfd", &launched.pidfd).map_err(sys_error("send the pidfd"))?;
+    }
+    if let Some(path) = &options.pid_file {
+        write_pid_file(path, launched.pid)?;
+    }
+    launch::answer(&launched.sync)?;
+    match launch::hear(&launched.sync, ops)? {
+        Heard::Closed => Ok(()),
+        Heard::Word(_) => Err(RuntimeError::Child("unexpected message at the start".to_owned())),
+    }
+}
+
+fn exec_ops(process: &Process, flags: i32, rest: Vec<Op>) -> Vec<Op> {
+    // The pid namespace was joined by the parent: it takes effect only for children.
+    let mut ops = vec![Op::JoinCgroup, Op::EnterProcess { flags: flags & !libc::CLONE_NEWPID }];
+    if flags & libc::CLONE_NEWUSER != 0 {
+        ops.push(Op::BecomeRoot);
+    }
+    ops.extend([Op::NotDumpable, Op::NewSession, Op::PrivateProcfs]);
+    if let Some(value) = process.oom_score_adj {
+        ops.push(Op::OomScoreAdj { value });
+    }
+    if process.terminal {
+        let size = process.console_size.unwrap_or_default();
+        let user = &process.user;
+        ops.push(Op::Console {
+            bind: false,
+            rows: size.height,
+            columns: size.width,
+            uid: user.uid,
+            gid: user.gid,
+        });
+    }
+    ops.extend(rest);
+    ops
+}
+
+/// Flags of the namespaces in which a process differs from this one.
+fn foreign_namespaces(pid: i32) -> Result<i32, RuntimeError> {
+    let mut flags = 0;
+    for kind in NsKind::ALL {
+        let identity = |who: &str| {
+            use std::os::unix::fs::MetadataExt;
+            let path = format!("/proc/{who}/ns/{}", kind.proc_name());
+            match fs::metadata(&path) {
+                Ok(meta) => Ok(Some((meta.dev(), meta.ino()))),
+                // A kernel without this kind of namespace.
+                Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+                Err(e) => Err(io_error("read", path)(e)),
+            }
+        };
+        if identity(&pid.to_string())? != identity("self")? {
+            flags |= kind.flag();
+        }
+    }
+    Ok(flags)
+}
+
+fn open_cgroup(
+    state: &State,
+    options: &ExecOptions,
+) -> Result<(Vec<OwnedFd>, Option<OwnedFd>), RuntimeError> {
+    let mut cgroup = state.cgroup();
+    if let Some(sub) = &options.sub_cgroup {
+        let clean = sub.trim_matches('/');
+        if clean.split('/').any(|p| matches!(p, ".." | ".")) {
+            return Err(RuntimeError::Usage(format!("bad sub cgroup path {sub:?}")));
+        }
+        for entry in &mut cgroup.entries {
+            if !clean.is_empty() {
+                entry.dir.push(clean);
+            }
+        }
+    }
+    Ok((cgroup.open_tasks()?, cgroup.open_v2()?))
+}
+
+fn exec_process(spec: &Spec, options: &ExecOptions) -> Result<Process, RuntimeError> {
+    if let Some(path) = &options.process {
+        let text = fs::read(path).map_err(io_error("read", path))?;
+        return serde_json::from_slice(&text)
+            .map_err(|source| RuntimeError::Json { path: path.clone(), source });
+    }
+    let mut process = spec.process.clone().unwrap_or_default();
+    if options.args.is_empty() {
+        return Err(RuntimeError::Usage("process args cannot be empty".to_owned()));
+    }
+    process.args = options.args.clone();
+    process.terminal = options.tty;
+    process.env.extend(options.env.iter().cloned());
+    if let Some(cwd) = &options.cwd {
+        process.cwd.clone_from(cwd);
+    }
+    if let Some((uid, gid)) = options.user {
+        process.user.uid = uid;
+        process.user.gid = gid.unwrap_or(process.user.gid);
+    }
+    process.user.additional_gids.extend(&options.additional_gids);
+    if options.no_new_privs {
+        process.no_new_privileges = true;
+    }
+    if let Some(label) = &options.apparmor {
+        process.apparmor_profile = Some(label.clone());
+    }
+    if let Some(label) = &options.process_label {
+        process.selinux_label = Some(label.clone());
+    }
+    add_capabilities(&mut process, &options.caps)?;
+    Ok(process)
+}
+
+/// Added to all sets but the inheritable one, which a further process must never widen.
+fn add_capabilities(process: &mut Process, caps: &[String]) -> Result<(), RuntimeError> {
+    if caps.is_empty() {
+        return Ok(());
+    }
+    let sets = process.capabilities.get_or_insert_with(Capabilities::default);
+    for cap in caps {
+        if names::capability(cap).is_none() {
+            return Err(RuntimeError::Usage(format!("unknown capability {cap:?}")));
+        }
+        for set in [&mut sets.bounding, &mut sets.effective, &mut sets.permitted] {
+            if !set.contains(cap) {
+                set.push(cap.clone());
+            }
+        }
+        if sets.inheritable.contains(cap) && !sets.ambient.contains(cap) {
+            sets.ambient.push(cap.clone());
+        }
+    }
+    Ok(())
+}
+
+/// `UID` or `UID:GID`, decimal. Anything else is an error: a name must never become user 0.
+pub fn parse_user(text: &str) -> Option<(u32, Option<u32>)> {
+    let number = |text: &str| {
+        (!text.is_empty() && text.bytes().all(|c| c.is_ascii_digit())).then(|| text.parse::<u32>().ok())?
+    };
+    match text.split_once(':') {
+        None => Some((number(text)?, None)),
+        Some((uid, gid)) => Some((number(uid)?, Some(number(gid)?))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn users_are_numbers_or_errors() {
+        for (text, want) in [
+            ("1", Some((1, None))),
+            ("0:5", Some((0, Some(5)))),
+            ("1000:1000", Some((1000, Some(1000)))),
+            ("", None),
+            (":", None),
+            ("1:", None),
+            (":1", None),
+            ("root", None),
+            ("-1", None),
+            ("+1", None),
+            ("1:2:3", None),
+            ("4294967296", None),
+            (" 1", None),
+        ] {
+            assert_eq!(parse_user(text), want, "{text:?}");
+        }
+    }
+}

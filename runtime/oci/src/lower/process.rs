@@ -1,0 +1,257 @@
+//! From a container with a file system to a running program; the same for `exec`.
+
+use super::{HostFacts, SpecError, c_string, capability_set, invalid, lower_hook, unsupported};
+use crate::names;
+use crate::op::{Op, StringArray};
+use crate::seccomp;
+use crate::spec::{Hook, IoPriority, Linux, MemoryPolicy, Personality, Process, Scheduler};
+use keel_sys::cred::Capabilities;
+use keel_sys::process::SchedAttr;
+use std::ffi::CString;
+
+/// What a process is started into.
+pub struct ProcessContext<'a> {
+    pub linux: Option<&'a Linux>,
+    pub facts: &'a HostFacts,
+    pub user_namespace: bool,
+    pub preserve_fds: u32,
+    /// `startContainer`.
+    pub hooks: &'a [Hook],
+    /// A further process of a running container: there is no start to wait for.
+    pub exec: bool,
+}
+
+pub fn lower_process(
+    process: &Process,
+    context: &ProcessContext<'_>,
+    warnings: &mut Vec<String>,
+) -> Result<Vec<Op>, SpecError> {
+    let mut ops = Vec::new();
+    limits(process, context, &mut ops)?;
+    let path = search_path(&process.env)?;
+    let name = process.args.first().ok_or_else(|| invalid("process.args", "must not be empty"))?;
+    let user = &process.user;
+    ops.push(Op::OwnStdio { uid: user.uid, gid: user.gid });
+    ops.push(Op::FindExecutable { name: c_string("process.args", name)?, path: path.clone() });
+    labels(process, context, &mut ops)?;
+    ops.push(Op::Ready);
+    for (i, hook) in context.hooks.iter().enumerate() {
+        let program = lower_hook(&format!("hooks.startContainer[{i}]"), hook)?;
+        ops.push(Op::Hook { program, kind: "startContainer" });
+    }
+    privileges(process, context, warnings, &mut ops)?;
+    ops.push(exec(process, path)?);
+    Ok(ops)
+}
+
+/// The directory list for a program name without a slash.
+fn search_path(env: &[String]) -> Result<Option<CString>, SpecError> {
+    let path = env.iter().rev().find_map(|e| e.strip_prefix("PATH="));
+    path.map(|p| c_string("process.env", p)).transpose()
+}
+
+fn limits(process: &Process, context: &ProcessContext<'_>, ops: &mut Vec<Op>) -> Result<(), SpecError> {
+    let mut seen = Vec::new();
+    for limit in &process.rlimits {
+        let (resource, name) = names::rlimit(&limit.kind)
+            .ok_or_else(|| invalid("process.rlimits", format!("unknown type {:?}", limit.kind)))?;
+        if seen.contains(&resource) {
+            return Err(invalid("process.rlimits", format!("{name} is given twice")));
+        }
+        seen.push(resource);
+        ops.push(Op::Rlimit { name, resource, soft: limit.soft, hard: limit.hard });
+    }
+    if let Some(scheduler) = &process.scheduler {
+        ops.push(Op::Scheduler { attr: lower_scheduler(scheduler)? });
+    }
+    if let Some(priority) = &process.io_priority {
+        ops.push(lower_io_priority(priority)?);
+    }
+    if let Some(personality) = context.linux.and_then(|l| l.personality.as_ref()) {
+        ops.push(lower_personality(personality)?);
+    }
+    if let Some(policy) = context.linux.and_then(|l| l.memory_policy.as_ref()) {
+        ops.push(lower_memory_policy(policy)?);
+    }
+    if context.exec
+        && let Some(affinity) = &process.exec_cpu_affinity
+    {
+        let list = affinity.last.as_ref().or(affinity.initial.as_ref());
+        if let Some(list) = list {
+            let mask = names::number_list(list).filter(|m| !m.is_empty()).ok_or_else(|| {
+                invalid("process.execCPUAffinity", format!("{list:?} is not a list of CPUs"))
+            })?;
+            ops.push(Op::Affinity { mask });
+        }
+    }
+    Ok(())
+}
+
+fn lower_scheduler(s: &Scheduler) -> Result<SchedAttr, SpecError> {
+    let policy = match s.policy.as_str() {
+        "SCHED_OTHER" => 0,
+        "SCHED_FIFO" => 1,
+        "SCHED_RR" => 2,
+        "SCHED_BATCH" => 3,
+        "SCHED_ISO" => 4,
+        "SCHED_IDLE" => 5,
+        "SCHED_DEADLINE" => 6,
+        other => return Err(invalid("process.scheduler.policy", format!("unknown policy {other:?}"))),
+    };
+    let mut flags = 0;
+    for flag in &s.flags {
+        flags |= match flag.as_str() {
+            "SCHED_FLAG_RESET_ON_FORK" => 0x01,
+            "SCHED_FLAG_RECLAIM" => 0x02,
+            "SCHED_FLAG_DL_OVERRUN" => 0x04,
+            "SCHED_FLAG_KEEP_POLICY" => 0x08,
+            "SCHED_FLAG_KEEP_PARAMS" => 0x10,
+            "SCHED_FLAG_UTIL_CLAMP_MIN" => 0x20,
+            "SCHED_FLAG_UTIL_CLAMP_MAX" => 0x40,
+            other => return Err(invalid("process.scheduler.flags", format!("unknown flag {other:?}"))),
+        };
+    }
+    let priority = u32::try_from(s.priority)
+        .map_err(|_| invalid("process.scheduler.priority", "must not be negative"))?;
+    Ok(SchedAttr {
+        size: 0,
+        policy,
+        flags,
+        nice: s.nice,
+        priority,
+        runtime: s.runtime,
+        deadline: s.deadline,
+        period: s.period,
+    })
+}
+
+fn lower_io_priority(p: &IoPriority) -> Result<Op, SpecError> {
+    let class = match p.class.as_str() {
+        "IOPRIO_CLASS_RT" => 1,
+        "IOPRIO_CLASS_BE" => 2,
+        "IOPRIO_CLASS_IDLE" => 3,
+        other => return Err(invalid("process.ioPriority.class", format!("unknown class {other:?}"))),
+    };
+    let level = u32::try_from(p.priority).ok().filter(|l| *l < 8);
+    let level = level.ok_or_else(|| invalid("process.ioPriority.priority", "is not between 0 and 7"))?;
+    Ok(Op::IoPriority { class, level })
+}
+
+fn lower_personality(p: &Personality) -> Result<Op, SpecError> {
+    if !p.flags.is_empty() {
+        return Err(unsupported("linux.personality.flags", "the specification defines none"));
+    }
+    match p.domain.as_str() {
+        "LINUX" => Ok(Op::Personality { value: 0 }),
+        "LINUX32" => Ok(Op::Personality { value: 8 }),
+        other => Err(invalid("linux.personality.domain", format!("unknown domain {other:?}"))),
+    }
+}
+
+fn lower_memory_policy(p: &MemoryPolicy) -> Result<Op, SpecError> {
+    let mut mode = match p.mode.as_str() {
+        "MPOL_DEFAULT" => 0,
+        "MPOL_PREFERRED" => 1,
+        "MPOL_BIND" => 2,
+        "MPOL_INTERLEAVE" => 3,
+        "MPOL_LOCAL" => 4,
+        "MPOL_PREFERRED_MANY" => 5,
+        "MPOL_WEIGHTED_INTERLEAVE" => 6,
+        other => return Err(invalid("linux.memoryPolicy.mode", format!("unknown mode {other:?}"))),
+    };
+    for flag in &p.flags {
+        mode |= match flag.as_str() {
+            "MPOL_F_STATIC_NODES" => 1 << 15,
+            "MPOL_F_RELATIVE_NODES" => 1 << 14,
+            "MPOL_F_NUMA_BALANCING" => 1 << 13,
+            other => return Err(invalid("linux.memoryPolicy.flags", format!("unknown flag {other:?}"))),
+        };
+    }
+    let nodes = names::number_list(&p.nodes)
+        .ok_or_else(|| invalid("linux.memoryPolicy.nodes", format!("{:?} is not a list", p.nodes)))?;
+    Ok(Op::MemoryPolicy { mode, nodes })
+}
+
+/// Labels of the security modules, for the exec to come.
+fn labels(process: &Process, context: &ProcessContext<'_>, ops: &mut Vec<Op>) -> Result<(), SpecError> {
+    let given = |label: &Option<String>| label.clone().filter(|l| !l.is_empty());
+    if let Some(profile) = given(&process.apparmor_profile)
+        && profile != "unconfined"
+    {
+        if !context.facts.apparmor {
+            return Err(unsupported("process.apparmorProfile", "AppArmor is not enabled on this host"));
+        }
+        let file = CString::from(c"attr/apparmor/exec");
+        ops.push(Op::ExecLabel { file, label: format!("exec {profile}") });
+    }
+    if let Some(label) = given(&process.selinux_label)
+        && context.facts.selinux
+    {
+        ops.push(Op::ExecLabel { file: CString::from(c"attr/exec"), label });
+    }
+    Ok(())
+}
+
+/// The descent from root of the container to the user's rights. Each step gives up what the next no longer needs.
+fn privileges(
+    process: &Process,
+    context: &ProcessContext<'_>,
+    warnings: &mut Vec<String>,
+    ops: &mut Vec<Op>,
+) -> Result<(), SpecError> {
+    let filter = context.linux.and_then(|l| l.seccomp.as_ref()).map(seccomp::compile).transpose()?;
+    let mut filter = filter.map(|f| Op::Seccomp { filter: Box::new(f) });
+    if process.no_new_privileges {
+        ops.push(Op::NoNewPrivileges);
+    } else if let Some(op) = filter.take() {
+        // Without no_new_privs the filter needs a capability that is about to go.
+        ops.push(op);
+    }
+    let caps = process.capabilities.clone().unwrap_or_default();
+    let mut set = |names: &[String]| capability_set(names, context.facts, warnings);
+    let bounding = set(&caps.bounding);
+    let permitted = set(&caps.permitted);
+    let effective = set(&caps.effective);
+    let inheritable = set(&caps.inheritable);
+    let ambient = set(&caps.ambient);
+    ops.push(Op::BoundingSet { keep: bounding, last: context.facts.last_capability });
+    ops.push(Op::KeepCapabilities);
+    let user = &process.user;
+    ops.push(Op::Groups { gids: user.additional_gids.clone() });
+    ops.push(Op::Gid { gid: user.gid });
+    ops.push(Op::Uid { uid: user.uid });
+    ops.push(Op::WorkingDirectory { path: cwd(process)? });
+    ops.push(Op::Capabilities {
+        caps: Capabilities { effective: effective & permitted, permitted, inheritable },
+    });
+    if ambient != 0 {
+        ops.push(Op::Ambient { caps: ambient & permitted & inheritable });
+    }
+    ops.push(Op::Umask { mask: user.umask.unwrap_or(0o022) & 0o777 });
+    ops.push(Op::CloseFrom { first: 3 + context.preserve_fds });
+    ops.extend(filter);
+    Ok(())
+}
+
+fn cwd(process: &Process) -> Result<CString, SpecError> {
+    if !process.cwd.starts_with('/') {
+        return Err(invalid("process.cwd", format!("{:?} must be an absolute path", process.cwd)));
+    }
+    c_string("process.cwd", &process.cwd)
+}
+
+fn exec(process: &Process, path: Option<CString>) -> Result<Op, SpecError> {
+    let nul = |field: &'static str| move || invalid(field, "contains a NUL byte");
+    for entry in &process.env {
+        if entry.split_once('=').is_none_or(|(key, _)| key.is_empty()) {
+            return Err(invalid("process.env", format!("{entry:?} is not NAME=VALUE")));
+        }
+    }
+    let has_home = process.env.iter().any(|e| e.starts_with("HOME="));
+    Ok(Op::Exec {
+        args: StringArray::new(&process.args).ok_or_else(nul("process.args"))?,
+        env: StringArray::new(&process.env).ok_or_else(nul("process.env"))?,
+        path,
+        home_of: (!has_home).then_some(process.user.uid),
+    })
+}
