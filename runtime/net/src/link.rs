@@ -100,7 +100,6 @@ pub(crate) enum LinkOp {
         name: String,
     },
     Down {
-        index: u32,
         name: String,
     },
     SetMtu {
@@ -145,7 +144,7 @@ impl std::fmt::Display for LinkOp {
             LinkOp::SetPort { name, alias, .. } => write!(f, "bring up the link {name} of {alias}"),
             LinkOp::Hairpin { name } => write!(f, "let {name} send frames back"),
             LinkOp::Up { name, .. } => write!(f, "bring up {name}"),
-            LinkOp::Down { name, .. } => write!(f, "take down {name}"),
+            LinkOp::Down { name } => write!(f, "take down {name}"),
             LinkOp::SetMtu { name, mtu, .. } => write!(f, "set the mtu of {name} to {mtu}"),
             LinkOp::AddAddress { name, address, .. } => write!(f, "add the address {address} to {name}"),
             LinkOp::RemoveAddress { name, address, .. } => {
@@ -337,7 +336,10 @@ fn encode(op: &LinkOp, sequence: u32, writer: &mut Writer) {
             });
         }),
         LinkOp::Up { index, .. } => message(RTM_NEWLINK, asked, &|w| link_header(w, *index, IFF_UP, IFF_UP)),
-        LinkOp::Down { index, .. } => message(RTM_NEWLINK, asked, &|w| link_header(w, *index, 0, IFF_UP)),
+        LinkOp::Down { name } => message(RTM_NEWLINK, asked, &|w| {
+            link_header(w, 0, 0, IFF_UP);
+            w.string(IFLA_IFNAME, name);
+        }),
         LinkOp::SetMtu { index, mtu, .. } => message(RTM_NEWLINK, asked, &|w| {
             link_header(w, *index, 0, 0);
             w.u32(IFLA_MTU, *mtu);
@@ -475,8 +477,12 @@ pub(crate) fn observe_uplink_mtu(socket: &mut Netlink) -> Result<Option<u32>, Ne
     let Some(uplink) = uplink else {
         return Ok(None);
     };
-    let links = observe_links(socket)?;
-    Ok(links.iter().find(|link| link.index == uplink.link).map(|link| link.mtu))
+    let body = |w: &mut Writer| {
+        link_header(w, uplink.link, 0, 0);
+        w.u32(IFLA_EXT_MASK, RTEXT_FILTER_SKIP_STATS);
+    };
+    let link = socket.get("look up the link of the default route", RTM_GETLINK, body, parse_link)?;
+    Ok(link.map(|link| link.mtu))
 }
 
 /// Waits until a link carries packets. Without that, the first packet after an attach is lost now and then, and whoever

@@ -96,7 +96,12 @@ pub struct Net {
     route: Mutex<Netlink>,
     filter: Mutex<Netlink>,
     verified: Mutex<Option<Verified>>,
+    known: Mutex<Option<KnownLinks>>,
 }
+
+/// Names of links by pod id, read once: only this process makes more of them, and to list hundreds takes longer than to
+/// create one. A name that is no longer there does no harm.
+type KnownLinks = BTreeMap<String, BTreeSet<String>>;
 
 /// A table that the kernel was found to hold, and when.
 #[derive(Debug)]
@@ -112,6 +117,7 @@ impl Net {
             route: Mutex::new(Netlink::open(NetlinkProtocol::Route)?),
             filter: Mutex::new(Netlink::open(NetlinkProtocol::Netfilter)?),
             verified: Mutex::new(None),
+            known: Mutex::new(None),
         })
     }
 
@@ -173,11 +179,8 @@ impl Net {
         let mut route = self.route();
         let missing = || NetError::NoBridge { name: self.config.bridge.clone() };
         let bridge = self.own_bridge(&mut route)?.ok_or_else(missing)?;
-        let others =
-            self.own_links(&mut route)?.into_iter().filter(|link| link.alias == id && link.name != name);
-        for other in others.filter(|link| link.up) {
-            let down = [LinkOp::Down { index: other.index, name: other.name }];
-            match link::apply_ops(&mut route, &down) {
+        for other in self.note_link(&mut route, id, name)? {
+            match link::apply_ops(&mut route, &[LinkOp::Down { name: other }]) {
                 Err(error) if !error.is(Errno::ENODEV) => return Err(error.into()),
                 _ => {}
             }
@@ -358,6 +361,25 @@ impl Net {
         let mut links = link::observe_links(route)?;
         links.retain(|link| link.group == self.config.group);
         Ok(links)
+    }
+
+    /// Notes `name` as the link of the pod `id`; answers the other links that the pod may still have.
+    fn note_link(&self, route: &mut Netlink, id: &str, name: &str) -> Result<BTreeSet<String>, NetError> {
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut links = match known.take() {
+            Some(links) => links,
+            None => {
+                let mut links = KnownLinks::new();
+                for link in self.own_links(route)? {
+                    links.entry(link.alias).or_default().insert(link.name);
+                }
+                links
+            }
+        };
+        let mut others = links.insert(id.to_owned(), BTreeSet::from([name.to_owned()])).unwrap_or_default();
+        others.remove(name);
+        *known = Some(links);
+        Ok(others)
     }
 
     fn route(&self) -> MutexGuard<'_, Netlink> {
