@@ -234,7 +234,7 @@ pub fn shed_memory() {
     unsafe { libc::dl_iterate_phdr(Some(shed_segments), ptr::null_mut()) };
     let here = 0u8;
     // Far enough below this frame for the call of madvise itself.
-    const MARGIN: usize = 8 << 10;
+    const MARGIN: usize = 2 << 10;
     const DEPTH: usize = 256 << 10;
     const PAGE: usize = 4096;
     let top = (&raw const here as usize).saturating_sub(MARGIN) & !(PAGE - 1);
@@ -271,6 +271,12 @@ unsafe extern "C" fn shed_segments(
         }
     }
     0
+}
+
+/// Standard input, once [`null_standard_streams`] has made it `/dev/null`.
+pub fn null_stream() -> BorrowedFd<'static> {
+    // SAFETY: nobody owns descriptor 0, so nobody closes it; `take_inherited` refuses it too.
+    unsafe { BorrowedFd::borrow_raw(0) }
 }
 
 /// Anonymous memory that takes no page until touched, and gives its pages back on request.

@@ -139,10 +139,7 @@ impl Hold {
             None => None,
         };
         let progress = match log {
-            Some(_) if !o.tty => {
-                let null = File::options().write(true).open("/dev/null").at("open", "/dev/null".as_ref())?;
-                Progress::open(&o.dir, null.into()).ok()
-            }
+            Some(_) if !o.tty => Progress::open(&o.dir).ok(),
             _ => None,
         };
         let mut buffer = Buffer::new(OUTPUT).doing("map buffer")?;
@@ -494,6 +491,8 @@ impl Hold {
 
     // Clients.
 
+    /// Not inlined: its message buffer would become part of the frame that sleeps.
+    #[inline(never)]
     fn client(&mut self, index: usize, events: u32) {
         let blocked = self.stdin.as_ref().is_some_and(|s| !s.pending.is_empty());
         if events & OUT != 0 && !self.clients.writable(index, &self.epoll, blocked) {

@@ -10,6 +10,7 @@ use keel_proto::Stream;
 
 use crate::cri::{Formatter, HEADER};
 use crate::error::{Context, Error};
+use crate::replay::parse;
 
 /// Logs may hold secrets: the owner writes, the group reads.
 const MODE: u32 = 0o640;
@@ -34,6 +35,7 @@ pub(crate) struct Log {
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Lost {
+    /// Ends of lines.
     pub(crate) lines: u64,
     pub(crate) bytes: u64,
 }
@@ -91,16 +93,21 @@ impl Log {
     }
 
     fn count(&mut self, records: &[u8]) {
-        let lines = memchr::memchr_iter(b'\n', records).count();
-        let bytes = records.len().saturating_sub(lines * HEADER);
+        let (mut lines, mut bytes) = (0, 0);
+        for record in records.split_inclusive(|b| *b == b'\n') {
+            if let Some((_, text)) = parse(record) {
+                lines += u64::from(text.ends_with(b"\n"));
+                bytes += text.len() as u64;
+            }
+        }
         for lost in [&mut self.lost, &mut self.untold] {
-            lost.lines += lines as u64;
-            lost.bytes += bytes as u64;
+            lost.lines += lines;
+            lost.bytes += bytes;
         }
     }
 
     fn tell_loss(&mut self) -> Result<(), (usize, io::Error)> {
-        if self.untold.lines == 0 {
+        if self.untold == Lost::default() {
             return Ok(());
         }
         let Lost { lines, bytes } = self.untold;

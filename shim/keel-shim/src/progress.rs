@@ -16,7 +16,7 @@ use std::sync::atomic::Ordering;
 
 use keel_proto::{Stream, file};
 use keel_sys::file::pipe;
-use keel_sys::monitor::{SharedCells, splice, tee};
+use keel_sys::monitor::{SharedCells, null_stream, splice, tee};
 
 use crate::error::{Context, Error};
 use crate::log::{MARK, numbered};
@@ -38,14 +38,12 @@ pub(crate) struct Progress {
     /// Where output is looked at before it is taken.
     peek: OwnedFd,
     into_peek: OwnedFd,
-    null: OwnedFd,
 }
 
 impl Progress {
-    /// `null` is any descriptor of `/dev/null`.
-    pub(crate) fn open(dir: &Path, null: OwnedFd) -> Result<Progress, Error> {
+    pub(crate) fn open(dir: &Path) -> Result<Progress, Error> {
         let (peek, into_peek) = pipe().doing("create a pipe")?;
-        Ok(Progress { cells: map(dir)?, peek, into_peek, null })
+        Ok(Progress { cells: map(dir)?, peek, into_peek })
     }
 
     /// Reads what waits in the FIFO and leaves it there. 0: end of file.
@@ -68,10 +66,10 @@ impl Progress {
         self.cells[STREAM].store(stream, Ordering::Release);
     }
 
-    /// Takes out of the FIFO what was looked at.
+    /// Takes out of the FIFO what was looked at. The shim's own standard input serves as the place to throw it.
     pub(crate) fn take(&self, fifo: &File, mut len: usize) {
         while len > 0 {
-            match splice(fifo.as_fd(), self.null.as_fd(), len) {
+            match splice(fifo.as_fd(), null_stream(), len) {
                 Ok(0) | Err(_) => break,
                 Ok(n) => len -= n,
             }
@@ -195,9 +193,8 @@ mod tests {
         }
 
         fn open(&self) -> (Progress, Log) {
-            let null = File::options().write(true).open("/dev/null").unwrap();
             let log = Log::open(&self.log_path(), 1000, 100, Lost::default()).unwrap();
-            (Progress::open(&self.dir, null.into()).unwrap(), log)
+            (Progress::open(&self.dir).unwrap(), log)
         }
 
         /// One batch, killed after `written` of its records and before (or after) it was taken from the FIFO.
