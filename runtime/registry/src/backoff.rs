@@ -3,6 +3,7 @@
 use std::time::{Duration, SystemTime};
 
 use crate::error::{Patience, PullError};
+use crate::progress::Tracker;
 
 /// How one pull behaves when the other side does not.
 #[derive(Clone, Debug)]
@@ -36,12 +37,13 @@ impl Default for RetryPolicy {
 #[derive(Debug)]
 pub(crate) struct Backoff<'a> {
     policy: &'a RetryPolicy,
+    tracker: &'a Tracker,
     failures: u32,
 }
 
 impl<'a> Backoff<'a> {
-    pub(crate) fn new(policy: &'a RetryPolicy) -> Self {
-        Self { policy, failures: 0 }
+    pub(crate) fn new(policy: &'a RetryPolicy, tracker: &'a Tracker) -> Self {
+        Self { policy, tracker, failures: 0 }
     }
 
     /// Progress was made: the next failure is a first one again.
@@ -75,6 +77,7 @@ impl<'a> Backoff<'a> {
         match self.after(&error, random()) {
             Some(delay) => {
                 tracing::debug!(%error, delay_ms = delay.as_millis() as u64, "trying again");
+                self.tracker.waiting(&error, delay);
                 tokio::time::sleep(delay).await;
                 Ok(())
             }
@@ -109,6 +112,10 @@ pub(crate) fn parse_retry_after(text: &str, now: SystemTime) -> Option<Duration>
 mod tests {
     use super::*;
 
+    fn silent() -> Tracker {
+        Tracker::new(std::sync::Arc::new(|_| {}))
+    }
+
     fn limited(retry_after: Option<u64>) -> PullError {
         PullError::RateLimited { registry: "r".into(), retry_after: retry_after.map(Duration::from_secs) }
     }
@@ -116,8 +123,9 @@ mod tests {
     #[test]
     fn delays_double_stay_within_half_and_whole_and_end() {
         let policy = RetryPolicy::default();
+        let tracker = silent();
         for chance in [0, u64::MAX / 2, u64::MAX] {
-            let mut backoff = Backoff::new(&policy);
+            let mut backoff = Backoff::new(&policy, &tracker);
             for expected_ms in [500, 1000, 2000, 4000, 8000] {
                 let delay = backoff.after(&limited(None), chance).unwrap().as_millis();
                 assert!((expected_ms / 2..=expected_ms).contains(&delay), "{delay}");
@@ -131,7 +139,8 @@ mod tests {
     #[test]
     fn retry_after_is_kept_up_to_the_cap() {
         let policy = RetryPolicy::default();
-        let after = |s| Backoff::new(&policy).after(&limited(Some(s)), 0);
+        let tracker = silent();
+        let after = |s| Backoff::new(&policy, &tracker).after(&limited(Some(s)), 0);
         assert_eq!(after(17), Some(Duration::from_secs(17)));
         assert_eq!(after(3600), None);
     }
@@ -139,10 +148,11 @@ mod tests {
     #[test]
     fn final_errors_are_not_tried_again() {
         let policy = RetryPolicy::default();
+        let tracker = silent();
         let refused = PullError::Refused { registry: "r".into() };
         let unknown = PullError::UnknownCa { registry: "r".into() };
-        assert_eq!(Backoff::new(&policy).after(&unknown, 0), None);
-        let mut backoff = Backoff::new(&policy);
+        assert_eq!(Backoff::new(&policy, &tracker).after(&unknown, 0), None);
+        let mut backoff = Backoff::new(&policy, &tracker);
         assert!(backoff.after(&refused, 0).is_some());
         assert_eq!(backoff.after(&refused, 0), None);
     }

@@ -46,7 +46,7 @@ impl<'a> Fetch<'a> {
             done: from,
             skip: 0,
             since_failure: 0,
-            backoff: Backoff::new(session.retry),
+            backoff: Backoff::new(session.retry, session.tracker),
         }
     }
 

@@ -131,7 +131,8 @@ impl Client {
             progress(PullProgress::default());
             return Ok(image);
         }
-        let session = self.session(&reference, &options.auth, Access::Pull).await?;
+        let tracker = Tracker::new(progress);
+        let session = self.session(&reference, &tracker, &options.auth, Access::Pull).await?;
         let (fetched, manifest) = self.image_manifest(&session, &options.platform).await?;
         let config = match store.read_blob(&manifest.config.digest, CONFIG_LIMIT) {
             Ok(Some(there)) => there.into(),
@@ -140,10 +141,7 @@ impl Client {
         };
         let layers = plan_layers(&reference, &manifest, &config)?;
         warn_about_platform(&reference, &config, &options.platform);
-        let tracker = Tracker::new(
-            progress,
-            layers.iter().map(|layer| (layer.descriptor.digest, layer.descriptor.size)),
-        );
+        tracker.begin(layers.iter().map(|layer| (layer.descriptor.digest, layer.descriptor.size)));
         // From before the first look into the store until the image record names them all.
         let _lease = store.lease(digests(&fetched, &manifest, &layers));
         let layers = missing_layers(store, layers, &tracker);
@@ -158,13 +156,14 @@ impl Client {
     pub(crate) async fn session<'a>(
         &'a self,
         reference: &'a Reference,
+        tracker: &'a Tracker,
         inline: &[InlineAuth],
         access: Access,
     ) -> Result<Session<'a>, PullError> {
         let credential =
             credentials::find(inline, &self.options.auth_files, reference.registry(), reference.repository())
                 .await?;
-        Ok(Session::new(&self.transport, &self.tokens, &self.options.retry, reference, credential, access))
+        Ok(Session::new(self, tracker, reference, credential, access))
     }
 
     /// From the reference through indexes to one image.
@@ -222,12 +221,14 @@ impl Client {
             tracker.finished(layer.index, LayerState::Present);
             return Ok(());
         }
-        let mut backoff = Backoff::new(session.retry);
+        let mut backoff = Backoff::new(session.retry, session.tracker);
         loop {
             match ingest(store, session, &layer, tracker).await {
                 Ok(()) => break,
                 // Bytes of an earlier pull may be what is wrong; they are gone now.
-                Err(Failure { resumed: true, error: PullError::WrongDigest { .. } }) => {}
+                Err(Failure { resumed: true, error: PullError::WrongDigest { .. }, .. }) => {}
+                // The transfer has tried as often as the policy says.
+                Err(Failure { of_transfer: true, error, .. }) => return Err(error),
                 Err(Failure { error, .. }) => backoff.pause(error).await?,
             }
         }
@@ -254,6 +255,8 @@ struct Failure {
     error: PullError,
     /// Bytes of an earlier pull were used.
     resumed: bool,
+    /// Fetching failed, not storing.
+    of_transfer: bool,
 }
 
 /// One pass: network -> bounded channel -> the store's hash, blob, inflate, hash, files.
@@ -276,13 +279,14 @@ async fn ingest(
         None => Ok(()),
     };
     let stored = job.await;
+    let of_transfer = fed.is_err();
     let error = match (fed, stored) {
         (Ok(()), Ok(Ok(()))) => return Ok(()),
         (Err(error), _) => error,
         (_, Ok(Err(error))) => PullError::from_layer(&layer.what, session.reference.registry(), error),
         (_, Err(panic)) => PullError::Setup { detail: format!("unpacking ended abnormally: {panic}") },
     };
-    Err(Failure { error, resumed: offset.is_some_and(|n| n > 0) })
+    Err(Failure { error, resumed: offset.is_some_and(|n| n > 0), of_transfer })
 }
 
 /// The asynchronous half: registry to channel. A store that stops taking has its own error to tell.

@@ -31,6 +31,6 @@ pub use client::{Client, ClientOptions, DEFAULT_PARALLEL_LAYERS, PullOptions};
 pub use credentials::{InlineAuth, default_auth_files};
 pub use error::PullError;
 pub use platform::Platform;
-pub use progress::{LayerProgress, LayerState, OnProgress, PullProgress};
+pub use progress::{LayerProgress, LayerState, OnProgress, PullProgress, Waiting};
 pub use push::PushError;
 pub use transport::Timeouts;

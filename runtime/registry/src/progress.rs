@@ -1,10 +1,12 @@
 //! What a pull tells while it runs.
 
 use std::fmt;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use keel_store::Digest;
+
+use crate::error::PullError;
 
 /// Bars are redrawn and events are sent at most this often; the last word of each layer always comes.
 const INTERVAL: Duration = Duration::from_millis(100);
@@ -18,6 +20,15 @@ pub struct PullProgress {
     pub layers_total: u32,
     /// In the order of the manifest, lowest first.
     pub layers: Vec<LayerProgress>,
+    /// Something failed and is tried again after a pause; gone with the next bytes.
+    pub waiting: Option<Waiting>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Waiting {
+    /// What failed, one line.
+    pub reason: String,
+    pub delay: Duration,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -48,7 +59,12 @@ pub(crate) struct Tracker {
 }
 
 impl Tracker {
-    pub(crate) fn new(report: OnProgress, layers: impl Iterator<Item = (Digest, u64)>) -> Self {
+    pub(crate) fn new(report: OnProgress) -> Self {
+        Self { state: Mutex::default(), report }
+    }
+
+    /// The layers are known now.
+    pub(crate) fn begin(&self, layers: impl Iterator<Item = (Digest, u64)>) {
         let layers: Vec<LayerProgress> = layers
             .map(|(digest, total_bytes)| LayerProgress {
                 digest,
@@ -63,8 +79,18 @@ impl Tracker {
             layers,
             ..PullProgress::default()
         };
-        report(progress.clone());
-        Self { state: Mutex::new((progress, None)), report }
+        self.lock().0 = progress.clone();
+        (self.report)(progress);
+    }
+
+    /// The next try comes after `delay`.
+    pub(crate) fn waiting(&self, error: &PullError, delay: Duration) {
+        let snapshot = {
+            let mut guard = self.lock();
+            guard.0.waiting = Some(Waiting { reason: error.to_string(), delay });
+            guard.0.clone()
+        };
+        (self.report)(snapshot);
     }
 
     pub(crate) fn fetched(&self, layer: usize, done_bytes: u64) {
@@ -77,13 +103,14 @@ impl Tracker {
 
     fn update(&self, layer: usize, done_bytes: u64, state: LayerState, must_report: bool) {
         let snapshot = {
-            let mut guard = self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+            let mut guard = self.lock();
             let (progress, reported) = &mut *guard;
             let entry = &mut progress.layers[layer];
             let before = entry.done_bytes;
             entry.done_bytes = done_bytes.min(entry.total_bytes);
             progress.done_bytes = progress.done_bytes - before + entry.done_bytes;
             entry.state = state;
+            progress.waiting = None;
             if must_report {
                 progress.layers_done += 1;
             }
@@ -95,6 +122,11 @@ impl Tracker {
             progress.clone()
         };
         (self.report)(snapshot);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, (PullProgress, Option<Instant>)> {
+        // Numbers for people: worth showing even after a panic in a callback.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -87,12 +87,12 @@ impl Client {
         let image = load(store, &source)?;
         let manifest = read_manifest(store, &image, &source)?;
         let uploads = plan(store, &image, &source)?;
-        let mut session = self.session(&target, auth, Access::Push).await?;
+        let tracker = Tracker::new(progress);
+        let mut session = self.session(&target, &tracker, auth, Access::Push).await?;
         if source.registry() == target.registry() && source.repository() != target.repository() {
             session.mount_from(source.repository());
         }
-        let tracker =
-            Tracker::new(progress, image.layers.iter().map(|layer| (layer.blob_digest, layer.size)));
+        tracker.begin(image.layers.iter().map(|layer| (layer.blob_digest, layer.size)));
         futures_util::stream::iter(uploads)
             .map(|upload| send_blob(&session, upload, &tracker))
             .buffer_unordered(self.options.parallel_layers.max(1))
@@ -156,7 +156,7 @@ async fn send_blob(session: &Session<'_>, upload: Upload, tracker: &Tracker) -> 
 
 /// Sends a blob over as many connections as it takes; each one goes on where the registry says it stopped.
 async fn transfer(session: &Session<'_>, upload: &Upload, tracker: &Tracker) -> Result<(), PullError> {
-    let mut backoff = Backoff::new(session.retry);
+    let mut backoff = Backoff::new(session.retry, session.tracker);
     let mut place: Option<(Url, u64)> = None;
     loop {
         match transfer_once(session, upload, tracker, &mut place).await {
@@ -225,7 +225,7 @@ async fn report_while<T>(
 }
 
 async fn send_manifest(session: &Session<'_>, body: Bytes, image: &Image) -> Result<(), PullError> {
-    let mut backoff = Backoff::new(session.retry);
+    let mut backoff = Backoff::new(session.retry, session.tracker);
     loop {
         match session.put_manifest(body.clone(), image).await {
             Ok(()) => return Ok(()),
@@ -236,7 +236,7 @@ async fn send_manifest(session: &Session<'_>, body: Bytes, image: &Image) -> Res
 
 impl Session<'_> {
     async fn has_blob(&self, digest: &Digest, what: &str) -> Result<bool, PullError> {
-        let mut backoff = Backoff::new(self.retry);
+        let mut backoff = Backoff::new(self.retry, self.tracker);
         loop {
             let answer = match self.head(&format!("blobs/{digest}")).await {
                 Ok(response) if response.status().is_success() => Ok(true),

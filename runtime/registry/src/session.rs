@@ -8,11 +8,13 @@ use reqwest::{Method, StatusCode, Url};
 
 use crate::auth::{Challenge, TokenCache, TokenRequest, basic_header, bearer_header, challenges};
 use crate::backoff::{Backoff, RetryPolicy};
+use crate::client::Client;
 use crate::credentials::Credential;
 use crate::error::PullError;
 use crate::manifest::{ACCEPT, Descriptor, Document, lower_document};
 use keel_store::Digest;
 
+use crate::progress::Tracker;
 use crate::reference::Reference;
 use crate::transport::{Incoming, Outgoing, Transport};
 
@@ -31,6 +33,7 @@ pub(crate) struct Session<'a> {
     pub(crate) transport: &'a Transport,
     pub(crate) tokens: &'a TokenCache,
     pub(crate) retry: &'a RetryPolicy,
+    pub(crate) tracker: &'a Tracker,
     pub(crate) reference: &'a Reference,
     pub(crate) credential: Option<Credential>,
     access: Access,
@@ -51,17 +54,17 @@ pub(crate) struct Fetched {
 
 impl<'a> Session<'a> {
     pub(crate) fn new(
-        transport: &'a Transport,
-        tokens: &'a TokenCache,
-        retry: &'a RetryPolicy,
+        client: &'a Client,
+        tracker: &'a Tracker,
         reference: &'a Reference,
         credential: Option<Credential>,
         access: Access,
     ) -> Self {
         Self {
-            transport,
-            tokens,
-            retry,
+            transport: &client.transport,
+            tokens: &client.tokens,
+            retry: &client.options.retry,
+            tracker,
             reference,
             credential,
             access,
@@ -78,7 +81,7 @@ impl<'a> Session<'a> {
         expected: Option<&Digest>,
         size: Option<u64>,
     ) -> Result<Fetched, PullError> {
-        let mut backoff = Backoff::new(self.retry);
+        let mut backoff = Backoff::new(self.retry, self.tracker);
         loop {
             match self.document_once(selector, expected, size).await {
                 Ok(fetched) => return Ok(fetched),
@@ -122,7 +125,7 @@ impl<'a> Session<'a> {
                 limit: CONFIG_LIMIT,
             });
         }
-        let mut backoff = Backoff::new(self.retry);
+        let mut backoff = Backoff::new(self.retry, self.tracker);
         loop {
             match self.config_once(descriptor, &what).await {
                 Ok(body) => return Ok(body),

@@ -212,6 +212,26 @@ async fn short_trouble_is_waited_out() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn waiting_is_told_while_it_lasts() {
+    let (content, big) = two_layers();
+    let server = Server::start(content, move |r| {
+        let limited = r.before == 0 && (r.is_blob(&big) || r.target.contains("/manifests/"));
+        limited.then(|| Reply::new(429))
+    })
+    .await;
+    let bench = Bench::new();
+    let (report, seen) = recorder();
+    let platform = Platform::parse("linux/amd64").unwrap();
+    Client::new(options()).pull(&bench.store, &server.reference("1"), platform, report).await.unwrap();
+    let seen = seen.lock().unwrap();
+    let waits: Vec<_> =
+        seen.iter().filter_map(|p| Some((p.layers_total, p.waiting.clone()?.reason))).collect();
+    let reason = format!("{} limits the rate of requests", server.address);
+    assert!(waits.contains(&(0, reason.clone())) && waits.contains(&(2, reason)), "{waits:?}");
+    assert_eq!(seen.last().unwrap().waiting, None);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn retry_after_is_honoured() {
     let begin = Instant::now();
     let (result, _server, bench) =
@@ -241,7 +261,8 @@ async fn lasting_trouble_is_reported_with_the_registrys_words() {
     .await;
     let error = result.unwrap_err().to_string();
     assert!(error.contains("answers 500") && error.contains("the disk is on fire"), "{error}");
-    assert!(server.seen_of("/blobs/").len() >= 6);
+    // One for each of the config and the good layer, and as often as the policy says for the other.
+    assert_eq!(server.seen_of("/blobs/").len(), 2 + 6);
 }
 
 #[tokio::test(flavor = "multi_thread")]
