@@ -168,6 +168,34 @@ fn a_container_that_ended_without_a_shim_is_recorded_as_unknown_and_its_last_wor
 }
 
 #[test]
+fn a_record_that_was_written_is_not_replaced_by_a_successor_that_knows_less() {
+    let Some(rig) = Rig::new() else { return };
+    let container = rig.run("sleep 1000", &[]);
+    assert!(container.kill_shim());
+    // As left by a shim that was killed between the record and the runtime's `delete`.
+    let pid = container.pid();
+    let record = ExitRecord { id: container.id.clone(), pid: pid as u32, code: 42, ..ExitRecord::default() };
+    fs::write(&container.exit_file, record.to_json()).unwrap();
+    assert_eq!(container.adopt().unwrap(), pid);
+    assert_eq!(container.exit(), record);
+    container.assert_gone();
+}
+
+#[test]
+fn an_exit_record_that_the_disk_refuses_is_written_when_it_can_be() {
+    let Some(rig) = Rig::new() else { return };
+    let container = rig.run("sleep 1000", &[]);
+    let exits = rig.exits();
+    fs::remove_dir(&exits).unwrap();
+    let mut waiter = container.client();
+    container.client().signal(9).unwrap();
+    poll("the end", || container.client().state().is_ok_and(|s| s.phase == Phase::Recording));
+    assert!(matches!(waiter.wait(Some(Duration::from_millis(50))), Err(ClientError::Timeout { .. })));
+    fs::create_dir(&exits).unwrap();
+    assert_eq!(container.exit().signal, 9);
+}
+
+#[test]
 fn a_running_shim_is_not_replaced_and_a_foreign_directory_not_adopted() {
     let Some(rig) = Rig::new() else { return };
     let container = rig.run("sleep 1000", &[]);

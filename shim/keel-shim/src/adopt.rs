@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use keel_proto::file;
+use keel_proto::{ExitRecord, file};
 use keel_sys::monitor::take_inherited;
 use keel_sys::process::pidfd_open;
 use keel_sys::seqpacket;
@@ -12,11 +12,16 @@ use crate::error::{Context, Error};
 use crate::memory::Memory;
 use crate::process::{Identity, replace};
 use crate::progress;
-use crate::setup::{Access, BACKLOG, Descriptors, become_hold, detach, open};
+use crate::runtime::Runtime;
+use crate::setup::{Access, BACKLOG, Descriptors, become_hold, detach, open, remove_files};
 
 pub(crate) fn run(options: &AdoptOptions) -> ExitCode {
     match adopt(options) {
-        Ok((memory, fds)) => become_hold(&memory, &fds),
+        Ok(Adopted::Running(memory, fds)) => become_hold(&memory, &fds),
+        Ok(Adopted::Recorded(memory)) => {
+            println!("ok {}", memory.container.pid);
+            ExitCode::SUCCESS
+        }
         Err(e) => {
             println!("error {}", e.one_line());
             ExitCode::FAILURE
@@ -24,7 +29,14 @@ pub(crate) fn run(options: &AdoptOptions) -> ExitCode {
     }
 }
 
-fn adopt(options: &AdoptOptions) -> Result<(Memory, Descriptors), Error> {
+enum Adopted {
+    /// Or ended, and not recorded yet: the hold phase finds out.
+    Running(Box<Memory>, Descriptors),
+    /// The old shim got as far as the record; what it did not do any more is done.
+    Recorded(Box<Memory>),
+}
+
+fn adopt(options: &AdoptOptions) -> Result<Adopted, Error> {
     let dir = std::path::absolute(&options.dir).at("resolve", &options.dir)?;
     let take = |fd: Option<i32>| fd.map(take_inherited).transpose().doing("take inherited descriptor");
     let given_pidfd = take(options.pidfd)?;
@@ -39,6 +51,11 @@ fn adopt(options: &AdoptOptions) -> Result<(Memory, Descriptors), Error> {
     let old = std::fs::read_to_string(&shim_file).at("read", &shim_file)?;
     if let Some(old) = Identity::parse(&old).filter(|old| old.runs()) {
         return Err(Error::new(format!("shim {} still runs", old.pid)));
+    }
+    if is_recorded(&memory) {
+        Runtime::new(&memory.options).delete_forced();
+        remove_files(&memory.options);
+        return Ok(Adopted::Recorded(Box::new(memory)));
     }
     // Opened first and checked afterwards: the number cannot have been given to somebody else in between.
     let pidfd = match given_pidfd {
@@ -69,5 +86,13 @@ fn adopt(options: &AdoptOptions) -> Result<(Memory, Descriptors), Error> {
         }
     };
     memory.save()?;
-    Ok((memory, fds))
+    Ok(Adopted::Running(Box::new(memory), fds))
+}
+
+/// A record of another process under the same name is an old one.
+fn is_recorded(memory: &Memory) -> bool {
+    let text = std::fs::read_to_string(&memory.options.exit_file).unwrap_or_default();
+    ExitRecord::parse(&text).is_ok_and(|record| {
+        record.id == memory.options.id && i32::try_from(record.pid) == Ok(memory.container.pid)
+    })
 }

@@ -10,7 +10,7 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use keel_proto::{
-    Attach, DecodeError, ErrorCode, ExitRecord, MAX_MESSAGE, Phase, Reply, Request, State, Stream, file,
+    Attach, DecodeError, ErrorCode, ExitRecord, MAX_MESSAGE, Phase, Reply, Request, State, Stream,
 };
 use keel_sys::epoll::{BATCH, ERR, Epoll, HUP, IN, OUT, Ready};
 use keel_sys::file::set_cloexec;
@@ -48,7 +48,7 @@ const WRITE_AGAIN: Duration = Duration::from_secs(1);
 /// For the status of a container whose parent is somebody else, who has to reap it first.
 const REAPED_BY_OTHERS: Duration = Duration::from_secs(10);
 const SIGKILL: i32 = 9;
-/// What the container does not read of its input, before the client has to wait.
+/// Of a terminal, in rows or columns; programs allocate by it.
 const LARGEST_WINDOW: u16 = 4096;
 
 const SIGNALS: u64 = 0;
@@ -133,11 +133,8 @@ impl Hold {
         let _ = set_name(c"keel-shim");
         let memory = Memory::load(&inherited.dir)?;
         let o = &memory.options;
-        // Whatever is wrong with the log, the container's exit must not go unrecorded for it.
-        let log = match &o.log {
-            Some(path) => Log::open(path, o.log_max_bytes, o.log_max_files, memory.lost).ok(),
-            None => None,
-        };
+        let open = |path: &PathBuf| Log::open(path, o.log_max_bytes, o.log_max_files, memory.lost);
+        let log = o.log.as_ref().map(open);
         let progress = match log {
             Some(_) if !o.tty => Progress::open(&o.dir).ok(),
             _ => None,
@@ -296,17 +293,11 @@ impl Hold {
             Effect::StartDelete => self.start_delete(),
             Effect::ArmDelete => self.arm(DELETE_TIMEOUT),
             Effect::Disarm => self.deadline = None,
-            Effect::Quit => {
-                Runtime::new(&self.memory.options).forget_output();
-                for name in [file::CONTROL, file::MEMORY, file::PROGRESS] {
-                    let _ = std::fs::remove_file(self.memory.options.dir.join(name));
-                }
-            }
+            Effect::Quit => setup::remove_files(&self.memory.options),
         }
     }
 
     fn arm(&mut self, delay: Duration) {
-        // A child that could not be started is as good as one that has ended.
         self.deadline = Some(Instant::now() + delay);
     }
 

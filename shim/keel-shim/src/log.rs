@@ -41,7 +41,8 @@ pub(crate) struct Lost {
 }
 
 impl Log {
-    pub(crate) fn open(path: &Path, max_bytes: u64, max_files: u32, lost: Lost) -> Result<Log, Error> {
+    /// Never fails: a file that cannot be opened now is tried again with the next record, and what is lost is counted.
+    pub(crate) fn open(path: &Path, max_bytes: u64, max_files: u32, lost: Lost) -> Log {
         let mut log = Log {
             path: path.to_owned(),
             file: None,
@@ -53,8 +54,8 @@ impl Log {
             untold: Lost::default(),
             reason: None,
         };
-        log.reopen()?;
-        Ok(log)
+        let _ = log.open_end();
+        log
     }
 
     /// Where the next record goes: the file's inode number, and the offset in it.
@@ -233,7 +234,7 @@ mod tests {
         }
 
         fn open(&self, max_bytes: u64, max_files: u32) -> Log {
-            Log::open(&self.log(), max_bytes, max_files, Lost::default()).unwrap()
+            Log::open(&self.log(), max_bytes, max_files, Lost::default())
         }
 
         fn read(&self, suffix: &str) -> String {
@@ -316,6 +317,22 @@ mod tests {
         log.append(b"d\n");
         assert_eq!(fs::read_to_string(dir.0.join("moved")).unwrap(), "a\nb\n");
         assert_eq!(dir.read(""), "c\nd\n");
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_opened_is_tried_again() {
+        let dir = Dir::new("absent");
+        fs::create_dir(dir.log()).unwrap();
+        let mut log = dir.open(1000, 2);
+        assert!(log.reopen().is_err());
+        let mut out = [0; 64];
+        let (_, len) = Formatter::new(Stream::Stdout, false).format(b"a\n", &mut out);
+        log.append(&out[..len]);
+        assert_eq!(log.lost, Lost { lines: 1, bytes: 2 });
+        fs::remove_dir(dir.log()).unwrap();
+        log.append(&out[..len]);
+        let text = dir.read("");
+        assert!(text.lines().count() == 2 && text.contains("1 lines (2 bytes)"), "{text}");
     }
 
     #[test]

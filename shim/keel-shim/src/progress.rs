@@ -193,7 +193,7 @@ mod tests {
         }
 
         fn open(&self) -> (Progress, Log) {
-            let log = Log::open(&self.log_path(), 1000, 100, Lost::default()).unwrap();
+            let log = Log::open(&self.log_path(), 1000, 100, Lost::default());
             (Progress::open(&self.dir).unwrap(), log)
         }
 

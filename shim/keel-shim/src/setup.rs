@@ -143,21 +143,27 @@ fn start(mut options: Options) -> Result<(Memory, Descriptors), Error> {
     }
     if let Some(log) = &options.log {
         // A log that cannot be written is found out before there is a container.
-        Log::open(log, options.log_max_bytes, options.log_max_files, Lost::default())?;
+        Log::open(log, options.log_max_bytes, options.log_max_files, Lost::default()).reopen()?;
     }
     let listener =
         seqpacket::listen(&dir, file::CONTROL, BACKLOG).at("listen on", &dir.join(file::CONTROL))?;
     let started = create_and_start(&options, listener);
     if started.is_err() {
         Runtime::new(&options).delete_forced();
-        for name in
-            [file::CONTROL, file::STDIN, file::STDOUT, file::STDERR, file::PID, file::SHIM_PID, CONSOLE]
-        {
+        remove_files(&options);
+        for name in [file::STDIN, file::STDOUT, file::STDERR, file::PID, file::SHIM_PID, CONSOLE] {
             let _ = fs::remove_file(dir.join(name));
         }
-        let _ = fs::remove_file(dir.join(file::MEMORY));
     }
     started
+}
+
+/// What is of no use without a shim. The pid files and the FIFOs stay: somebody may look at them just now.
+pub(crate) fn remove_files(options: &Options) {
+    Runtime::new(options).forget_output();
+    for name in [file::CONTROL, file::MEMORY, file::PROGRESS] {
+        let _ = fs::remove_file(options.dir.join(name));
+    }
 }
 
 fn create_and_start(options: &Options, listener: OwnedFd) -> Result<(Memory, Descriptors), Error> {
