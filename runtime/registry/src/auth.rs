@@ -202,7 +202,7 @@ fn refresh_request(url: Url, request: &TokenRequest<'_>, token: &str) -> Outgoin
     }
 }
 
-fn lower_token(body: &[u8]) -> Result<(HeaderValue, Duration), String> {
+pub(crate) fn lower_token(body: &[u8]) -> Result<(HeaderValue, Duration), String> {
     #[derive(Deserialize)]
     struct Answer {
         token: Option<String>,
@@ -222,7 +222,7 @@ fn lower_token(body: &[u8]) -> Result<(HeaderValue, Duration), String> {
 }
 
 /// RFC 9110, 11.6.1: a list of schemes, each followed by a list of parameters.
-fn parse_challenges(text: &str) -> Vec<Challenge> {
+pub(crate) fn parse_challenges(text: &str) -> Vec<Challenge> {
     let mut found: Vec<(String, BTreeMap<String, String>)> = Vec::new();
     let mut rest = text;
     loop {

@@ -223,7 +223,7 @@ impl PullError {
             Self::CertificateFile { path, .. } => {
                 format!("correct or remove {}", path.display())
             }
-            Self::DiskFull { .. } => "remove images that are not needed: `keel image prune`".into(),
+            Self::DiskFull { .. } => "remove images that are not needed: `keel image ls`, `keel image rm`".into(),
             Self::Connection { .. }
             | Self::Tls { .. }
             | Self::Server { .. }

@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::CryptoProvider;
@@ -19,8 +19,8 @@ pub(crate) struct Tls {
     provider: Arc<CryptoProvider>,
     certs_dirs: Vec<PathBuf>,
     extra_ca_files: Vec<PathBuf>,
-    /// System and extra authorities; parsing some 150 certificates once is enough.
-    base: OnceLock<RootCertStore>,
+    /// System and extra authorities; parsing some 150 certificates once is enough, until one is missing.
+    base: Mutex<Option<RootCertStore>>,
 }
 
 /// What `certs.d/<host>/` holds.
@@ -36,7 +36,7 @@ impl Tls {
             provider: Arc::new(rustls::crypto::ring::default_provider()),
             certs_dirs,
             extra_ca_files,
-            base: OnceLock::new(),
+            base: Mutex::new(None),
         }
     }
 
@@ -72,8 +72,14 @@ impl Tls {
         }
     }
 
+    /// Reads all certificates anew for the next client: somebody may have added the one that was missing.
+    pub(crate) fn forget(&self) {
+        *self.lock() = None;
+    }
+
     fn base_roots(&self) -> Result<RootCertStore, PullError> {
-        if let Some(roots) = self.base.get() {
+        let mut base = self.lock();
+        if let Some(roots) = &*base {
             return Ok(roots.clone());
         }
         let mut roots = RootCertStore::empty();
@@ -85,7 +91,12 @@ impl Tls {
         for path in &self.extra_ca_files {
             add_authorities(&mut roots, path)?;
         }
-        Ok(self.base.get_or_init(|| roots).clone())
+        Ok(base.insert(roots).clone())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<RootCertStore>> {
+        // Whole or absent at every moment.
+        self.base.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn host_files(&self, host: &str) -> Result<HostFiles, PullError> {

@@ -6,7 +6,7 @@ use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use bytes::{Bytes, BytesMut};
@@ -253,7 +253,13 @@ impl Transport {
         };
         match self.watch(request.send(), taken.as_deref()).await {
             Some(Ok(response)) => Ok(response),
-            Some(Err(error)) => Err(classify(&host, &error)),
+            Some(Err(error)) => {
+                let error = classify(&host, &error);
+                if is_about_certificates(&error) {
+                    self.forget_certificates();
+                }
+                Err(error)
+            }
             None => Err(PullError::Stalled { registry: host, waited: self.timeouts.no_progress }),
         }
     }
@@ -276,6 +282,17 @@ impl Transport {
         }
     }
 
+    /// A person who follows the hint and adds a certificate need not restart anything.
+    fn forget_certificates(&self) {
+        self.tls.forget();
+        self.lock().clear();
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<ClientKey, reqwest::Client>> {
+        // A map of clients is whole at every moment.
+        self.clients.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn client(&self, url: &Url) -> Result<reqwest::Client, PullError> {
         let host = host_of(url);
         let key = if self.is_insecure(&host) || self.tls.has_own_files(&host) {
@@ -285,7 +302,7 @@ impl Transport {
         } else {
             ClientKey::Common
         };
-        let mut clients = self.clients.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut clients = self.lock();
         if let Some(client) = clients.get(&key) {
             return Ok(client.clone());
         }
@@ -524,6 +541,10 @@ fn classify(registry: &str, error: &reqwest::Error) -> PullError {
         }
         _ => PullError::Connection { registry, detail: chain(error) },
     }
+}
+
+fn is_about_certificates(error: &PullError) -> bool {
+    matches!(error, PullError::UnknownCa { .. } | PullError::Certificate { .. } | PullError::Tls { .. })
 }
 
 fn classify_tls(registry: String, error: &rustls::Error) -> PullError {

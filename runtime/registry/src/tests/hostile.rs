@@ -469,7 +469,7 @@ async fn a_full_disk_is_said_before_and_while_it_fills() {
         let pull = client.pull(&store, &reference, platform.clone(), silent());
         let error = pull.await.unwrap_err();
         assert!(matches!(error, PullError::DiskFull { .. }), "{error:?}");
-        assert!(error.hint().unwrap().contains("keel image prune"));
+        assert!(error.hint().unwrap().contains("keel image rm"));
         assert_eq!(server.seen_of("/blobs/").len() - before, 1 + layers_asked, "{tag}");
     }
     // The failed attempts have given the space back.

@@ -1,6 +1,7 @@
 //! Pulls against a hostile server in this process and against a real registry.
 
 mod fixture;
+mod garbage;
 mod hostile;
 mod push;
 mod real;

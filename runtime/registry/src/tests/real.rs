@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 
 use super::fixture::{Content, Packing, noise};
-use super::{Bench, options};
-use crate::{ClientOptions, Platform, PullError};
+use super::{Bench, options, silent};
+use crate::{Client, ClientOptions, Platform, PullError};
 
 /// Programs of the lab; a machine without them skips these tests and says so.
 pub(super) fn lab_is_here(programs: &[&str]) -> bool {
@@ -302,6 +302,17 @@ async fn tls_needs_the_authority_and_takes_it_from_every_place() {
     assert!(matches!(error, PullError::UnknownCa { .. }), "{error}");
     assert!(error.hint().unwrap().contains(&format!("certs.d/{}/ca.crt", registry.host())));
     assert!(!error.is_retryable());
+
+    // One client lives through it all: certificates that are added are found without a restart.
+    let dirs = vec![certs_d(&registry, &[])];
+    let client = Client::new(ClientOptions { certs_dirs: dirs.clone(), ..options() });
+    let pull = async || {
+        let amd64 = Platform::parse("linux/amd64").unwrap();
+        client.pull(&Bench::new().store, &reference, amd64, silent()).await
+    };
+    assert!(matches!(pull().await, Err(PullError::UnknownCa { .. })));
+    certs_d(&registry, &["ca.crt"]);
+    pull().await.unwrap();
 
     let ca = registry.path().join("ca.crt");
     for options in [
