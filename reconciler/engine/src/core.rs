@@ -329,11 +329,13 @@ impl Core {
             _ if facts.busy.contains(key) => PodProgress::Waiting("being worked on".into()),
             keel_plan::Phase::Succeeded => PodProgress::Done,
             keel_plan::Phase::Failed => PodProgress::Failed("a container ended with an error".into()),
-            _ if status.is_ready() => PodProgress::Done,
-            _ => {
-                let message = status.condition("Ready").and_then(|ready| ready.message.clone());
-                PodProgress::Waiting(message.unwrap_or_else(|| "not ready".into()))
-            }
+            _ => match status.unsettled() {
+                None => PodProgress::Done,
+                Some((container, Some(code))) => {
+                    PodProgress::Failed(format!("container {container} ended with code {code}"))
+                }
+                Some((container, None)) => PodProgress::Waiting(format!("container {container} is not ready")),
+            },
         }
     }
 

@@ -128,6 +128,10 @@ impl Flights {
         let Some(pod) = pod_of(action) else { return true };
         match locks.first() {
             Some(Lock::Pod(_)) => !self.pods.contains_key(pod),
+            // What a start relies on (the runs of init containers) stays until it has ended.
+            _ if matches!(action, Action::RemoveContainer { .. }) => {
+                !self.locks.contains(&Lock::Pod(pod.clone())) && !self.has_start(pod)
+            }
             _ => !self.locks.contains(&Lock::Pod(pod.clone())),
         }
     }
@@ -208,6 +212,10 @@ impl Flights {
 
     pub(crate) fn has_pod(&self, pod: &PodKey) -> bool {
         self.pods.contains_key(pod)
+    }
+
+    fn has_start(&self, pod: &PodKey) -> bool {
+        self.locks.iter().any(|lock| matches!(lock, Lock::Start(key, _) if key == pod))
     }
 
     pub(crate) fn pods(&self) -> impl Iterator<Item = &PodKey> {

@@ -97,9 +97,27 @@ impl PodMemory {
         }
         self.sandbox_hash = pod.sandbox_hash.clone();
         for entry in self.containers.values_mut() {
-            *entry = ContainerMemory { next_attempt: entry.next_attempt, ..ContainerMemory::default() };
+            entry.start_afresh();
         }
         true
+    }
+
+    /// A container that was taken out of the spec starts afresh when it comes back.
+    fn forget_undeclared(&mut self, pod: &DesiredPod) -> bool {
+        let mut changed = false;
+        for (name, entry) in &mut self.containers {
+            if !entry.hash.0.is_empty() && pod.container(name).is_none() {
+                entry.start_afresh();
+                changed = true;
+            }
+        }
+        changed
+    }
+}
+
+impl ContainerMemory {
+    fn start_afresh(&mut self) {
+        *self = ContainerMemory { next_attempt: self.next_attempt, ..ContainerMemory::default() };
     }
 }
 
@@ -111,6 +129,7 @@ fn account_pod(
     now: Millis,
 ) -> bool {
     let mut changed = memory.adopt(pod);
+    changed |= memory.forget_undeclared(pod);
     for container in &pod.containers {
         let latest = seen.and_then(|seen| seen.latest(&container.name));
         let ended =

@@ -26,7 +26,7 @@ pub use image::canonical_image;
 pub use lower::lower_desired;
 pub use model::*;
 pub use phase::Phase;
-pub use planner::{Plan, Planned, Settings, container_of, next_attempt, plan};
+pub use planner::{Plan, Planned, Settings, container_of, plan};
 pub use preview::{mark_refreshed, preview};
 pub use reason::Reason;
 pub use status::{

@@ -260,7 +260,8 @@ pub struct ObservedContainer {
     pub name: ContainerName,
     pub role: Role,
     pub hash: SpecHash,
-    /// 0 for the first run; counts up, never reused for this pod name.
+    /// 0 for the first run; counts up, never reused as long as the pod is declared or exists. Deleting a pod therefore
+    /// deletes the exit records of its runs.
     pub attempt: u32,
     pub state: ContainerState,
     /// Manifest digest of the image it runs.

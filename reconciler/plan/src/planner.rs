@@ -359,7 +359,7 @@ impl<'a> Planner<'a> {
                 }
             }
         };
-        let attempt = next_attempt(seen, container, memory);
+        let attempt = self.next_attempt(pod, seen, container);
         if self.images(pod, Some(seen), std::iter::once(container)) && self.old_pods_gone(pod) {
             let start = Action::StartContainer {
                 pod: pod.clone(),
@@ -378,6 +378,13 @@ impl<'a> Planner<'a> {
     ) -> Option<&'a ContainerMemory> {
         let memory = self.memory.pods.get(&pod.id).filter(|m| m.sandbox_hash == pod.sandbox_hash)?;
         memory.containers.get(&container.name).filter(|m| m.hash == container.hash)
+    }
+
+    /// The number of the next run: never one that was used before, whatever the spec was then.
+    fn next_attempt(&self, pod: &DesiredPod, seen: &ObservedPod, container: &DesiredContainer) -> u32 {
+        let seen = seen.latest(&container.name).map_or(0, |run| run.attempt.saturating_add(1));
+        let memory = self.memory.pods.get(&pod.id).and_then(|m| m.containers.get(&container.name));
+        memory.map_or(0, |m| m.next_attempt).max(seen)
     }
 
     /// True when these containers could start as far as images go; plans the pulls that are missing.
@@ -469,16 +476,6 @@ impl<'a> Planner<'a> {
             self.act(Action::SyncNetwork { endpoints, hash }, Reason::Network);
         }
     }
-}
-
-/// The number of the next run: never one that was used before.
-pub fn next_attempt(
-    seen: &ObservedPod,
-    container: &DesiredContainer,
-    memory: Option<&ContainerMemory>,
-) -> u32 {
-    let seen = seen.latest(&container.name).map_or(0, |run| run.attempt.saturating_add(1));
-    memory.map_or(0, |m| m.next_attempt).max(seen)
 }
 
 /// Everything that a record holds, except where it was declared: moving a file changes nothing.

@@ -212,6 +212,18 @@ impl PodStatus {
         self.condition("Ready").is_some_and(|c| c.status == "True")
     }
 
+    /// The first container that is neither ready nor over with success; with its code when it is over without. A
+    /// container is over when it has ended and its pod has nothing left to do.
+    pub fn unsettled(&self) -> Option<(&str, Option<i32>)> {
+        let ended = |status: &ContainerStatus| match status.state {
+            State::Terminated { exit_code, .. } => Some(exit_code),
+            _ => None,
+        };
+        let mut all = self.init_container_statuses.iter().chain(&self.container_statuses);
+        let open = all.find(|status| !status.ready && ended(status) != Some(0))?;
+        Some((&open.name, ended(open)))
+    }
+
     pub fn condition(&self, kind: &str) -> Option<&Condition> {
         self.conditions.iter().find(|condition| condition.kind == kind)
     }
