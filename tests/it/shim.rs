@@ -1,15 +1,18 @@
 //! The container monitor with real containers: exits, logs, control, and its own death.
 
 use std::fs;
-use std::io::Write as _;
+use std::io::{Read as _, Write as _};
+use std::os::fd::AsFd as _;
 use std::os::unix::fs::{FileTypeExt as _, PermissionsExt as _};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use keel_proto::{
-    Attach, Attachment, Client, ClientError, ErrorCode, Event, ExitRecord, Phase, SpareReaders, Stream,
+    Attach, Attachment, Client, ClientError, ErrorCode, Event, ExitRecord, MAX_MESSAGE, Phase, Reply,
+    SpareReaders, Stream,
 };
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -311,6 +314,47 @@ fn what_does_not_fit_the_container_is_refused() {
     assert_eq!(refused(container.client().signal(0)), ErrorCode::Malformed);
     assert_eq!(refused(container.client().signal(65)), ErrorCode::Malformed);
     assert_eq!(container.client().state().unwrap().phase, Phase::Running);
+}
+
+#[test]
+fn nonsense_is_answered_and_survived() {
+    let Some(rig) = Rig::new() else { return };
+    let container = rig.run("sleep 1000", &[]);
+    let say = |bytes: &[u8]| {
+        let client = container.client();
+        let mut socket = UnixStream::from(client.as_fd().try_clone_to_owned().unwrap());
+        socket.set_read_timeout(Some(PATIENCE)).unwrap();
+        // On a socket of packets, one write is one message.
+        socket.write_all(bytes).unwrap();
+        let mut answer = [0; MAX_MESSAGE];
+        let len = socket.read(&mut answer).unwrap();
+        match Reply::decode(&answer[..len]).unwrap() {
+            Reply::Error { code, .. } => code,
+            other => panic!("{other:?}"),
+        }
+    };
+    assert_eq!(say(&[1]), ErrorCode::Malformed);
+    assert_eq!(say(&[9, 1, 0, 0]), ErrorCode::Version);
+    assert_eq!(say(&[1, 255, 0, 0]), ErrorCode::Malformed);
+    assert_eq!(say(&[1, 3, 0, 0, 15]), ErrorCode::Malformed);
+    assert_eq!(say(&vec![1; MAX_MESSAGE * 3]), ErrorCode::Malformed);
+    assert_eq!(say(&[1, 6, 0, 0, 65]), ErrorCode::Unsupported);
+    assert_eq!(container.client().state().unwrap().phase, Phase::Running);
+}
+
+#[test]
+fn the_first_process_of_a_shared_namespace_reaps_and_ends_on_request() {
+    let Some(rig) = Rig::new() else { return };
+    let child = Command::new(&rig.shim).arg("pause").spawn().unwrap();
+    let pid = Pid::from_raw(i32::try_from(child.id()).unwrap());
+    let blocks = || {
+        let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+        status.contains("SigBlk:\tfffffffe")
+    };
+    poll("signals taken", blocks);
+    kill(pid, Signal::SIGUSR1).unwrap();
+    kill(pid, Signal::SIGTERM).unwrap();
+    assert!({ child }.wait().unwrap().success());
 }
 
 #[test]

@@ -44,6 +44,9 @@ fn adopt(options: &AdoptOptions) -> Result<Adopted, Error> {
     detach()?;
     let mut memory = Memory::load(&dir)?;
     memory.options.dir.clone_from(&dir);
+    if let Some(runtime) = &options.runtime {
+        memory.options.runtime.clone_from(runtime);
+    }
     if memory.started_at_ms == 0 {
         return Err(Error::new("the container was never started"));
     }

@@ -12,7 +12,7 @@ keel-shim: monitors one container
 
 keel-shim run --id ID --dir DIR --bundle DIR --runtime PATH --exit-file FILE
           [--runtime-root DIR] [--runtime-arg ARG]... [--log FILE]
-          [--log-max-bytes N] [--log-max-files N] [--tty] [--stdin] [--stdin-once]
+          [--log-max-bytes N] [--log-max-files N] [--log-max-age SECONDS] [--tty] [--stdin] [--stdin-once]
     Creates and starts the container, prints `ok <pid>` or `error <reason>`, and keeps a
     monitor behind that ends after the container.
       --dir            directory for sockets, FIFOs and pid files of this container
@@ -20,14 +20,19 @@ keel-shim run --id ID --dir DIR --bundle DIR --runtime PATH --exit-file FILE
       --runtime-arg    passed to the runtime before its command; may be repeated
       --log            CRI-format log; without it output goes to attachments only
       --log-max-bytes  a log file larger than this is rotated (default 10485760)
+      --log-max-age    so is one that is older, when the next output comes
       --log-max-files  log files kept, the current one counted (default 5)
       --tty            the container has a terminal
       --stdin          the container has an input; otherwise it reads end of file
       --stdin-once     the input ends when the first attachment closes it
 
-keel-shim adopt --dir DIR [--pidfd N] [--terminal N]
+keel-shim adopt --dir DIR [--runtime PATH] [--pidfd N] [--terminal N]
     Takes over a container whose monitor was killed. Inherited descriptors that somebody
-    kept can be given by number.
+    kept can be given by number. Other options of `run` are ignored: the container keeps
+    what it was started with.
+
+keel-shim pause
+    Reaps and waits: the first process of a pid namespace that containers share.
 
 keel-shim --version | --help
 ";
@@ -45,6 +50,7 @@ pub(crate) enum Command {
     Setup(Box<Options>),
     SetupAdopt(AdoptOptions),
     Hold(Inherited),
+    Pause,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -59,6 +65,8 @@ pub(crate) struct Options {
     pub(crate) log: Option<PathBuf>,
     pub(crate) log_max_bytes: u64,
     pub(crate) log_max_files: u32,
+    /// Seconds.
+    pub(crate) log_max_age: Option<u64>,
     pub(crate) tty: bool,
     pub(crate) stdin: bool,
     pub(crate) stdin_once: bool,
@@ -67,6 +75,8 @@ pub(crate) struct Options {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct AdoptOptions {
     pub(crate) dir: PathBuf,
+    /// The program may have moved since.
+    pub(crate) runtime: Option<PathBuf>,
     pub(crate) pidfd: Option<RawFd>,
     pub(crate) terminal: Option<RawFd>,
 }
@@ -92,6 +102,7 @@ impl Command {
             b"setup" => Options::parse(rest).map(|o| Command::Setup(Box::new(o))),
             b"adopt" => AdoptOptions::parse(rest).map(Command::Adopt),
             b"setup-adopt" => AdoptOptions::parse(rest).map(Command::SetupAdopt),
+            b"pause" if rest.is_empty() => Ok(Command::Pause),
             b"hold" => Inherited::parse(rest).map(Command::Hold),
             _ => Err(Error::new(format!("unknown command {verb:?}"))),
         }
@@ -115,6 +126,7 @@ impl Options {
                 b"--exit-file" => options.exit_file = value()?.into(),
                 b"--log" => options.log = Some(value()?.into()),
                 b"--log-max-bytes" => options.log_max_bytes = number(name, value()?)?,
+                b"--log-max-age" => options.log_max_age = Some(number(name, value()?)?),
                 b"--log-max-files" => options.log_max_files = number(name, value()?)?,
                 b"--tty" => options.tty = true,
                 b"--stdin" => options.stdin = true,
@@ -158,7 +170,8 @@ impl AdoptOptions {
                 b"--pidfd" => options.pidfd = Some(number(name, value)?),
                 b"--terminal" => options.terminal = Some(number(name, value)?),
                 // Given by callers that repeat the options of `run`; what counts is what `run` remembered.
-                b"--id" | b"--exit-file" | b"--runtime" | b"--runtime-root" | b"--bundle" | b"--log"
+                b"--runtime" => options.runtime = Some(value.into()),
+                b"--id" | b"--exit-file" | b"--runtime-root" | b"--bundle" | b"--log" | b"--log-max-age"
                 | b"--log-max-bytes" | b"--log-max-files" | b"--runtime-arg" => {}
                 _ => return Err(unknown(name)),
             }

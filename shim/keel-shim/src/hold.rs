@@ -22,7 +22,7 @@ use crate::args::Inherited;
 use crate::clients::Clients;
 use crate::cri::Formatter;
 use crate::error::{Context, Error};
-use crate::log::{Log, Lost};
+use crate::log::{Limits, Log, Lost};
 use crate::machine::{Effect, Event, step};
 use crate::memory::Memory;
 use crate::progress::Progress;
@@ -133,8 +133,7 @@ impl Hold {
         let _ = set_name(c"keel-shim");
         let memory = Memory::load(&inherited.dir)?;
         let o = &memory.options;
-        let open = |path: &PathBuf| Log::open(path, o.log_max_bytes, o.log_max_files, memory.lost);
-        let log = o.log.as_ref().map(open);
+        let log = o.log.as_ref().map(|path| Log::open(path, Limits::of(o), memory.lost));
         let progress = match log {
             Some(_) if !o.tty => Progress::open(&o.dir).ok(),
             _ => None,

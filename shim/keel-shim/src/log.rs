@@ -4,10 +4,11 @@ use std::fs::{self, File};
 use std::io::{self, Write as _};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use keel_proto::Stream;
 
+use crate::args::Options;
 use crate::cri::{Formatter, HEADER};
 use crate::error::{Context, Error};
 use crate::replay::parse;
@@ -24,13 +25,34 @@ pub(crate) struct Log {
     file: Option<File>,
     inode: u64,
     size: u64,
-    max_bytes: u64,
-    max_files: u32,
+    /// When the current file was begun.
+    born: SystemTime,
+    limits: Limits,
     /// Over the life of the container.
     pub(crate) lost: Lost,
     /// Not yet told in the log.
     untold: Lost,
     reason: Option<io::Error>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Limits {
+    /// Of one file.
+    pub(crate) bytes: u64,
+    /// The current one counted.
+    pub(crate) files: u32,
+    /// Looked at when output comes: an idle log wakes nobody to be rotated.
+    pub(crate) age: Option<Duration>,
+}
+
+impl Limits {
+    pub(crate) fn of(options: &Options) -> Limits {
+        Limits {
+            bytes: options.log_max_bytes,
+            files: options.log_max_files,
+            age: options.log_max_age.map(Duration::from_secs),
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -42,14 +64,14 @@ pub(crate) struct Lost {
 
 impl Log {
     /// Never fails: a file that cannot be opened now is tried again with the next record, and what is lost is counted.
-    pub(crate) fn open(path: &Path, max_bytes: u64, max_files: u32, lost: Lost) -> Log {
+    pub(crate) fn open(path: &Path, limits: Limits, lost: Lost) -> Log {
         let mut log = Log {
             path: path.to_owned(),
             file: None,
             inode: 0,
             size: 0,
-            max_bytes,
-            max_files,
+            born: SystemTime::now(),
+            limits,
             lost,
             untold: Lost::default(),
             reason: None,
@@ -82,6 +104,8 @@ impl Log {
         let file = options.append(true).create(true).mode(MODE).open(&self.path)?;
         let meta = file.metadata()?;
         (self.inode, self.size) = (meta.ino(), meta.len());
+        // Not every file system knows when a file was made.
+        self.born = meta.created().unwrap_or_else(|_| SystemTime::now());
         self.file = Some(file);
         Ok(())
     }
@@ -126,10 +150,14 @@ impl Log {
 
     /// On error, how many bytes are in the log: a whole number of records.
     fn write(&mut self, records: &[u8]) -> Result<(), (usize, io::Error)> {
+        let old = |age| self.born.elapsed().is_ok_and(|now| now >= age);
+        if self.size > 0 && self.limits.age.is_some_and(old) {
+            self.rotate().map_err(|e| (0, e))?;
+        }
         let mut done = 0;
         while done < records.len() {
             let rest = &records[done..];
-            let room = usize::try_from(self.max_bytes.saturating_sub(self.size)).unwrap_or(usize::MAX);
+            let room = usize::try_from(self.limits.bytes.saturating_sub(self.size)).unwrap_or(usize::MAX);
             let fits = match rest.get(..room) {
                 None => rest.len(),
                 Some(head) => memchr::memrchr(b'\n', head).map_or(0, |at| at + 1),
@@ -183,7 +211,7 @@ impl Log {
         let next = numbered(&self.path, "new");
         let mut options = File::options();
         let file = options.append(true).create(true).mode(MODE).open(&next)?;
-        let backups = self.max_files - 1;
+        let backups = self.limits.files - 1;
         let backup = |n: u32| numbered(&self.path, &n.to_string());
         if backups > 0 {
             let hole = (1..backups).find(|n| !backup(*n).exists()).unwrap_or(backups);
@@ -194,6 +222,7 @@ impl Log {
         }
         fs::rename(&next, &self.path)?;
         self.inode = file.metadata()?.ino();
+        self.born = SystemTime::now();
         self.file = Some(file);
         self.size = 0;
         Ok(())
@@ -234,7 +263,7 @@ mod tests {
         }
 
         fn open(&self, max_bytes: u64, max_files: u32) -> Log {
-            Log::open(&self.log(), max_bytes, max_files, Lost::default())
+            Log::open(&self.log(), Limits { bytes: max_bytes, files: max_files, age: None }, Lost::default())
         }
 
         fn read(&self, suffix: &str) -> String {
@@ -277,6 +306,19 @@ mod tests {
         let mut log = dir.open(4, 1);
         log.append(b"aaa\nbbb\n");
         assert_eq!([dir.read(""), dir.read("1")], ["bbb\n", "absent"]);
+    }
+
+    #[test]
+    fn an_old_file_is_rotated_when_output_comes() {
+        let dir = Dir::new("age");
+        let limits = Limits { bytes: 1000, files: 3, age: Some(Duration::from_secs(60)) };
+        let mut log = Log::open(&dir.log(), limits, Lost::default());
+        log.append(b"a\n");
+        log.append(b"b\n");
+        log.born -= Duration::from_secs(61);
+        log.append(b"c\n");
+        log.append(b"d\n");
+        assert_eq!([dir.read(""), dir.read("1")], ["c\nd\n", "a\nb\n"]);
     }
 
     #[test]

@@ -20,6 +20,7 @@ mod hold;
 mod log;
 mod machine;
 mod memory;
+mod pause;
 mod process;
 mod progress;
 mod record;
@@ -45,6 +46,7 @@ fn main() -> ExitCode {
         Ok(Command::Adopt(options)) => finish(setup::launch(&words, &options.dir)),
         Ok(Command::Setup(options)) => setup::run(*options),
         Ok(Command::SetupAdopt(options)) => adopt::run(&options),
+        Ok(Command::Pause) => finish(pause::run()),
         Ok(Command::Hold(inherited)) => finish(hold::run(&inherited)),
         Err(e) => {
             eprintln!("keel-shim: {e}");

@@ -53,6 +53,9 @@ impl Memory {
         out.put_some("log", o.log.as_ref());
         out.put("log_max_bytes", o.log_max_bytes.to_string());
         out.put("log_max_files", o.log_max_files.to_string());
+        if let Some(age) = o.log_max_age {
+            out.put("log_max_age", age.to_string());
+        }
         out.put("tty", o.tty.to_string());
         out.put("stdin", o.stdin.to_string());
         out.put("stdin_once", o.stdin_once.to_string());
@@ -94,6 +97,7 @@ impl Memory {
             b"log" => o.log = Some(path()),
             b"log_max_bytes" => o.log_max_bytes = parse(value)?,
             b"log_max_files" => o.log_max_files = parse(value)?,
+            b"log_max_age" => o.log_max_age = Some(parse(value)?),
             b"tty" => o.tty = parse(value)?,
             b"stdin" => o.stdin = parse(value)?,
             b"stdin_once" => o.stdin_once = parse(value)?,
@@ -154,6 +158,7 @@ mod tests {
                 log: Some("/l".into()),
                 log_max_bytes: 1,
                 log_max_files: 2,
+                log_max_age: Some(3),
                 tty: true,
                 stdin: true,
                 stdin_once: false,

@@ -160,7 +160,7 @@ fn written_since(log: &Path, (inode, offset): (u64, u64), stream: Stream) -> io:
 mod tests {
     use super::*;
     use crate::cri::Formatter;
-    use crate::log::{Log, Lost};
+    use crate::log::{Limits, Log, Lost};
     use keel_sys::file::{c_path, cwd, mknodat};
     use std::io::Write as _;
     use std::os::unix::fs::OpenOptionsExt;
@@ -193,7 +193,8 @@ mod tests {
         }
 
         fn open(&self) -> (Progress, Log) {
-            let log = Log::open(&self.log_path(), 1000, 100, Lost::default());
+            let log =
+                Log::open(&self.log_path(), Limits { bytes: 1000, files: 100, age: None }, Lost::default());
             (Progress::open(&self.dir).unwrap(), log)
         }
 

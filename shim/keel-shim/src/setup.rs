@@ -21,7 +21,7 @@ use crate::args::{Inherited, Options};
 use crate::cgroup::Cgroup;
 use crate::error::{Context, Error};
 use crate::hold::{self, now_ms};
-use crate::log::{Log, Lost};
+use crate::log::{Limits, Log, Lost};
 use crate::memory::Memory;
 use crate::process::{Identity, replace};
 use crate::runtime::{CREATE_TIMEOUT, Runtime, read_pid};
@@ -143,7 +143,7 @@ fn start(mut options: Options) -> Result<(Memory, Descriptors), Error> {
     }
     if let Some(log) = &options.log {
         // A log that cannot be written is found out before there is a container.
-        Log::open(log, options.log_max_bytes, options.log_max_files, Lost::default()).reopen()?;
+        Log::open(log, Limits::of(&options), Lost::default()).reopen()?;
     }
     let listener =
         seqpacket::listen(&dir, file::CONTROL, BACKLOG).at("listen on", &dir.join(file::CONTROL))?;
