@@ -254,7 +254,12 @@ impl<'a> Report<'a> {
         });
     }
 
-    fn push(&mut self, diagnostic: Diagnostic) {
+    fn push(&mut self, mut diagnostic: Diagnostic) {
+        // What is missing at the very end of a text is one line further for the parser.
+        if let Some(last) = self.lines.last().filter(|_| diagnostic.line as usize > self.lines.len()) {
+            diagnostic.line = u32::try_from(self.lines.len()).unwrap_or(u32::MAX);
+            diagnostic.column = u32::try_from(last.chars().count() + 1).unwrap_or(u32::MAX);
+        }
         if self.diagnostics.len() < MAX_PROBLEMS {
             self.diagnostics.push(diagnostic);
         } else {
@@ -285,7 +290,11 @@ impl<'a> Report<'a> {
             (node, span) = (child, place);
         }
         let found = self.tree.node(node);
-        let is_shown = matches!(found.value, Value::Scalar { .. }) && found.span.line == found.span.end_line;
+        // The parser puts an empty block at the end of the text one line further.
+        let is_inside = found.span.line as usize <= self.lines.len();
+        let is_shown = matches!(found.value, Value::Scalar { .. })
+            && found.span.line == found.span.end_line
+            && is_inside;
         let is_empty = found.span.column == found.span.end_column;
         if is_shown && !is_empty { found.span } else { span }
     }
