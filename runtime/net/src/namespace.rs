@@ -100,8 +100,8 @@ pub fn create_namespaces(dir: &Path, kinds: &[NamespaceKind], hostname: &str) ->
     })
 }
 
-/// Lets go of the namespaces. The kernel removes them, and the links in them, when their last user is
-/// gone. Absence is fine.
+/// Lets go of the namespaces. The kernel removes them, and the links in them, when their last process is gone. Copies of
+/// the mounts in other mount namespaces do not keep them: the kernel drops those with the file. Absence is fine.
 pub fn remove_namespaces(dir: &Path) -> Result<(), NamespaceError> {
     for kind in NamespaceKind::ALL {
         let path = dir.join(kind.name());

@@ -125,7 +125,7 @@ impl Net {
         &self.config
     }
 
-    /// Bridge, its address, and the host settings that publishing needs. Changes only what differs.
+    /// Bridge, its address, a table that guards it, and the host settings that publishing needs. Changes only what differs.
     /// Must run on a thread in the namespace that `open` ran in: settings are per namespace.
     pub fn ensure_bridge(&self) -> Result<BridgeReport, NetError> {
         let mut route = self.route();
@@ -150,7 +150,13 @@ impl Net {
             .map(|(_, address)| address)
             .collect();
         link::apply_ops(&mut route, &link::lower_bridge(&self.config, mtu, Some(&bridge), &addresses))?;
-        // Lets connections to 127.0.0.1 of the host leave for the bridge; the table drops what would come back in by it.
+        // A table without ports, where there is none: from the first packet on, pods reach the world, and what the
+        // settings below would let in is dropped.
+        let guarded = observe::find_table(&mut self.filter(), &self.config.table)?.is_some();
+        if !guarded {
+            self.apply(&[])?;
+        }
+        // Lets connections to 127.0.0.1 of the host leave for the bridge.
         sysctl::ensure(&format!("ipv4/conf/{name}/route_localnet"), "1")?;
         let forwarding_enabled = sysctl::ensure("ipv4/ip_forward", "1")? == Some(true);
         Ok(BridgeReport { created, mtu, forwarding_enabled })
@@ -209,7 +215,7 @@ impl Net {
     }
 
     /// Removes the links of pods that `live` does not name, all of them in one request. Links go with their
-    /// namespace; this is for namespaces that something else keeps alive. Answers how many there were.
+    /// namespace; this is for namespaces that a stray process keeps alive. Answers how many there were.
     pub fn sweep(&self, live: &BTreeSet<String>) -> Result<usize, NetError> {
         let mut route = self.route();
         let trash = self.config.group.wrapping_add(TRASH_GROUP_OFFSET);

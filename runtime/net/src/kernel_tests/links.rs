@@ -152,3 +152,57 @@ fn mtu_follows_the_default_route_unless_it_is_given() {
         );
     });
 }
+
+/// A process that sits there until it is dropped.
+struct Sitter(std::process::Child);
+
+impl Sitter {
+    fn new(command: &str) -> Sitter {
+        let mut child = Command::new("sh")
+            .args(["-c", command])
+            .stdout(std::process::Stdio::piped())
+            .stderr(std::process::Stdio::null())
+            .spawn()
+            .unwrap();
+        child.stdout.as_mut().unwrap().read_exact(&mut [0; 5]).unwrap();
+        Sitter(child)
+    }
+}
+
+impl Drop for Sitter {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn copies_of_a_pin_in_other_mount_namespaces_keep_nothing_alive() {
+    on_a_private_host(|dir| {
+        let net = Net::open(config("")).unwrap();
+        net.ensure_bridge().unwrap();
+        add_pod(&net, dir, "web", 20);
+        let _sitter = Sitter::new("exec unshare -m sh -c 'echo ready; exec sleep 60'");
+        remove_namespaces(&dir.join("web")).unwrap();
+        until("the link goes with its namespace", || net.observe().unwrap().links.is_empty());
+    });
+}
+
+#[test]
+fn a_namespace_that_a_process_keeps_alive_loses_its_link_to_the_sweep() {
+    on_a_private_host(|dir| {
+        let net = Net::open(config("")).unwrap();
+        net.ensure_bridge().unwrap();
+        let (old, live) = (add_pod(&net, dir, "old", 20), add_pod(&net, dir, "live", 21));
+        let inside = format!("exec nsenter --net={} sh -c 'echo ready; exec sleep 60'", old.ns.display());
+        let _sitter = Sitter::new(&inside);
+        remove_namespaces(&dir.join("old")).unwrap();
+        assert_eq!(net.observe().unwrap().links.len(), 2);
+        let wanted = BTreeSet::from(["live".to_owned()]);
+        assert_eq!(net.sweep(&wanted).unwrap(), 1);
+        assert_eq!(net.observe().unwrap().links.keys().collect::<Vec<_>>(), ["live"]);
+        assert_eq!(net.sweep(&wanted).unwrap(), 0);
+        let _server = Server::new(&live.ns, Ipv4Addr::UNSPECIFIED, 80, "live");
+        assert_eq!(tcp(live.ip, 80).unwrap(), format!("live {}", net.config().gateway()));
+    });
+}

@@ -69,18 +69,24 @@ fn published_ports_without_bridge_filtering() {
 }
 
 #[test]
-fn without_the_table_outsiders_reach_pods_directly() {
-    // What the drops of the table are for; proves that the tests above fail without them.
+fn a_bridge_is_guarded_before_the_first_port_is_published() {
     on_a_private_host(|dir| {
         let net = Net::open(config("")).unwrap();
         let outsider = add_outsider(dir, net.config().subnet);
         net.ensure_bridge().unwrap();
         let web = add_pod(&net, dir, "web", 20);
         let _web = Server::new(&web.ns, Ipv4Addr::UNSPECIFIED, 80, "web");
-        let direct = in_netns(&outsider, || tcp(web.ip, 80)).unwrap();
-        assert_eq!(direct.unwrap(), format!("web {OUTSIDER}"));
-        net.apply(&[]).unwrap();
-        in_netns(&outsider, || tcp(web.ip, 80)).unwrap().unwrap_err();
+        let direct = || in_netns(&outsider, || tcp(web.ip, 80)).unwrap();
+        direct().unwrap_err();
+        let _world = Server::new(&outsider, OUTSIDER, 7000, "world");
+        let outwards = || in_netns(&web.ns, || tcp(OUTSIDER, 7000)).unwrap();
+        assert_eq!(outwards().unwrap(), format!("world {HOST}"));
+
+        // Proves that it is the table that does it.
+        run("nft delete table inet evenkeel");
+        assert_eq!(direct().unwrap(), format!("web {OUTSIDER}"));
+        net.ensure_bridge().unwrap();
+        direct().unwrap_err();
     });
 }
 
