@@ -470,3 +470,38 @@ fn kept_texts_come_back_and_broken_ones_are_set_aside() {
     assert_eq!((again.files, again.problems.len()), (fewer, 0), "set aside once");
     assert!(dir.path("sources/bad-0000.broken").exists() && !dir.path("sources/.new-left").exists());
 }
+
+/// Runs itself again in a user namespace of its own, where the kernel grants no watcher at all.
+#[test]
+fn without_watchers_the_directory_is_polled() {
+    const INSIDE: &str = "KEEL_SOURCE_WITHOUT_WATCHERS";
+    if std::env::var_os(INSIDE).is_none() {
+        let limit = "echo 0 > /proc/sys/user/max_inotify_instances || exit 77; exec \"$0\" --exact \"$1\"";
+        let result = std::process::Command::new("unshare")
+            .args(["--user", "--map-root-user", "sh", "-c", limit])
+            .arg(std::env::current_exe().unwrap())
+            .arg("tests::without_watchers_the_directory_is_polled")
+            .env(INSIDE, "1")
+            .output();
+        match result {
+            Ok(output) if output.status.success() => {}
+            Ok(output)
+                if output.status.code() == Some(77)
+                    || !output.stderr.is_empty() && output.stdout.is_empty() =>
+            {
+                println!("skipped: no user namespace here: {}", String::from_utf8_lossy(&output.stderr));
+            }
+            Ok(output) => panic!("{}", String::from_utf8_lossy(&output.stdout)),
+            Err(error) => println!("skipped: no unshare here: {error}"),
+        }
+        return;
+    }
+    let dir = Dir::new();
+    dir.write("web.yaml", "one");
+    let mut watched = Watched::new(&dir.0, Options { poll: Duration::from_millis(50), ..by_events() });
+    assert_eq!(shown(&watched.next()), ["web.yaml=one"]);
+    let Mode::Polling(reason) = watched.watcher.mode() else { panic!("events without a watcher") };
+    assert!(reason.contains("max_user_instances"), "{reason}");
+    dir.write("sub/b.yaml", "b");
+    assert_eq!(shown(&watched.next()), ["sub/b.yaml=b", "web.yaml=one"]);
+}
