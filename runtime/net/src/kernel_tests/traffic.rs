@@ -28,15 +28,15 @@ fn traffic_goes_where_it_should(bridge_nf: &str) {
         assert_eq!(tcp(LOCALHOST, 8081).unwrap(), format!("web {gateway}"));
         assert_eq!(udp(LOCALHOST, 8080).unwrap(), format!("web {gateway}"));
         assert_eq!(tcp(LOCALHOST, 8080).unwrap(), format!("other {gateway}"));
-        tcp(HOST, 8081).unwrap_err();
+        try_tcp(HOST, 8081).unwrap_err();
 
         // From outside: the true source arrives; nothing but what is published for that address.
         in_netns(&outsider, || {
             assert_eq!(tcp(HOST, 8080).unwrap(), format!("web {OUTSIDER}"));
             assert_eq!(udp(HOST, 8080).unwrap(), format!("web {OUTSIDER}"));
-            tcp(HOST, 8081).unwrap_err();
-            tcp(web.ip, 80).expect_err("pods are reached through published ports only");
-            tcp(gateway, 8080).expect_err("the bridge's address is not for outsiders");
+            try_tcp(HOST, 8081).unwrap_err();
+            try_tcp(web.ip, 80).expect_err("pods are reached through published ports only");
+            try_tcp(gateway, 8080).expect_err("the bridge's address is not for outsiders");
         })
         .unwrap();
 
@@ -47,7 +47,7 @@ fn traffic_goes_where_it_should(bridge_nf: &str) {
             assert_eq!(udp(HOST, 8080).unwrap(), format!("web {gateway}"));
             assert_eq!(tcp(OUTSIDER, 7000).unwrap(), format!("world {HOST}"));
             assert_eq!(udp(OUTSIDER, 7000).unwrap(), format!("world {HOST}"));
-            tcp(LOCALHOST, 8081).expect_err("127.0.0.1 in a pod is the pod");
+            try_tcp(LOCALHOST, 8081).expect_err("127.0.0.1 in a pod is the pod");
         })
         .unwrap();
         in_netns(&web.ns, || {
@@ -76,10 +76,10 @@ fn a_bridge_is_guarded_before_the_first_port_is_published() {
         net.ensure_bridge().unwrap();
         let web = add_pod(&net, dir, "web", 20);
         let _web = Server::new(&web.ns, Ipv4Addr::UNSPECIFIED, 80, "web");
-        let direct = || in_netns(&outsider, || tcp(web.ip, 80)).unwrap();
+        let direct = || in_netns(&outsider, || try_tcp(web.ip, 80)).unwrap();
         direct().unwrap_err();
         let _world = Server::new(&outsider, OUTSIDER, 7000, "world");
-        let outwards = || in_netns(&web.ns, || tcp(OUTSIDER, 7000)).unwrap();
+        let outwards = || in_netns(&web.ns, || try_tcp(OUTSIDER, 7000)).unwrap();
         assert_eq!(outwards().unwrap(), format!("world {HOST}"));
 
         // Proves that it is the table that does it.
@@ -110,10 +110,10 @@ fn two_instances_side_by_side() {
         .unwrap();
         in_netns(&web_a.ns, || {
             assert_eq!(tcp(HOST, 8081).unwrap(), format!("b {}", b.config().gateway()));
-            tcp(web_b.ip, 80).expect_err("instances are apart");
+            try_tcp(web_b.ip, 80).expect_err("instances are apart");
         })
         .unwrap();
-        in_netns(&web_b.ns, || tcp(web_a.ip, 80).expect_err("instances are apart")).unwrap();
+        in_netns(&web_b.ns, || try_tcp(web_a.ip, 80).expect_err("instances are apart")).unwrap();
 
         // A port of the other instance, a port of the host, an address that the host does not have.
         let clash = |host_ip, port| b.check_port(&publish(host_ip, port, &web_b, Protocol::Tcp));
@@ -172,8 +172,8 @@ fn a_firewall_that_drops_forwarded_packets_is_named_with_its_remedy() {
         let _web = Server::new(&web.ns, Ipv4Addr::UNSPECIFIED, 80, "web");
         let _world = Server::new(&outsider, OUTSIDER, 7000, "world");
         net.apply(&[publish(None, 8080, &web, Protocol::Tcp)]).unwrap();
-        let inwards = || in_netns(&outsider, || tcp(HOST, 8080)).unwrap();
-        let outwards = || in_netns(&web.ns, || tcp(OUTSIDER, 7000)).unwrap();
+        let inwards = || in_netns(&outsider, || try_tcp(HOST, 8080)).unwrap();
+        let outwards = || in_netns(&web.ns, || try_tcp(OUTSIDER, 7000)).unwrap();
         assert!(net.forward_drops().unwrap().is_empty());
 
         run("nft 'add table ip filter; \
@@ -213,7 +213,7 @@ fn loopback_addresses_are_reached_from_the_host_alone() {
         };
         divert(&outsider, HOST, OUTSIDER);
         divert(&evil.ns, net.config().gateway(), evil.ip);
-        let from_outside = || in_netns(&outsider, || tcp(LOCALHOST, 8081)).unwrap();
+        let from_outside = || in_netns(&outsider, || try_tcp(LOCALHOST, 8081)).unwrap();
         let from_pod = || {
             let address = SocketAddr::from((LOCALHOST, 9000));
             in_netns(&evil.ns, || TcpStream::connect_timeout(&address, SILENCE)).unwrap()
