@@ -3,6 +3,7 @@
 //! Makes no choices: what to do comes as an action, and what is there is read back. Containers are reached only through
 //! processes (shim, runtime), so that another runtime can take the place of ours.
 
+mod applied;
 mod containers;
 mod error;
 pub mod events;
@@ -28,11 +29,14 @@ use std::sync::{Arc, Mutex};
 use keel_engine::ports::{ActionError, Done, Host, PortError, ProbeOutcome, ProbeRequest, Progress};
 use keel_plan::{Action, ContainerId, Memory, Observed, PodId, PodMemory};
 
+pub use applied::Applied;
+pub use events::EventLog;
 pub use containers::{NotRunning, Running, find_running};
 pub use error::HostError;
 pub use images::{DEMO_IMAGE, Registries, client as registry_client, open_store};
 pub use paths::{DEFAULT_ROOT, DEFAULT_RUN, Paths};
 pub use pods::purge_network;
+pub use observe::now;
 pub use reset::Removed;
 pub use views::{StatusFiles, offline_status};
 pub use watch::{ExitWatch, Lock};

@@ -175,7 +175,7 @@ fn is_namespace(path: &Path) -> bool {
 }
 
 /// Milliseconds since the epoch.
-pub(crate) fn now() -> Millis {
+pub fn now() -> Millis {
     SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .map_or(0, |d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX))

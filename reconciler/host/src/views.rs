@@ -32,8 +32,7 @@ impl StatusFiles {
         Ok(StatusFiles { dir, written: BTreeMap::new() })
     }
 
-    /// `whole` is the document of all, pods included; `status` is what it was made from.
-    pub fn write(&mut self, status: &Status, whole: &serde_json::Value) -> Result<(), PathError> {
+    pub fn write(&mut self, status: &Status) -> Result<(), PathError> {
         for pod in &status.pods {
             if self.written.get(&pod.key).is_some_and(|before| Arc::ptr_eq(before, pod)) {
                 continue;
@@ -52,7 +51,7 @@ impl StatusFiles {
             remove_file(&self.file(&key))?;
             self.written.remove(&key);
         }
-        write_json(&self.dir.join(WHOLE), whole, Keep::Boot)
+        write_json(&self.dir.join(WHOLE), status, Keep::Boot)
     }
 
     fn file(&self, key: &PodKey) -> PathBuf {

@@ -413,11 +413,7 @@ pub(crate) enum Image {
         output: Form,
     },
     /// Remove images and layers that nothing uses
-    Prune {
-        /// Only say what would go
-        #[arg(long)]
-        dry_run: bool,
-    },
+    Prune,
 }
 
 #[derive(Debug, Args)]

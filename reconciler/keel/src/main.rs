@@ -21,9 +21,12 @@ mod commands;
 mod config;
 mod context;
 mod crilog;
+mod control;
 mod daemon;
 mod failure;
+mod images;
 mod input;
+mod instance;
 mod object;
 mod oneshot;
 mod passwd;
@@ -39,7 +42,7 @@ use clap::Parser;
 
 use crate::cli::{Cli, Command};
 use crate::context::Context;
-use crate::failure::{Failure, Outcome};
+use crate::failure::Outcome;
 use crate::term::Term;
 
 fn main() -> ExitCode {
@@ -69,7 +72,7 @@ fn run(cli: &Cli) -> Outcome<u8> {
 }
 
 fn dispatch(context: &Context, command: &Command) -> Outcome<u8> {
-    use commands::{apply, check, exec, logs, version};
+    use commands::{apply, check, delete, exec, image, logs, see, version};
     match command {
         Command::Apply(args) => done(apply::apply(context, args)),
         Command::Plan(args) => done(apply::plan(context, args)),
@@ -80,7 +83,15 @@ fn dispatch(context: &Context, command: &Command) -> Outcome<u8> {
         Command::Exec(args) => exec::exec(context, args),
         Command::Completion { shell } => done(version::completion(context, *shell)),
         Command::Version(args) => done(version::version(context, args)),
-        _ => Err(Failure::failed("not done yet")),
+        Command::Get(args) => done(see::get(context, args)),
+        Command::Describe(args) => done(see::describe(context, args)),
+        Command::Status(args) => done(see::status(context, args)),
+        Command::Events(args) => done(see::events(context, args)),
+        Command::Delete(args) => done(delete::delete(context, args)),
+        Command::Reconcile => done(delete::reconcile(context)),
+        Command::Image(command) => done(image::image(context, command)),
+        // Answered before there was a context.
+        Command::Hello(args) => done(commands::hello::hello(args)),
     }
 }
 

@@ -1,13 +1,35 @@
-//! Acting without a daemon. Placeholder until the driver is wired in.
+//! Acting without a daemon: the same controller and engine, for as long as the command lives.
 
-use keel_api::{ApplyRequest, ControlError, DeleteRequest, ErrorCode, EventSender};
+use keel_api::{ApplyRequest, Control, ControlError, DeleteRequest, EventSender};
 
 use crate::context::Context;
+use crate::instance::Instance;
 
-pub(crate) async fn apply(_: &Context, _: ApplyRequest, _: EventSender) -> Result<(), ControlError> {
-    Err(ControlError::new(ErrorCode::Unavailable, "this build cannot act without a daemon"))
+pub(crate) async fn apply(
+    context: &Context,
+    request: ApplyRequest,
+    events: EventSender,
+) -> Result<(), ControlError> {
+    let instance = Instance::open(context, false)?;
+    instance.controller.begin().await?;
+    let result = instance.controller.apply(request, events).await;
+    leave(instance).await;
+    result
 }
 
-pub(crate) async fn delete(_: &Context, _: DeleteRequest, _: EventSender) -> Result<(), ControlError> {
-    Err(ControlError::new(ErrorCode::Unavailable, "this build cannot act without a daemon"))
+pub(crate) async fn delete(
+    context: &Context,
+    request: DeleteRequest,
+    events: EventSender,
+) -> Result<(), ControlError> {
+    let instance = Instance::open(context, false)?;
+    instance.controller.begin().await?;
+    let result = instance.controller.delete(request, events).await;
+    leave(instance).await;
+    result
+}
+
+/// The engine's thread is joined where waiting is allowed.
+async fn leave(instance: Instance) {
+    let _ = tokio::task::spawn_blocking(move || instance.close()).await;
 }

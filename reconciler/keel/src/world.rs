@@ -1,16 +1,16 @@
 //! The only module that knows where the host keeps things and asks who knows: everything else of the command line asks
 //! here.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use keel_api::{ClientError, Status};
+use keel_api::{ClientError, ControlError, Event, EventSender, ImageRequest, Status};
 use keel_plan::{ContainerId, ContainerName, PodId, PodKey, PodStatus};
 
 use crate::commands::apply::client_runtime;
 use crate::context::Context;
 use crate::failure::{Failure, Outcome};
 
-pub(crate) use interim::Paths;
+pub(crate) use keel_host::Paths;
 
 /// The status of everything: the daemon's when there is one, else read from the host.
 pub(crate) fn status(context: &Context) -> Outcome<Status> {
@@ -20,9 +20,49 @@ pub(crate) fn status(context: &Context) -> Outcome<Status> {
             let snapshot = client_runtime()?.block_on(client.status())?;
             Ok(std::sync::Arc::unwrap_or_clone(snapshot.status))
         }
-        Err(ClientError::NoDaemon { .. }) => interim::offline_status(&context.paths),
+        Err(ClientError::NoDaemon { .. }) => keel_host::offline_status(&context.paths).map_err(|error| Failure::failed(error.chain())),
         Err(error) => Err(error.into()),
     }
+}
+
+/// The daemon's process, when one answers.
+pub(crate) fn daemon(context: &Context) -> Option<u32> {
+    let client = context.client();
+    client.probe().ok()?;
+    client_runtime().ok()?.block_on(client.version()).ok().map(|about| about.pid)
+}
+
+/// What happened, oldest first: the daemon's word, else the log on disk.
+pub(crate) fn events(context: &Context) -> Outcome<Vec<Event>> {
+    let client = context.client();
+    match client.probe() {
+        Ok(()) => client_runtime()?.block_on(async {
+            let mut lines = client.events(0, false).await?;
+            let mut events = Vec::new();
+            while let Some(event) = lines.next().await? {
+                events.push(event);
+            }
+            Ok(events)
+        }),
+        Err(ClientError::NoDaemon { .. }) => Ok(keel_host::events::read(&context.paths).into_iter().map(event).collect()),
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn event(found: keel_host::events::Event) -> Event {
+    let keel_host::events::Event { seq, time_ms, warning, object, reason, message, count } = found;
+    Event { seq, time_ms, warning, object, reason, message, count }
+}
+
+/// Images without a daemon: the lock keeps other writers of the store away meanwhile.
+pub(crate) async fn images(context: &Context, request: ImageRequest, events: EventSender) -> Result<(), ControlError> {
+    let lock = keel_host::Lock::take(&context.paths).map_err(crate::instance::refused)?;
+    let store = keel_host::open_store(&context.paths).map_err(crate::instance::refused)?;
+    let registry = keel_host::registry_client(&crate::instance::registries(context));
+    let status = keel_host::offline_status(&context.paths).map_err(crate::instance::refused)?;
+    let result = crate::images::run(&store, &registry, &status, request, &events).await;
+    drop(lock);
+    result
 }
 
 /// A running container, for `exec`.
@@ -69,46 +109,4 @@ pub(crate) fn container_id(pod: &PodKey, container: &str, attempt: u32) -> Conta
 /// Whether a run has ended, so that its log will not grow any more: its exit is recorded, or nothing of it is left.
 pub(crate) fn has_ended(paths: &Paths, id: &ContainerId) -> bool {
     paths.exit_record(id).exists() || !paths.container(id).exists()
-}
-
-/// Until the host crate has them.
-mod interim {
-    use super::*;
-
-    #[derive(Clone, Debug)]
-    pub(crate) struct Paths {
-        root: PathBuf,
-        run: PathBuf,
-    }
-
-    impl Paths {
-        pub(crate) fn new(root: &Path, run: &Path) -> Paths {
-            Paths { root: root.to_owned(), run: run.to_owned() }
-        }
-        pub(crate) fn socket(&self) -> PathBuf {
-            self.run.join("keel.sock")
-        }
-        pub(crate) fn runtime_root(&self) -> PathBuf {
-            self.run.join("runtime")
-        }
-        pub(crate) fn container(&self, id: &ContainerId) -> PathBuf {
-            self.run.join("containers").join(&id.0)
-        }
-        pub(crate) fn exits(&self) -> PathBuf {
-            self.root.join("exits")
-        }
-        pub(crate) fn exit_record(&self, id: &ContainerId) -> PathBuf {
-            self.exits().join(format!("{id}.json"))
-        }
-        pub(crate) fn pod_logs(&self, pod: &PodKey) -> PathBuf {
-            self.root.join("logs").join(format!("{}_{}", pod.namespace, pod.name))
-        }
-        pub(crate) fn log(&self, pod: &PodKey, container: &str, attempt: u32) -> PathBuf {
-            self.pod_logs(pod).join(container).join(format!("{attempt}.log"))
-        }
-    }
-
-    pub(crate) fn offline_status(_: &Paths) -> Outcome<Status> {
-        Err(Failure::new(keel_api::exit::UNAVAILABLE, "no daemon is running"))
-    }
 }

@@ -3,7 +3,8 @@
 use std::path::PathBuf;
 
 use keel_api::{
-    ApplyRequest, ClientError, ControlError, ControlEvent, DeleteRequest, ErrorCode, EventSender, exit,
+    ApplyRequest, ClientError, ControlError, ControlEvent, DeleteRequest, ErrorCode, EventSender, ImageRequest,
+    exit,
 };
 use keel_manifest::Diagnostic;
 use tokio::sync::mpsc;
@@ -80,6 +81,7 @@ pub(crate) fn sources(context: &Context, names: &[PathBuf]) -> Outcome<Vec<PathB
 pub(crate) enum Operation {
     Apply(ApplyRequest),
     Delete(DeleteRequest),
+    Image(ImageRequest),
 }
 
 pub(crate) fn through_daemon(context: &Context, operation: Operation, reporter: &mut Reporter) -> Outcome {
@@ -88,6 +90,7 @@ pub(crate) fn through_daemon(context: &Context, operation: Operation, reporter: 
         let mut lines = match &operation {
             Operation::Apply(request) => client.apply(request).await?,
             Operation::Delete(request) => client.delete(request).await?,
+            Operation::Image(request) => client.images(request).await?,
         };
         while let Some(event) = lines.next().await? {
             reporter.event(&event)?;
@@ -125,6 +128,7 @@ async fn act(context: &Context, operation: Operation, events: EventSender) -> Re
     match operation {
         Operation::Apply(request) => crate::oneshot::apply(context, request, events).await,
         Operation::Delete(request) => crate::oneshot::delete(context, request, events).await,
+        Operation::Image(request) => crate::world::images(context, request, events).await,
     }
 }
 
@@ -144,16 +148,20 @@ pub(crate) struct Reporter {
     progress: Progress,
     planned: bool,
     result: Option<(u8, String, Vec<String>)>,
+    data: Option<serde_json::Value>,
 }
 
 impl Reporter {
     pub(crate) fn new(term: Term, form: TextOrJson, dry_run: bool) -> Reporter {
-        Reporter { term, form, dry_run, progress: Progress::new(term), planned: false, result: None }
+        Reporter { term, form, dry_run, progress: Progress::new(term), planned: false, result: None, data: None }
     }
 
     pub(crate) fn event(&mut self, event: &ControlEvent) -> Outcome {
         if let ControlEvent::Plan { actions, waiting } = event {
             self.planned = !(actions.is_empty() && waiting.is_empty());
+        }
+        if let ControlEvent::Data { value } = event {
+            self.data = Some(value.clone());
         }
         if let ControlEvent::Result { exit_code, message, hints } = event {
             self.progress.clear();
@@ -163,6 +171,10 @@ impl Reporter {
             TextOrJson::Json => self.json(event),
             TextOrJson::Text => self.text(event),
         }
+    }
+
+    pub(crate) fn take_data(&mut self) -> Option<serde_json::Value> {
+        self.data.take()
     }
 
     /// The operation's result as the command's.

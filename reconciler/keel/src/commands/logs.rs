@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use inotify::{Inotify, WatchMask};
 use keel_api::Status;
-use keel_plan::{ContainerId, PodKey};
+use keel_plan::{ContainerId, PodId, PodKey};
 
 use crate::cli::Logs;
 use crate::context::Context;
@@ -187,7 +187,7 @@ fn pod_keys(context: &Context, status: Option<&Status>, namespace: &str, word: &
         },
         None => Failure::not_found(format!("no pod {} in namespace {namespace}", key.name)),
     };
-    let logged = wanted.kind == object::Kind::Pod && context.paths.pod_logs(&key).is_dir();
+    let logged = wanted.kind == object::Kind::Pod && context.paths.pod_logs(&PodId::of(&key)).is_dir();
     if logged { Ok(vec![key]) } else { Err(unknown) }
 }
 
@@ -205,7 +205,7 @@ fn containers(context: &Context, status: Option<&Status>, pod: &PodKey) -> Vec<S
         None => Vec::new(),
     };
     if names.is_empty() {
-        let entries = std::fs::read_dir(context.paths.pod_logs(pod)).into_iter().flatten().flatten();
+        let entries = std::fs::read_dir(context.paths.pod_logs(&PodId::of(pod))).into_iter().flatten().flatten();
         names = entries.filter_map(|entry| entry.file_name().into_string().ok()).collect();
         names.sort();
     }
@@ -234,7 +234,7 @@ fn choose<'a>(context: &Context, args: &'a Logs, pod: &PodKey, known: &'a [Strin
 }
 
 fn open(context: &Context, args: &Logs, pod: &PodKey, container: &str) -> Outcome<Source> {
-    let directory = context.paths.pod_logs(pod).join(container);
+    let directory = context.paths.pod_logs(&PodId::of(pod)).join(container);
     let runs = match attempts(&directory) {
         Ok(runs) => runs,
         Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
@@ -251,7 +251,7 @@ fn open(context: &Context, args: &Logs, pod: &PodKey, container: &str) -> Outcom
                 .hint(format!("see why: keel describe pod/{name}")),
         });
     };
-    let path = context.paths.log(pod, container, attempt);
+    let path = context.paths.log(&PodId::of(pod), container, attempt);
     let reader =
         Reader::open(&path, args.tail).map_err(|error| Failure::io("open log", path.display(), &error))?;
     Ok(Source {

@@ -2,7 +2,10 @@
 
 pub(crate) mod apply;
 pub(crate) mod check;
+pub(crate) mod delete;
 pub(crate) mod exec;
 pub(crate) mod hello;
+pub(crate) mod image;
 pub(crate) mod logs;
+pub(crate) mod see;
 pub(crate) mod version;

@@ -1,0 +1,80 @@
+//! Objects that were applied by hand, one small file each: they outlive the command, the daemon and the boot.
+
+use std::collections::BTreeMap;
+
+use keel_manifest::{Object, ObjectKey, Origin, parse};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::error::HostError;
+use crate::paths::Paths;
+use crate::state::{Keep, names, read_json, remove_file, write_json};
+
+const VERSION: u32 = 1;
+
+#[derive(Serialize, Deserialize)]
+struct Record {
+    version: u32,
+    origin: Origin,
+    manifest: Value,
+}
+
+/// The directory of applied objects.
+#[derive(Clone, Debug)]
+pub struct Applied {
+    dir: std::path::PathBuf,
+}
+
+impl Applied {
+    pub fn open(paths: &Paths) -> Applied {
+        Applied { dir: paths.applied() }
+    }
+
+    /// What does not read any more (written by a later version, or damaged) is reported and left out.
+    pub fn load(&self) -> Result<BTreeMap<ObjectKey, Object>, HostError> {
+        let mut objects = BTreeMap::new();
+        for name in names(&self.dir)? {
+            let path = self.dir.join(&name);
+            if !name.ends_with(".json") {
+                continue;
+            }
+            let Some(record) = read_json::<Record>(&path)? else { continue };
+            let parsed = parse(&record.origin.file, record.manifest.to_string().as_bytes());
+            match parsed.objects.into_iter().next() {
+                Some(mut object) if !parsed.diagnostics.iter().any(|d| d.is_error()) => {
+                    object.origin = record.origin;
+                    objects.insert(object.key(), object);
+                }
+                _ => {
+                    let message = parsed.diagnostics.first().map(|d| d.message.clone()).unwrap_or_default();
+                    tracing::warn!(path = %path.display(), message, "applied object does not read any more; left out");
+                }
+            }
+        }
+        Ok(objects)
+    }
+
+    /// Writes the difference. New and changed objects first: a crash in between forgets nothing.
+    pub fn store(
+        &self,
+        before: &BTreeMap<ObjectKey, Object>,
+        after: &BTreeMap<ObjectKey, Object>,
+    ) -> Result<(), HostError> {
+        for (key, object) in after {
+            if before.get(key) != Some(object) {
+                let record =
+                    Record { version: VERSION, origin: object.origin.clone(), manifest: object.to_json() };
+                write_json(&self.dir.join(file_name(key)), &record, Keep::Durable)?;
+            }
+        }
+        for key in before.keys().filter(|key| !after.contains_key(*key)) {
+            remove_file(&self.dir.join(file_name(key)))?;
+        }
+        Ok(())
+    }
+}
+
+/// Names are DNS labels and subdomains: no separator of ours and no path can be in them.
+fn file_name(key: &ObjectKey) -> String {
+    format!("{}_{}_{}.json", key.kind.to_ascii_lowercase(), key.namespace, key.name)
+}

@@ -1,0 +1,75 @@
+//! `delete` and `reconcile`.
+
+use keel_api::{ClientError, DeleteRequest, exit};
+
+use crate::cli::Delete;
+use crate::commands::apply::{Operation, Reporter, client_runtime, one_shot, say_diagnostics, through_daemon};
+use crate::context::Context;
+use crate::failure::{Failure, Outcome};
+use crate::input::Input;
+use crate::object;
+
+pub(crate) fn delete(context: &Context, args: &Delete) -> Outcome {
+    let requests = if args.filename.is_empty() { named(context, args)? } else { declared(context, args)? };
+    let daemon = match context.client().probe() {
+        Ok(()) => true,
+        Err(ClientError::NoDaemon { .. }) => false,
+        Err(error) => return Err(error.into()),
+    };
+    let mut worst = Ok(());
+    for request in requests {
+        let what = format!("{} {}", request.kind, request.name);
+        let mut reporter = Reporter::new(context.term, args.output, false);
+        let operation = Operation::Delete(request);
+        let ran = if daemon {
+            through_daemon(context, operation, &mut reporter)
+        } else {
+            one_shot(context, operation, &mut reporter)
+        };
+        match ran.and_then(|()| reporter.end().map(drop)) {
+            Err(failure) if failure.code == exit::NOT_FOUND && args.ignore_not_found => {}
+            // The others are tried as well; the last failure is the command's.
+            Err(failure) => {
+                if let Err(earlier) = std::mem::replace(&mut worst, Err(failure)) {
+                    context.term.say(&Failure::render(&earlier, context.term.color_err));
+                }
+            }
+            Ok(()) => context.term.note(&format!("deleted {what}\n")),
+        }
+    }
+    worst
+}
+
+fn named(context: &Context, args: &Delete) -> Outcome<Vec<DeleteRequest>> {
+    let wanted = object::parse(&args.objects)?;
+    let request = |wanted: object::Wanted| {
+        let name = wanted.name.ok_or_else(|| {
+            Failure::invalid(format!("delete every {}? name them", wanted.kind.word())).hint("write KIND/NAME, e.g. pod/web")
+        })?;
+        Ok(lower(args, wanted.kind.name().to_owned(), context.settings.namespace.clone(), name))
+    };
+    wanted.into_iter().map(request).collect()
+}
+
+/// Dependents first: the reverse of the order in which they are declared.
+fn declared(context: &Context, args: &Delete) -> Outcome<Vec<DeleteRequest>> {
+    let (objects, problems) = Input::read(&args.filename)?.parse();
+    say_diagnostics(context.term, &problems);
+    if problems.iter().any(keel_api::Diagnostic::is_error) {
+        return Err(Failure::silent(exit::INVALID));
+    }
+    let request = |object: &keel_manifest::Object| {
+        let key = object.key();
+        lower(args, key.kind, key.namespace, key.name)
+    };
+    Ok(objects.iter().rev().map(request).collect())
+}
+
+fn lower(args: &Delete, kind: String, namespace: String, name: String) -> DeleteRequest {
+    let grace_ms = if args.now { Some(0) } else { args.grace_period.map(|seconds| seconds.saturating_mul(1000)) };
+    DeleteRequest { kind, namespace, name, wait: !args.no_wait, grace_ms }
+}
+
+pub(crate) fn reconcile(context: &Context) -> Outcome {
+    Ok(client_runtime()?.block_on(context.client().reconcile())?)
+}

@@ -1,0 +1,313 @@
+//! `get`, `describe`, `status` and `events`: views of one status.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use keel_api::{ClientError, Event, Status, exit};
+use keel_plan::{DeploymentStatus, PodKey, PodStatus};
+use serde_json::{Value, json};
+
+use crate::cli::{self, Describe, Events, Form, Get, TextOrJson};
+use crate::commands::apply::client_runtime;
+use crate::context::Context;
+use crate::failure::{Failure, Outcome};
+use crate::object::{self, Kind, Wanted};
+use crate::render::objects::{self, Columns};
+use crate::text::now_ms;
+use crate::world;
+
+/// What a command asked for, in the order of the status.
+#[derive(Default)]
+struct Found {
+    pods: Vec<Arc<PodStatus>>,
+    deployments: Vec<DeploymentStatus>,
+    missing: Vec<Failure>,
+}
+
+impl Found {
+    fn is_empty(&self) -> bool {
+        self.pods.is_empty() && self.deployments.is_empty()
+    }
+}
+
+pub(crate) fn get(context: &Context, args: &Get) -> Outcome {
+    let wanted = object::parse(&args.objects)?;
+    if args.watch {
+        return watch(context, args, &wanted);
+    }
+    let status = world::status(context)?;
+    let found = find(context, &status, args, &wanted);
+    let one = matches!(&wanted[..], [Wanted { name: Some(_), .. }]);
+    let text = render(context, args, &found, one);
+    context.term.print(&text)?;
+    if found.is_empty() && found.missing.is_empty() && matches!(args.output, Form::Table | Form::Wide) {
+        let place = if args.all_namespaces { "anywhere".into() } else { format!("in namespace {}", context.settings.namespace) };
+        context.term.note(&format!("nothing {place}\n"));
+    }
+    missing(context, found.missing, args.ignore_not_found)
+}
+
+/// All but the last are said here.
+fn missing(context: &Context, mut missing: Vec<Failure>, ignore: bool) -> Outcome {
+    let last = missing.pop();
+    if ignore {
+        return Ok(());
+    }
+    for failure in missing {
+        context.term.say(&failure.render(context.term.color_err));
+    }
+    last.map_or(Ok(()), Err)
+}
+
+fn find(context: &Context, status: &Status, args: &Get, wanted: &[Wanted]) -> Found {
+    let mut found = Found::default();
+    let namespace = &context.settings.namespace;
+    let here = |key: &PodKey| args.all_namespaces || key.namespace == *namespace;
+    let labelled = |pod: &PodStatus| args.selector.as_ref().is_none_or(|selector| selector.matches(&pod.labels));
+    for Wanted { kind, name } in wanted {
+        let named = |key: &PodKey| here(key) && name.as_ref().is_none_or(|name| key.name == *name);
+        let before = found.pods.len() + found.deployments.len();
+        match kind {
+            Kind::Pod => {
+                found.pods.extend(status.pods.iter().filter(|pod| named(&pod.key) && labelled(pod)).cloned());
+            }
+            // A status of a deployment carries no labels; it is found by those of its pods.
+            Kind::Deployment => {
+                let fits = |d: &&DeploymentStatus| {
+                    named(&d.key) && (args.selector.is_none() || owned(status, d).any(labelled))
+                };
+                found.deployments.extend(status.deployments.iter().filter(fits).cloned());
+            }
+        }
+        if let (Some(name), true) = (name, before == found.pods.len() + found.deployments.len()) {
+            found.missing.push(object::not_found(status, *kind, namespace, name));
+        }
+    }
+    found
+}
+
+fn owned<'a>(status: &'a Status, deployment: &'a DeploymentStatus) -> impl Iterator<Item = &'a PodStatus> {
+    status.pods.iter().map(AsRef::as_ref).filter(|pod| {
+        pod.key.namespace == deployment.key.namespace
+            && pod.owner.kind == Kind::Deployment.name()
+            && pod.owner.name == deployment.key.name
+    })
+}
+
+fn render(context: &Context, args: &Get, found: &Found, one: bool) -> String {
+    let columns = Columns {
+        headers: !args.no_headers,
+        wide: args.output == Form::Wide,
+        namespace: args.all_namespaces,
+        color: context.term.color_out,
+    };
+    match args.output {
+        Form::Table | Form::Wide => {
+            let mut tables = Vec::new();
+            if !found.pods.is_empty() {
+                tables.push(objects::render_pods(found.pods.iter().map(AsRef::as_ref), columns, now_ms()));
+            }
+            if !found.deployments.is_empty() {
+                tables.push(objects::render_deployments(&found.deployments, columns));
+            }
+            tables.join("\n")
+        }
+        Form::Name => {
+            let pods = found.pods.iter().map(|pod| format!("pod/{}\n", pod.key.name));
+            pods.chain(found.deployments.iter().map(|d| format!("deployment/{}\n", d.key.name))).collect()
+        }
+        Form::Json | Form::Yaml => data(args.output, &items(found), one),
+    }
+}
+
+fn items(found: &Found) -> Vec<Value> {
+    let pods = found.pods.iter().map(|pod| with_kind(Kind::Pod, &**pod));
+    pods.chain(found.deployments.iter().map(|d| with_kind(Kind::Deployment, d))).collect()
+}
+
+fn with_kind(kind: Kind, status: &impl serde::Serialize) -> Value {
+    let mut whole = json!({ "kind": kind.name() });
+    if let (Some(whole), Ok(Value::Object(fields))) = (whole.as_object_mut(), serde_json::to_value(status)) {
+        whole.extend(fields);
+    }
+    whole
+}
+
+/// The object itself when one was named, else a list.
+fn data(form: Form, items: &[Value], one: bool) -> String {
+    let whole = match items {
+        [item] if one => item.clone(),
+        items => json!({ "kind": "List", "items": items }),
+    };
+    as_data(form, &whole)
+}
+
+pub(crate) fn as_data(form: Form, value: &Value) -> String {
+    match form {
+        Form::Yaml => keel_manifest::to_yaml(value),
+        _ => format!("{value:#}\n"),
+    }
+}
+
+/// The list, then each object again when it changes.
+fn watch(context: &Context, args: &Get, wanted: &[Wanted]) -> Outcome {
+    let client = context.client();
+    let mut shown: BTreeMap<String, Value> = BTreeMap::new();
+    let mut headers = !args.no_headers;
+    client_runtime()?.block_on(async {
+        let mut snapshots = client.watch_status().await?;
+        while let Some(snapshot) = snapshots.next().await? {
+            let mut found = find(context, &snapshot.status, args, wanted);
+            found.pods.retain(|pod| changed(&mut shown, format!("Pod/{}", pod.key), &**pod));
+            found.deployments.retain(|d| changed(&mut shown, format!("Deployment/{}", d.key), d));
+            let columns = Columns {
+                headers,
+                wide: args.output == Form::Wide,
+                namespace: args.all_namespaces,
+                color: context.term.color_out,
+            };
+            let text = match args.output {
+                Form::Json => items(&found).iter().map(|item| format!("{item}\n")).collect(),
+                Form::Table | Form::Wide if !found.pods.is_empty() && found.deployments.is_empty() => {
+                    objects::render_pods(found.pods.iter().map(AsRef::as_ref), columns, now_ms())
+                }
+                _ => render(context, args, &found, false),
+            };
+            headers &= found.is_empty();
+            context.term.print(&text)?;
+        }
+        Ok(())
+    })
+}
+
+fn changed(shown: &mut BTreeMap<String, Value>, key: String, status: &impl serde::Serialize) -> bool {
+    let now = serde_json::to_value(status).unwrap_or_default();
+    shown.get(&key) != Some(&now) && {
+        shown.insert(key, now);
+        true
+    }
+}
+
+pub(crate) fn describe(context: &Context, args: &Describe) -> Outcome {
+    // A bare name is a pod's.
+    let wanted = match &args.objects[..] {
+        [name] if !name.contains('/') && Kind::parse(name).is_none() => vec![object::parse_one(name)?],
+        words => object::parse(words)?,
+    };
+    let status = world::status(context)?;
+    let look = Get {
+        objects: Vec::new(),
+        output: args.output,
+        watch: false,
+        no_headers: false,
+        selector: None,
+        all_namespaces: false,
+        ignore_not_found: false,
+    };
+    let found = find(context, &status, &look, &wanted);
+    if matches!(args.output, Form::Json | Form::Yaml) {
+        let one = matches!(&wanted[..], [Wanted { name: Some(_), .. }]);
+        context.term.print(&data(args.output, &items(&found), one))?;
+        return missing(context, found.missing, false);
+    }
+    let events = world::events(context)?;
+    let now = now_ms();
+    let of = |object: String| -> Vec<Event> { events.iter().filter(|event| event.object == object).cloned().collect() };
+    let pods = found.pods.iter().map(|pod| objects::describe_pod(pod, &of(format!("Pod/{}", pod.key)), now));
+    let deployments = found.deployments.iter().map(|deployment| {
+        let pods: Vec<&PodStatus> = owned(&status, deployment).collect();
+        objects::describe_deployment(deployment, &pods, &of(format!("Deployment/{}", deployment.key)), now)
+    });
+    let texts: Vec<String> = pods.chain(deployments).collect();
+    context.term.print(&texts.join("\n\n"))?;
+    missing(context, found.missing, false)
+}
+
+pub(crate) fn status(context: &Context, args: &cli::Status) -> Outcome {
+    let status = world::status(context)?;
+    let well = objects::all_well(&status);
+    let text = match args.output {
+        Form::Json | Form::Yaml => {
+            let mut whole = serde_json::to_value(&status).map_err(|error| Failure::of(&error))?;
+            whole["healthy"] = json!(well);
+            as_data(args.output, &whole)
+        }
+        _ => objects::render_status(&status, world::daemon(context), context.term.color_out, now_ms()),
+    };
+    context.term.print(&text)?;
+    if args.check && !well { Err(Failure::silent(exit::NOT_READY)) } else { Ok(()) }
+}
+
+pub(crate) fn events(context: &Context, args: &Events) -> Outcome {
+    let filter = EventFilter::new(context, args)?;
+    let client = context.client();
+    if !args.watch {
+        let events: Vec<Event> = world::events(context)?.into_iter().filter(|event| filter.takes(event)).collect();
+        let text = render_events(context, args, &events, !args.no_headers);
+        return Ok(context.term.print(&text)?);
+    }
+    match client.probe() {
+        Err(ClientError::NoDaemon { .. }) => {
+            return Err(Failure::from(client.probe().err().unwrap_or(ClientError::TooLong)).hint("without a daemon nothing is watched: leave out -w"));
+        }
+        other => other?,
+    }
+    let mut headers = !args.no_headers;
+    client_runtime()?.block_on(async {
+        let mut stream = client.events(0, true).await?;
+        while let Some(event) = stream.next().await? {
+            if filter.takes(&event) {
+                context.term.print(&render_events(context, args, &[event], headers))?;
+                headers = false;
+            }
+        }
+        Ok(())
+    })
+}
+
+struct EventFilter {
+    namespace: Option<String>,
+    object: Option<String>,
+    warnings: bool,
+    normal: bool,
+}
+
+impl EventFilter {
+    fn new(context: &Context, args: &Events) -> Outcome<EventFilter> {
+        let namespace = &context.settings.namespace;
+        let object = match &args.object {
+            Some(word) => {
+                let wanted = object::parse_one(word)?;
+                Some(format!("{}/{namespace}/{}", wanted.kind.name(), wanted.name.unwrap_or_default()))
+            }
+            None => None,
+        };
+        let takes = |kind| args.types.is_empty() || args.types.contains(&kind);
+        Ok(EventFilter {
+            namespace: (!args.all_namespaces && object.is_none()).then(|| namespace.clone()),
+            object,
+            warnings: takes(cli::EventType::Warning),
+            normal: takes(cli::EventType::Normal),
+        })
+    }
+
+    fn takes(&self, event: &Event) -> bool {
+        let kind = if event.warning { self.warnings } else { self.normal };
+        let object = self.object.as_ref().is_none_or(|object| event.object == *object);
+        // Images, files and the host belong to no namespace.
+        let parts: Vec<&str> = event.object.splitn(3, '/').collect();
+        let here = match (&self.namespace, &parts[..]) {
+            (Some(wanted), ["Pod" | "Deployment", namespace, _]) => wanted == namespace,
+            _ => true,
+        };
+        kind && object && here
+    }
+}
+
+fn render_events(context: &Context, args: &Events, events: &[Event], headers: bool) -> String {
+    match args.output {
+        TextOrJson::Json => events.iter().filter_map(|e| serde_json::to_string(e).ok()).map(|line| line + "\n").collect(),
+        TextOrJson::Text if events.is_empty() => String::new(),
+        TextOrJson::Text => objects::render_events(events, headers, context.term.color_out, now_ms()),
+    }
+}

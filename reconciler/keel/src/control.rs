@@ -1,0 +1,631 @@
+//! The declared objects of an instance, and the operations that change them. One implementation for the daemon and for
+//! a command that acts alone.
+//!
+//! ```text
+//! manifest directory ──> last good version of each file ─┐
+//!                                                        ├─> objects ─> Desired ─> engine
+//! apply, delete ───────> applied objects, kept on disk ──┘
+//! ```
+//! The directory has precedence: an object that a file declares is changed there and nowhere else.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex as Lock};
+use std::time::Duration;
+
+use keel_api::{
+    ActionFailure, ApplyRequest, Control, ControlError, ControlEvent, DeleteRequest, ErrorCode, EventSender, PlannedAction,
+    Snapshot, WaitingObject, exit,
+};
+use keel_engine::{Convergence, Handle, Input, Report, Standing};
+use keel_host::{Applied, EventLog, RealHost};
+use keel_manifest::{Diagnostic, FileCondition, Object, ObjectKey, parse};
+use keel_plan::{Action, Desired, Plan, PodKey, Reason, Status, lower_desired};
+use tokio::sync::{broadcast, watch};
+use tokio::time::Instant;
+
+/// What the manifest directory says now.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Directory {
+    pub(crate) objects: Vec<Object>,
+    pub(crate) frozen: Vec<ObjectKey>,
+    pub(crate) conditions: BTreeMap<String, FileCondition>,
+    /// Why the directory is not taken at its word: missing, unreadable, suddenly empty.
+    pub(crate) held: Option<String>,
+}
+
+pub(crate) struct Controller {
+    host: Arc<RealHost>,
+    engine: Handle,
+    events: Arc<EventLog>,
+    declared: tokio::sync::Mutex<Declared>,
+    /// What the sources have to complain about; part of the status.
+    problems: watch::Sender<Vec<String>>,
+    snapshots: watch::Receiver<Snapshot>,
+    recorded: Arc<watch::Sender<u64>>,
+    relist: Lock<Option<Box<dyn Fn() + Send>>>,
+}
+
+struct Declared {
+    applied: BTreeMap<ObjectKey, Object>,
+    /// `None` until it has been read once; stays `None` where there is no directory to watch.
+    directory: Option<Directory>,
+    /// False only between the start of a daemon and its first reading of the directory.
+    complete: bool,
+}
+
+impl Controller {
+    /// `watches` says whether a directory is going to be read: until then nothing is deleted.
+    pub(crate) fn new(
+        host: Arc<RealHost>,
+        engine: Handle,
+        events: Arc<EventLog>,
+        recorded: Arc<watch::Sender<u64>>,
+        watches: bool,
+    ) -> Result<Arc<Controller>, keel_host::HostError> {
+        let applied = Applied::open(host.paths()).load()?;
+        let (problems, problem_receiver) = watch::channel(Vec::new());
+        let (snapshot_sender, snapshots) = watch::channel(Snapshot { revision: 0, status: Arc::default() });
+        let files = keel_host::StatusFiles::open(host.paths())?;
+        tokio::spawn(publish(engine.status(), problem_receiver, snapshot_sender, files));
+        Ok(Arc::new(Controller {
+            host,
+            engine,
+            events,
+            declared: tokio::sync::Mutex::new(Declared { applied, directory: None, complete: !watches }),
+            problems,
+            snapshots,
+            recorded,
+            relist: Lock::new(None),
+        }))
+    }
+
+    /// What `reconcile` calls besides looking at the host.
+    pub(crate) fn on_relist(&self, relist: Box<dyn Fn() + Send>) {
+        *self.relist.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = Some(relist);
+    }
+
+    /// Tells the engine what is declared now: at the start, with what was applied earlier.
+    pub(crate) async fn begin(&self) -> Result<(), ControlError> {
+        let declared = self.declared.lock().await;
+        self.declare(&declared)
+    }
+
+    pub(crate) async fn take_directory(&self, directory: Directory) -> Result<(), ControlError> {
+        let mut problems: Vec<String> = directory.held.iter().cloned().collect();
+        for (file, condition) in &directory.conditions {
+            problems.extend(describe_file(file, condition));
+        }
+        let mut declared = self.declared.lock().await;
+        let objects_hold = directory.held.is_some() && declared.directory.is_some();
+        if objects_hold {
+            // Not taken at its word: what was in force stays.
+            if let Some(before) = &mut declared.directory {
+                before.held = directory.held;
+            }
+        } else {
+            declared.complete = directory.held.is_none();
+            declared.directory = Some(directory);
+            self.declare(&declared)?;
+        }
+        self.problems.send_replace(problems);
+        Ok(())
+    }
+
+    fn declare(&self, declared: &Declared) -> Result<(), ControlError> {
+        self.engine.input(Input::DesiredChanged(self.desired(declared))).map_err(ended)
+    }
+
+    fn desired(&self, declared: &Declared) -> Desired {
+        let directory = declared.directory.clone().unwrap_or_default();
+        let known: BTreeSet<ObjectKey> = directory.objects.iter().map(Object::key).collect();
+        let mut objects = directory.objects;
+        objects.extend(declared.applied.iter().filter(|(key, _)| !known.contains(key)).map(|(_, o)| o.clone()));
+        let mut desired = lower_desired(&objects, &BTreeMap::new());
+        desired.complete = declared.complete;
+        desired.frozen = self.frozen_pods(&directory.frozen);
+        desired
+    }
+
+    /// Pods of objects that a broken file names: a Deployment's are known by what runs.
+    fn frozen_pods(&self, frozen: &[ObjectKey]) -> BTreeSet<PodKey> {
+        if frozen.is_empty() {
+            return BTreeSet::new();
+        }
+        let running = self.engine.status().borrow().clone();
+        let owned = |key: &ObjectKey| {
+            let of = |pod: &keel_plan::PodStatus| {
+                pod.key.namespace == key.namespace && pod.owner.kind == key.kind && pod.owner.name == key.name
+            };
+            running.pods.iter().filter(|pod| of(pod)).map(|pod| pod.key.clone()).collect::<Vec<_>>()
+        };
+        frozen.iter().flat_map(owned).collect()
+    }
+
+    async fn run_apply(&self, request: ApplyRequest, events: &EventSender) -> Result<(), ControlError> {
+        let (objects, mut diagnostics) = read(&request);
+        let mut declared = self.declared.lock().await;
+        diagnostics.extend(self.across(&declared, &objects, &request));
+        let invalid = diagnostics.iter().any(Diagnostic::is_error);
+        if !diagnostics.is_empty() {
+            say(events, ControlEvent::Diagnostics { diagnostics }).await;
+        }
+        if invalid {
+            return end(events, exit::INVALID, "nothing was changed: the manifests are invalid", &[]).await;
+        }
+        let next = match self.next_applied(&declared, objects, &request) {
+            Ok(next) => next,
+            Err(refusal) => return Err(refusal),
+        };
+        let before = self.desired(&declared);
+        let candidate = Declared {
+            applied: next,
+            directory: declared.directory.clone(),
+            complete: declared.complete,
+        };
+        let desired = self.desired(&candidate);
+        let targets = changed_pods(&before, &desired, &request_keys(&request));
+        let plan = self.engine.preview(desired.clone()).await.map_err(ended)?;
+        say(events, render_plan(&plan, &targets)).await;
+        if request.dry_run {
+            return end(events, exit::DONE, "dry run: nothing was changed", &[]).await;
+        }
+        Applied::open(self.host.paths())
+            .store(&declared.applied, &candidate.applied)
+            .map_err(|e| ControlError::new(ErrorCode::Internal, e.chain()))?;
+        *declared = candidate;
+        // Before the engine hears of it: no report of this apply is missed.
+        let reports = self.engine.reports();
+        self.declare(&declared)?;
+        drop(declared);
+        let wait = Wait { ready: request.wait, timeout: request.timeout_ms.map(Duration::from_millis) };
+        self.follow(targets, wait, reports, events).await
+    }
+
+    /// What holds between these objects and everything else that is declared.
+    fn across(&self, declared: &Declared, objects: &[Object], request: &ApplyRequest) -> Vec<Diagnostic> {
+        let given: BTreeSet<ObjectKey> = objects.iter().map(Object::key).collect();
+        let names: BTreeSet<&str> = request.files.iter().map(|file| file.name.as_str()).collect();
+        let directory = declared.directory.iter().flat_map(|d| d.objects.iter());
+        let applied = declared.applied.values().filter(|_| !request.prune);
+        let others = directory.chain(applied).filter(|o| !given.contains(&o.key()));
+        let all: Vec<Object> = others.chain(objects).cloned().collect();
+        keel_manifest::check(&all).into_iter().filter(|d| names.contains(d.file.as_str())).collect()
+    }
+
+    fn next_applied(
+        &self,
+        declared: &Declared,
+        objects: Vec<Object>,
+        request: &ApplyRequest,
+    ) -> Result<BTreeMap<ObjectKey, Object>, ControlError> {
+        let mut next = if request.prune { BTreeMap::new() } else { declared.applied.clone() };
+        if objects.is_empty() && request.prune && !declared.applied.is_empty() && !request.allow_empty {
+            return Err(ControlError::new(ErrorCode::Invalid, "the manifests are empty: --prune would delete everything")
+                .hint("add --allow-empty if that is meant"));
+        }
+        let directory: BTreeMap<ObjectKey, &Object> =
+            declared.directory.iter().flat_map(|d| d.objects.iter()).map(|o| (o.key(), o)).collect();
+        for object in objects {
+            match directory.get(&object.key()) {
+                None => drop(next.insert(object.key(), object)),
+                Some(there) if there.kind == object.kind => {}
+                Some(there) => {
+                    return Err(ControlError::new(
+                        ErrorCode::Invalid,
+                        format!("{} is declared in {}:{}", object.key(), there.origin.file, there.origin.line),
+                    )
+                    .hint("the daemon keeps that file true: change it there"));
+                }
+            }
+        }
+        Ok(next)
+    }
+
+    async fn run_delete(&self, request: DeleteRequest, events: &EventSender) -> Result<(), ControlError> {
+        let key = ObjectKey {
+            kind: request.kind.clone(),
+            namespace: request.namespace.clone(),
+            name: request.name.clone(),
+        };
+        let mut declared = self.declared.lock().await;
+        let in_directory = declared.directory.iter().flat_map(|d| &d.objects).find(|o| o.key() == key);
+        if let Some(object) = in_directory {
+            return Err(ControlError::new(
+                ErrorCode::Conflict,
+                format!("{key} is declared in {}:{} and would come back", object.origin.file, object.origin.line),
+            )
+            .hint("remove it from that file"));
+        }
+        if !declared.applied.contains_key(&key) {
+            return Err(ControlError::new(ErrorCode::NotFound, format!("{key} does not exist"))
+                .hint("list what there is with: keel get -A"));
+        }
+        let before = self.desired(&declared);
+        let mut next = declared.applied.clone();
+        next.remove(&key);
+        let candidate =
+            Declared { applied: next, directory: declared.directory.clone(), complete: declared.complete };
+        let desired = self.desired(&candidate);
+        let targets = changed_pods(&before, &desired, &[key].into());
+        let plan = self.engine.preview(desired).await.map_err(ended)?;
+        say(events, render_plan(&plan, &targets)).await;
+        Applied::open(self.host.paths())
+            .store(&declared.applied, &candidate.applied)
+            .map_err(|e| ControlError::new(ErrorCode::Internal, e.chain()))?;
+        *declared = candidate;
+        let reports = self.engine.reports();
+        if let Some(grace_ms) = request.grace_ms {
+            for pod in &targets {
+                self.engine.input(Input::Grace { pod: pod.clone(), grace_ms }).map_err(ended)?;
+            }
+        }
+        self.declare(&declared)?;
+        drop(declared);
+        self.follow(targets, Wait { ready: request.wait, timeout: None }, reports, events).await
+    }
+
+    /// Reports until the pods are where they should be, cannot get there, or time is over.
+    async fn follow(
+        &self,
+        targets: BTreeSet<PodKey>,
+        wait: Wait,
+        mut reports: broadcast::Receiver<Report>,
+        events: &EventSender,
+    ) -> Result<(), ControlError> {
+        let started = Instant::now();
+        let deadline = wait.timeout.map(|timeout| started + timeout);
+        let mut steps = self.engine.steps();
+        let mut told = Told::default();
+        loop {
+            while let Ok(report) = reports.try_recv() {
+                if let Some(event) = render_report(report, &targets) {
+                    say(events, event).await;
+                }
+            }
+            steps.borrow_and_update();
+            let standing = self.engine.standing(Some(targets.clone())).await.map_err(ended)?;
+            let status = self.engine.status().borrow().clone();
+            told.tell(&status, &targets, started, events).await;
+            if let Some(outcome) = judge(&standing, &status, &targets, wait.ready) {
+                return outcome.end(&targets, events).await;
+            }
+            tokio::select! {
+                // Cancel-safe: a step that is missed here is seen by the next `standing`.
+                changed = steps.changed() => changed.map_err(|_| ended(keel_engine::Ended))?,
+                () = until(deadline) => {
+                    let message = not_ready(&standing);
+                    let hint = "see what they wait for with: keel describe, keel logs";
+                    return end(events, exit::NOT_READY, &message, &[hint]).await;
+                }
+            }
+        }
+    }
+}
+
+impl Control for Controller {
+    async fn apply(&self, request: ApplyRequest, events: EventSender) -> Result<(), ControlError> {
+        self.run_apply(request, &events).await
+    }
+
+    async fn delete(&self, request: DeleteRequest, events: EventSender) -> Result<(), ControlError> {
+        self.run_delete(request, &events).await
+    }
+
+    async fn status(&self, after: Option<u64>) -> Result<Snapshot, ControlError> {
+        let mut snapshots = self.snapshots.clone();
+        let newer = snapshots.wait_for(|snapshot| after.is_none_or(|revision| snapshot.revision != revision)).await;
+        newer.map(|snapshot| snapshot.clone()).map_err(|_| ended(keel_engine::Ended))
+    }
+
+    async fn events_since(&self, after: u64, wait: bool) -> Result<Vec<keel_api::Event>, ControlError> {
+        let mut recorded = self.recorded.subscribe();
+        loop {
+            recorded.borrow_and_update();
+            let found: Vec<keel_api::Event> = self.events.since(after).into_iter().map(api_event).collect();
+            if !found.is_empty() || !wait {
+                return Ok(found);
+            }
+            recorded.changed().await.map_err(|_| ended(keel_engine::Ended))?;
+        }
+    }
+
+    async fn reconcile(&self) -> Result<(), ControlError> {
+        if let Some(relist) = &*self.relist.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) {
+            relist();
+        }
+        self.engine.hint();
+        let mut steps = self.engine.steps();
+        let before = *steps.borrow_and_update();
+        steps.wait_for(|step| step.wrapping_sub(before) >= 2).await.map_err(|_| ended(keel_engine::Ended))?;
+        Ok(())
+    }
+
+    fn ready(&self) -> Result<(), String> {
+        match self.engine.status().borrow().sources_complete {
+            true => Ok(()),
+            false => Err("the manifests have not been read yet".into()),
+        }
+    }
+}
+
+/// How long an operation is followed.
+struct Wait {
+    /// Until ready; otherwise until everything was begun.
+    ready: bool,
+    timeout: Option<Duration>,
+}
+
+async fn until(deadline: Option<Instant>) {
+    match deadline {
+        Some(deadline) => tokio::time::sleep_until(deadline).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Where an operation ended.
+enum Outcome {
+    Done,
+    Failed(Vec<(PodKey, String)>),
+}
+
+impl Outcome {
+    async fn end(self, targets: &BTreeSet<PodKey>, events: &EventSender) -> Result<(), ControlError> {
+        let failed = match self {
+            Outcome::Done => {
+                let message = match targets.len() {
+                    0 => "nothing to do".to_string(),
+                    1 => "1 pod is as declared".to_string(),
+                    n => format!("{n} pods are as declared"),
+                };
+                return end(events, exit::DONE, &message, &[]).await;
+            }
+            Outcome::Failed(failed) => failed,
+        };
+        let lines: Vec<String> = failed.iter().map(|(pod, message)| format!("pod {pod}: {message}")).collect();
+        let code = if failed.len() == targets.len() { exit::FAILED } else { exit::PARTIAL };
+        end(events, code, &lines.join("\n"), &["see more with: keel describe, keel logs, keel events"]).await
+    }
+}
+
+/// `None`: go on. Without `--wait` an operation is over when nothing is under way any more.
+fn judge(standing: &Standing, status: &Status, targets: &BTreeSet<PodKey>, ready: bool) -> Option<Outcome> {
+    match &standing.convergence {
+        Convergence::Done => Some(Outcome::Done),
+        Convergence::Failed(failed) => Some(Outcome::Failed(failed.clone())),
+        Convergence::Waiting(_) if ready || !standing.idle => None,
+        Convergence::Waiting(_) => {
+            // Begun and merely not ready yet is what was asked for; waiting for a retry is not.
+            let stuck = |pod: &&Arc<keel_plan::PodStatus>| {
+                targets.contains(&pod.key) && pod.waiting.iter().any(|w| !w.is_progress())
+            };
+            let failed: Vec<(PodKey, String)> = status
+                .pods
+                .iter()
+                .filter(stuck)
+                .map(|pod| {
+                    let message = pod.waiting.iter().find(|w| !w.is_progress()).map(|w| w.message());
+                    (pod.key.clone(), message.unwrap_or_default())
+                })
+                .collect();
+            Some(if failed.is_empty() { Outcome::Done } else { Outcome::Failed(failed) })
+        }
+    }
+}
+
+fn not_ready(standing: &Standing) -> String {
+    let waiting = match &standing.convergence {
+        Convergence::Waiting(list) | Convergence::Failed(list) => list.as_slice(),
+        Convergence::Done => &[],
+    };
+    let lines: Vec<String> = waiting.iter().map(|(pod, message)| format!("pod {pod}: {message}")).collect();
+    format!("not ready in time\n{}", lines.join("\n"))
+}
+
+/// What has been said about each pod, so that nothing is said twice.
+#[derive(Default)]
+struct Told {
+    ready: BTreeSet<PodKey>,
+    waiting: BTreeMap<PodKey, WaitingObject>,
+}
+
+impl Told {
+    async fn tell(&mut self, status: &Status, targets: &BTreeSet<PodKey>, started: Instant, events: &EventSender) {
+        for pod in status.pods.iter().filter(|pod| targets.contains(&pod.key)) {
+            if pod.is_ready() && pod.up_to_date {
+                if self.ready.insert(pod.key.clone()) {
+                    let after_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
+                    say(events, ControlEvent::PodReady { pod: pod.key.to_string(), after_ms }).await;
+                }
+                continue;
+            }
+            let Some(wait) = pod.waiting.iter().find(|w| !w.is_progress()) else { continue };
+            let waiting = waiting_object(&pod.key, wait);
+            if self.waiting.get(&pod.key) != Some(&waiting) {
+                self.waiting.insert(pod.key.clone(), waiting.clone());
+                say(events, ControlEvent::PodWaiting { pod: pod.key.to_string(), waiting }).await;
+            }
+        }
+    }
+}
+
+fn read(request: &ApplyRequest) -> (Vec<Object>, Vec<Diagnostic>) {
+    let (mut objects, mut diagnostics) = (Vec::new(), Vec::new());
+    for file in &request.files {
+        let parsed = parse(&file.name, file.text.as_bytes());
+        objects.extend(parsed.objects);
+        diagnostics.extend(parsed.diagnostics);
+    }
+    (objects, diagnostics)
+}
+
+fn request_keys(request: &ApplyRequest) -> BTreeSet<ObjectKey> {
+    read(request).0.iter().map(Object::key).collect()
+}
+
+/// Pods of the named objects, and pods that the change takes away or alters (through a ConfigMap, say).
+fn changed_pods(before: &Desired, after: &Desired, named: &BTreeSet<ObjectKey>) -> BTreeSet<PodKey> {
+    let is_named = |key: &PodKey, owner: &keel_plan::Owner| {
+        let object =
+            ObjectKey { kind: owner.kind.clone(), namespace: key.namespace.clone(), name: owner.name.clone() };
+        named.contains(&object)
+    };
+    let mut pods: BTreeSet<PodKey> = BTreeSet::new();
+    for (key, pod) in &after.pods {
+        if is_named(key, &pod.owner) || before.pods.get(key) != Some(pod) {
+            pods.insert(key.clone());
+        }
+    }
+    pods.extend(before.pods.keys().filter(|key| !after.pods.contains_key(*key)).cloned());
+    let unresolved = after.unresolved.keys().filter(|key| {
+        let own = ObjectKey { kind: "Pod".into(), namespace: key.namespace.clone(), name: key.name.clone() };
+        named.contains(&own) || !before.unresolved.contains_key(*key)
+    });
+    pods.extend(unresolved.cloned());
+    pods
+}
+
+fn render_plan(plan: &Plan, targets: &BTreeSet<PodKey>) -> ControlEvent {
+    let shown = plan.actions.iter().filter(|planned| concerns(&planned.action, targets));
+    let waiting = plan.waiting.iter().filter(|(key, _)| targets.contains(*key));
+    ControlEvent::Plan {
+        actions: shown.map(|planned| planned_action(&planned.action, &planned.reason)).collect(),
+        waiting: waiting.flat_map(|(key, waits)| waits.iter().map(|w| waiting_object(key, w))).collect(),
+    }
+}
+
+fn render_report(report: Report, targets: &BTreeSet<PodKey>) -> Option<ControlEvent> {
+    match report {
+        Report::Started { action, reason } if concerns(&action, targets) => {
+            let planned = planned_action(&action, &reason);
+            Some(ControlEvent::ActionStarted { verb: planned.verb, object: planned.object })
+        }
+        Report::Finished { action, took, result } if concerns(&action, targets) => {
+            let (verb, object) = verb_and_object(&action);
+            let error = result.err().map(|error| ActionFailure {
+                reason: error.reason.to_string(),
+                message: error.message.clone(),
+                retry: error.next == keel_engine::ports::Next::Retry,
+            });
+            let duration_ms = u64::try_from(took.as_millis()).unwrap_or(u64::MAX);
+            Some(ControlEvent::ActionFinished { verb: verb.into(), object, duration_ms, error })
+        }
+        Report::Progress(progress) => Some(ControlEvent::Progress {
+            image: progress.image,
+            done_bytes: progress.done_bytes,
+            total_bytes: progress.total_bytes,
+            layers_done: progress.layers_done,
+            layers_total: progress.layers_total,
+        }),
+        _ => None,
+    }
+}
+
+fn concerns(action: &Action, targets: &BTreeSet<PodKey>) -> bool {
+    match action {
+        Action::Pull { .. } | Action::SyncNetwork { .. } => true,
+        Action::CreatePod { pod }
+        | Action::StartContainer { pod, .. }
+        | Action::SyncVolumes { pod, .. }
+        | Action::UpdateRecord { pod, .. } => targets.contains(&pod.key),
+        Action::StopContainer { pod, .. } | Action::RemoveContainer { pod, .. } | Action::DeletePod { pod, .. } => {
+            targets.contains(pod)
+        }
+    }
+}
+
+fn planned_action(action: &Action, reason: &Reason) -> PlannedAction {
+    let (verb, object) = verb_and_object(action);
+    PlannedAction { verb: verb.into(), object, detail: String::new(), reason: reason.to_string() }
+}
+
+/// The words of every view for an action.
+pub(crate) fn verb_and_object(action: &Action) -> (&'static str, String) {
+    let short = |key: &PodKey| {
+        if key.namespace == "default" { key.name.clone() } else { key.to_string() }
+    };
+    match action {
+        Action::Pull { image, .. } => ("pull", format!("image/{image}")),
+        Action::CreatePod { pod } => ("create", format!("pod/{}", short(&pod.key))),
+        Action::StartContainer { pod, container, .. } => {
+            ("start", format!("container/{}.{container}", short(&pod.key)))
+        }
+        Action::StopContainer { id, .. } => ("stop", format!("container/{id}")),
+        Action::RemoveContainer { id, .. } => ("remove", format!("container/{id}")),
+        Action::SyncVolumes { pod, .. } => ("refresh", format!("volumes of pod/{}", short(&pod.key))),
+        Action::UpdateRecord { pod, .. } => ("update", format!("pod/{}", short(&pod.key))),
+        Action::DeletePod { pod, .. } => ("delete", format!("pod/{}", short(pod))),
+        Action::SyncNetwork { endpoints, .. } => ("publish", format!("addresses and ports of {} pods", endpoints.len())),
+    }
+}
+
+fn waiting_object(key: &PodKey, wait: &keel_plan::Waiting) -> WaitingObject {
+    WaitingObject { object: format!("pod/{key}"), reason: wait.reason().into(), message: wait.message() }
+}
+
+fn describe_file(file: &str, condition: &FileCondition) -> Option<String> {
+    match condition {
+        FileCondition::Valid => None,
+        FileCondition::Stale { message } => {
+            Some(format!("{file}: invalid, its last good version stays in force: {message}"))
+        }
+        FileCondition::Broken { message } => Some(format!("{file}: invalid, what it declares is left as it is: {message}")),
+        FileCondition::Conflict { message } => Some(format!("{file}: {message}")),
+    }
+}
+
+fn api_event(event: keel_host::events::Event) -> keel_api::Event {
+    keel_api::Event {
+        seq: event.seq,
+        time_ms: event.time_ms,
+        warning: event.warning,
+        object: event.object,
+        reason: event.reason,
+        message: event.message,
+        count: event.count,
+    }
+}
+
+async fn say(events: &EventSender, event: ControlEvent) {
+    // Nobody listens any more: the operation goes on all the same.
+    let _ = events.send(event).await;
+}
+
+async fn end(events: &EventSender, exit_code: u8, message: &str, hints: &[&str]) -> Result<(), ControlError> {
+    let hints = hints.iter().map(|hint| hint.to_string()).collect();
+    say(events, ControlEvent::Result { exit_code, message: message.into(), hints }).await;
+    Ok(())
+}
+
+fn ended(_: keel_engine::Ended) -> ControlError {
+    ControlError::new(ErrorCode::Unavailable, "the engine is stopping")
+}
+
+/// The engine's status with the sources' problems, numbered, and as files. Several changes in between are one.
+async fn publish(
+    mut status: watch::Receiver<Arc<Status>>,
+    mut problems: watch::Receiver<Vec<String>>,
+    snapshots: watch::Sender<Snapshot>,
+    mut files: keel_host::StatusFiles,
+) {
+    /// Files are for people and slow tools.
+    const PAUSE: Duration = Duration::from_millis(100);
+    let mut revision = 0;
+    loop {
+        let mut whole = Status::clone(&status.borrow_and_update());
+        whole.problems.extend(problems.borrow_and_update().iter().cloned());
+        revision += 1;
+        if let Err(error) = files.write(&whole) {
+            tracing::warn!(%error, "status files");
+        }
+        snapshots.send_replace(Snapshot { revision, status: Arc::new(whole) });
+        tokio::time::sleep(PAUSE).await;
+        let changed = tokio::select! {
+            // Both cancel-safe: a change that is missed by one poll is seen by the next.
+            changed = status.changed() => changed,
+            changed = problems.changed() => changed,
+        };
+        if changed.is_err() {
+            return;
+        }
+    }
+}

@@ -1,0 +1,158 @@
+//! Images of the store: what is asked, done in the one process that may write to the store. The daemon calls it for
+//! its clients, a command calls it when there is no daemon.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use keel_api::{ControlError, ControlEvent, ErrorCode, EventSender, ImageRequest, Status, exit};
+use keel_registry::{Client, Platform, PullProgress};
+use keel_store::{Digest, Image, ImportOptions, ImportProgress, Roots, Store};
+use serde_json::{Value, json};
+
+use crate::failure::chain;
+
+/// Ends with one result. `status` says what is in use.
+pub(crate) async fn run(
+    store: &Arc<Store>,
+    registry: &Client,
+    status: &Status,
+    request: ImageRequest,
+    events: &EventSender,
+) -> Result<(), ControlError> {
+    let message = match request {
+        ImageRequest::Pull { image } => pull(store, registry, &image, events).await?,
+        request => {
+            let (store, roots, sender) = (Arc::clone(store), roots(status), events.clone());
+            // Disk work is not for the threads that serve sockets.
+            let done = tokio::task::spawn_blocking(move || blocking(&store, &roots, request, &sender));
+            done.await.map_err(|_| ControlError::new(ErrorCode::Internal, "the operation was aborted"))??
+        }
+    };
+    let result = ControlEvent::Result { exit_code: exit::DONE, message, hints: Vec::new() };
+    let _ = events.send(result).await;
+    Ok(())
+}
+
+async fn pull(store: &Arc<Store>, registry: &Client, image: &str, events: &EventSender) -> Result<String, ControlError> {
+    let reference = keel_store::canonical_reference(image).map_err(|error| invalid(&error))?;
+    let (sender, shown) = (events.clone(), reference.clone());
+    let report = move |progress: PullProgress| {
+        // Progress that finds no room is superseded by the next one.
+        let _ = sender.try_send(ControlEvent::Progress {
+            image: shown.clone(),
+            done_bytes: progress.done_bytes,
+            total_bytes: progress.total_bytes,
+            layers_done: progress.layers_done,
+            layers_total: progress.layers_total,
+        });
+    };
+    let pulled = registry
+        .pull(store, &reference, Platform::host(), Arc::new(report))
+        .await
+        .map_err(|error| ControlError::new(ErrorCode::Internal, chain(&error)))?;
+    Ok(format!("{} {}", pulled.reference, pulled.manifest_digest))
+}
+
+fn blocking(
+    store: &Store,
+    roots: &Roots,
+    request: ImageRequest,
+    events: &EventSender,
+) -> Result<String, ControlError> {
+    match request {
+        ImageRequest::Pull { .. } => Err(ControlError::new(ErrorCode::Internal, "a pull is not a blocking operation")),
+        ImageRequest::List => {
+            let images = store.images().map_err(|error| failed(&error))?;
+            data(events, images.iter().map(summary).collect());
+            Ok(String::new())
+        }
+        ImageRequest::Inspect { image } => {
+            data(events, detail(&known(store, &image)?));
+            Ok(String::new())
+        }
+        ImageRequest::Remove { image } => {
+            let reference = known(store, &image)?.reference;
+            store.remove_image(&reference).map_err(|error| failed(&error))?;
+            Ok(format!("removed {reference}; its layers go with: keel image prune"))
+        }
+        ImageRequest::Prune => {
+            let gone = store.collect_garbage(roots).map_err(|error| failed(&error))?;
+            for image in &gone.images {
+                note(events, format!("removed {image}"));
+            }
+            let freed = crate::text::size(gone.freed_bytes);
+            Ok(format!("{} images, {} layers, {} blobs removed; {freed} freed", gone.images.len(), gone.layers, gone.blobs))
+        }
+        ImageRequest::Import { path, name } => {
+            let report = |progress: ImportProgress| {
+                let _ = events.try_send(ControlEvent::Progress {
+                    image: progress.reference,
+                    done_bytes: progress.done_bytes,
+                    total_bytes: progress.total_bytes,
+                    layers_done: progress.layers_done,
+                    layers_total: progress.layers_total,
+                });
+            };
+            let images = store
+                .import(&path, &ImportOptions::default(), &report)
+                .map_err(|error| ControlError::new(ErrorCode::Invalid, format!("import {name}: {}", chain(&error))))?;
+            for image in &images {
+                note(events, format!("imported {} {}", image.reference, image.manifest_digest));
+            }
+            Ok(crate::text::count(images.len(), "image"))
+        }
+    }
+}
+
+fn known(store: &Store, image: &str) -> Result<Image, ControlError> {
+    let reference = keel_store::canonical_reference(image).map_err(|error| invalid(&error))?;
+    store.image(&reference).map_err(|error| failed(&error))?.ok_or_else(|| {
+        ControlError::new(ErrorCode::NotFound, format!("no image {reference}")).hint("see what is there: keel image ls")
+    })
+}
+
+/// What manifests declare and what runs.
+fn roots(status: &Status) -> Roots {
+    let containers = || status.pods.iter().flat_map(|pod| pod.init_container_statuses.iter().chain(&pod.container_statuses));
+    let digest = |id: &str| id.rsplit_once('@').map_or(id, |(_, digest)| digest).parse::<Digest>().ok();
+    Roots {
+        references: containers().map(|container| container.image.clone()).collect::<BTreeSet<_>>(),
+        manifests: containers().filter_map(|container| digest(&container.image_id)).collect(),
+    }
+}
+
+fn summary(image: &Image) -> Value {
+    json!({
+        "reference": image.reference,
+        "digest": image.manifest_digest.to_string(),
+        "sizeBytes": image.size_bytes,
+        "layers": image.layers.len(),
+        "pulledAtMs": image.pulled_at_ms,
+        "pinned": image.pinned,
+    })
+}
+
+fn detail(image: &Image) -> Value {
+    let mut whole = summary(image);
+    whole["layers"] = json!(image.layers);
+    whole["configDigest"] = json!(image.config_digest.to_string());
+    whole["config"] = json!(image.config);
+    whole
+}
+
+/// Blocking operations run on threads that may wait for the printer.
+fn data(events: &EventSender, value: Value) {
+    let _ = events.blocking_send(ControlEvent::Data { value });
+}
+
+fn note(events: &EventSender, message: String) {
+    let _ = events.blocking_send(ControlEvent::Note { message });
+}
+
+fn failed(error: &(dyn std::error::Error + 'static)) -> ControlError {
+    ControlError::new(ErrorCode::Internal, chain(error))
+}
+
+fn invalid(error: &(dyn std::error::Error + 'static)) -> ControlError {
+    ControlError::new(ErrorCode::Invalid, chain(error))
+}

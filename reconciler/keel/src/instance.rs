@@ -1,0 +1,110 @@
+//! One instance with everything that acts on it, in this process: lock, host, engine, controller.
+
+use std::sync::Arc;
+
+use keel_api::{ControlError, ErrorCode};
+use keel_engine::{Engine, EventKind, Settings};
+use keel_host::{EventLog, ExitWatch, HostConfig, HostError, Lock, RealHost};
+use tokio::sync::watch;
+
+use crate::context::Context;
+use crate::control::Controller;
+
+pub(crate) struct Instance {
+    pub(crate) host: Arc<RealHost>,
+    pub(crate) controller: Arc<Controller>,
+    engine: Engine,
+    _lock: Lock,
+}
+
+impl Instance {
+    /// Must run inside the process' tokio runtime. `watches`: a directory is going to be read.
+    pub(crate) fn open(context: &Context, watches: bool) -> Result<Instance, ControlError> {
+        let lock = Lock::take(&context.paths).map_err(refused)?;
+        let runtime = tokio::runtime::Handle::current();
+        let host = RealHost::open(context.paths.clone(), host_config(context), runtime.clone());
+        let host = Arc::new(host.map_err(refused)?);
+        let events = Arc::new(EventLog::open(&context.paths));
+        let recorded = Arc::new(watch::channel(0).0);
+        let sink = event_sink(events.clone(), recorded.clone());
+        let engine = Engine::start(host.clone(), Settings::default(), runtime, sink)
+            .map_err(|e| ControlError::new(ErrorCode::Internal, format!("start the engine: {e}")))?;
+        let controller =
+            Controller::new(host.clone(), engine.handle(), events, recorded, watches).map_err(refused)?;
+        let exits = ExitWatch::new(&context.paths).map_err(refused)?;
+        watch_exits(exits, engine.handle())?;
+        Ok(Instance { host, controller, engine, _lock: lock })
+    }
+
+    pub(crate) fn engine(&self) -> keel_engine::Handle {
+        self.engine.handle()
+    }
+
+    /// Containers go on.
+    pub(crate) fn close(self) {
+        self.engine.stop();
+    }
+}
+
+pub(crate) fn host_config(context: &Context) -> HostConfig {
+    let settings = &context.settings;
+    HostConfig {
+        runtime: settings.runtime.clone(),
+        shim: settings.shim.clone(),
+        subnet: settings.subnet,
+        log_max_bytes: settings.log_max_bytes,
+        log_max_files: settings.log_max_files,
+        registries: registries(context),
+    }
+}
+
+pub(crate) fn registries(context: &Context) -> keel_host::Registries {
+    let settings = &context.settings.registries;
+    keel_host::Registries {
+        insecure: settings.insecure.clone(),
+        certs_dir: settings.certs_dir.clone(),
+        auth_file: settings.auth_file.clone(),
+    }
+}
+
+pub(crate) fn refused(error: HostError) -> ControlError {
+    let code = match &error {
+        HostError::Locked { .. } => ErrorCode::Unavailable,
+        HostError::NoBinary { .. } => ErrorCode::Invalid,
+        _ => ErrorCode::Internal,
+    };
+    let refusal = ControlError::new(code, error.chain());
+    match error {
+        HostError::Locked { .. } => refusal.hint("a second one needs its own --root and --run"),
+        _ => refusal,
+    }
+}
+
+/// To the log on disk, to whoever watches it, and to the process' own log.
+fn event_sink(log: Arc<EventLog>, recorded: Arc<watch::Sender<u64>>) -> keel_engine::EventSink {
+    Box::new(move |event| {
+        let warning = event.kind == EventKind::Warning;
+        match warning {
+            true => tracing::warn!(object = event.object, reason = event.reason, "{}", event.message),
+            false => tracing::info!(object = event.object, reason = event.reason, "{}", event.message),
+        }
+        match log.record(keel_host::now(), warning, &event.object, &event.reason, &event.message) {
+            Ok(recorded_event) => {
+                recorded.send_replace(recorded_event.seq);
+            }
+            Err(error) => tracing::warn!(%error, "event log"),
+        }
+    })
+}
+
+/// A thread that sleeps in the kernel; it ends with the process.
+fn watch_exits(mut exits: ExitWatch, engine: keel_engine::Handle) -> Result<(), ControlError> {
+    let run = move || {
+        while exits.wait().is_ok() {
+            engine.hint();
+        }
+        tracing::warn!("the watch for exits is lost; they are noticed by the periodic look only");
+    };
+    let thread = std::thread::Builder::new().name("exits".into()).spawn(run);
+    thread.map(drop).map_err(|e| ControlError::new(ErrorCode::Internal, format!("start a thread: {e}")))
+}
