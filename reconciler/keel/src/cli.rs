@@ -123,6 +123,9 @@ pub(crate) enum Command {
     /// Images of the store
     #[command(subcommand, visible_alias = "images")]
     Image(Image),
+    /// The instance as a whole
+    #[command(subcommand)]
+    System(System),
     /// JSON schema of the manifests, for editors
     Schema(Schema),
     /// Completion script for a shell
@@ -132,6 +135,24 @@ pub(crate) enum Command {
     /// The web server of the demo image
     #[command(hide = true)]
     Hello(Hello),
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum System {
+    /// Stop and remove every container, pod and network of this instance
+    ///
+    /// Images, logs and applied manifests stay, unless --state is given. The daemon must not run.
+    Reset(Reset),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Reset {
+    /// Do not ask
+    #[arg(long)]
+    pub(crate) force: bool,
+    /// Also delete images, logs, volumes and applied manifests
+    #[arg(long)]
+    pub(crate) state: bool,
 }
 
 #[derive(Debug, Args)]

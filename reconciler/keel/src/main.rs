@@ -90,6 +90,7 @@ fn dispatch(context: &Context, command: &Command) -> Outcome<u8> {
         Command::Delete(args) => done(delete::delete(context, args)),
         Command::Reconcile => done(delete::reconcile(context)),
         Command::Image(command) => done(image::image(context, command)),
+        Command::System(cli::System::Reset(args)) => done(commands::system::reset(context, args)),
         // Answered before there was a context.
         Command::Hello(args) => done(commands::hello::hello(args)),
     }

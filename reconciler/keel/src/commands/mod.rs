@@ -8,4 +8,5 @@ pub(crate) mod hello;
 pub(crate) mod image;
 pub(crate) mod logs;
 pub(crate) mod see;
+pub(crate) mod system;
 pub(crate) mod version;
