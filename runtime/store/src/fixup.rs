@@ -56,11 +56,8 @@ impl Store {
         if plan == Plan::default() {
             return Ok(None);
         }
-        let mut name = b"evenkeel fixup layer 1".to_vec();
-        for layer in layers {
-            name.extend_from_slice(layer.diff_id.hex().as_bytes());
-        }
-        let id = Digest::of(&name);
+        let ids: Vec<Digest> = layers.iter().map(|layer| layer.diff_id).collect();
+        let id = id(&ids);
         if !self.has_layer(&id) {
             let layer = TemporaryLayer::new(&self.inner, id)?;
             let root = layer.path().join("fs");
@@ -73,6 +70,7 @@ impl Store {
                 blob: id,
                 entries: (plan.dirs.len() + plan.files.len()) as u64,
                 size_bytes,
+                census: crate::census::take(handle.as_fd(), true).at("read", &root)?,
                 opaque_root: false,
                 implicit_dirs: Vec::new(),
                 lower_links: BTreeMap::new(),
@@ -82,6 +80,15 @@ impl Store {
         }
         Ok(Some(id))
     }
+}
+
+/// The name of the top layer of a chain, base first.
+pub(crate) fn id(chain: &[Digest]) -> Digest {
+    let mut name = b"evenkeel fixup layer 1".to_vec();
+    for diff_id in chain {
+        name.extend_from_slice(diff_id.hex().as_bytes());
+    }
+    Digest::of(&name)
 }
 
 /// The layers of an image, base first, looked at as overlay would.

@@ -87,8 +87,15 @@ pub(crate) fn remove_file(path: &Path) -> Result<bool, FsError> {
     }
 }
 
+/// Removes a file or a directory with all that is below it; nothing there is success.
 pub(crate) fn remove_tree(path: &Path) -> Result<(), FsError> {
-    match fs::remove_dir_all(path) {
+    use std::os::fd::AsFd;
+    let dir = parent(path);
+    let removed = File::open(dir).and_then(|dir| {
+        let name = keel_sys::file::c_path(path.file_name().unwrap_or_default())?;
+        crate::tree::remove(dir.as_fd(), &name)
+    });
+    match removed {
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
         other => other.at("remove", path),
     }

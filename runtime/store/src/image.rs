@@ -134,6 +134,7 @@ impl Store {
     ) -> Result<Image, CommitError> {
         let reference = canonical_reference(reference)?;
         let lowered = lower(manifest, media_type, config)?;
+        let _commit = self.inner.commit();
         let mut size_bytes = 0;
         let mut counted = std::collections::BTreeSet::new();
         let mut records = Vec::new();
@@ -146,7 +147,6 @@ impl Store {
             records.push(record);
         }
         let fixup = self.fixup(&records)?;
-        let _commit = self.inner.commit();
         self.inner.settle_locked()?;
         let record = ImageRecord {
             version: 1,
@@ -163,11 +163,37 @@ impl Store {
             pinned,
             fixup,
         };
-        let path = self.inner.record_path(&record.reference);
-        let bytes = serde_json::to_vec_pretty(&record).map_err(io::Error::from).at("write", &path)?;
-        fsio::write_durably(&path, &bytes)?;
-        self.refresh_index()?;
+        self.write_record(&record)?;
         Ok(record.into_image(lowered.config))
+    }
+
+    /// Gives an image one more reference. `None` when there is no image to give it to.
+    pub fn tag_image(&self, reference: &str, new: &str) -> Result<Option<Image>, CommitError> {
+        let new = canonical_reference(new)?;
+        let Ok(reference) = canonical_reference(reference) else { return Ok(None) };
+        let _commit = self.inner.commit();
+        let path = self.inner.record_path(&reference);
+        let Some(record) = self.read_record(&path)? else { return Ok(None) };
+        let record = ImageRecord { reference: new, ..record };
+        let target = self.inner.record_path(&record.reference);
+        self.write_record(&record)?;
+        Ok(self.load(record, &target).map_err(|ImageError::Fs(e)| e)?)
+    }
+
+    /// Pins an image or lets garbage collection have it; `false` when there is no such image.
+    pub fn pin_image(&self, reference: &str, pinned: bool) -> Result<bool, ImageError> {
+        let Ok(reference) = canonical_reference(reference) else { return Ok(false) };
+        let _commit = self.inner.commit();
+        let Some(record) = self.read_record(&self.inner.record_path(&reference))? else { return Ok(false) };
+        self.write_record(&ImageRecord { pinned, ..record })?;
+        Ok(true)
+    }
+
+    fn write_record(&self, record: &ImageRecord) -> Result<(), FsError> {
+        let path = self.inner.record_path(&record.reference);
+        let bytes = serde_json::to_vec_pretty(record).map_err(io::Error::from).at("write", &path)?;
+        fsio::write_durably(&path, &bytes)?;
+        self.refresh_index()
     }
 
     /// Readable records with their files, by file name.
@@ -215,7 +241,7 @@ impl Store {
     }
 
     /// A damaged record keeps its bytes for a person to look at, under a name that nobody reads.
-    fn quarantine(&self, path: &std::path::Path) -> Result<(), FsError> {
+    pub(crate) fn quarantine(&self, path: &std::path::Path) -> Result<(), FsError> {
         let mut name = path.as_os_str().to_owned();
         name.push(".damaged");
         std::fs::rename(path, &name).at("set aside", path)
@@ -254,6 +280,13 @@ impl Store {
 pub(crate) struct Lowered {
     pub(crate) config: ImageConfiguration,
     pub(crate) layers: Vec<Layer>,
+}
+
+/// The config that a manifest names.
+pub(crate) fn config_digest(manifest: &[u8]) -> Result<Digest, CommitError> {
+    let parsed: ImageManifest = serde_json::from_slice(manifest).map_err(CommitError::Manifest)?;
+    let digest = parsed.config().digest().to_string();
+    digest.parse().map_err(|e| CommitError::Mismatch(format!("{e}")))
 }
 
 /// Pure: from the bytes of an image's manifest and config to its layers.
@@ -316,7 +349,7 @@ impl ImageRecord {
 
 impl crate::store::Inner {
     /// Readable and unique: the reference with what a file name cannot hold replaced, and a piece of its digest.
-    fn record_path(&self, reference: &str) -> PathBuf {
+    pub(crate) fn record_path(&self, reference: &str) -> PathBuf {
         let readable: String = reference
             .chars()
             .map(|c| if c.is_ascii_alphanumeric() || matches!(c, '.' | '-') { c } else { '_' })

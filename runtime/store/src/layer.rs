@@ -1,6 +1,7 @@
 //! Layers: from the bytes of a blob to a directory named by the layer's diff id.
 
 use crate::blob::{BlobError, BlobWriter, Partial};
+use crate::census::Census;
 use crate::fsio::{self, At, FsError, TEMPORARY};
 use crate::path::show;
 use crate::store::Inner;
@@ -53,6 +54,7 @@ pub(crate) struct LayerRecord {
     pub(crate) blob: Digest,
     pub(crate) entries: u64,
     pub(crate) size_bytes: u64,
+    pub(crate) census: Census,
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub(crate) opaque_root: bool,
     /// Directories that only lower layers can describe.
@@ -315,7 +317,7 @@ impl Read for Pieces {
 }
 
 impl Inner {
-    fn unpack_aside(
+    pub(crate) fn unpack_aside(
         self: &Arc<Self>,
         reader: impl Read,
         hash_compressed: bool,
@@ -354,6 +356,7 @@ impl LayerRecord {
             blob,
             entries: unpacked.entries,
             size_bytes: unpacked.bytes,
+            census: unpacked.census,
             opaque_root: unpacked.opaque_root,
             implicit_dirs: unpacked.implicit_dirs.iter().map(|path| show(path)).collect(),
             lower_links: unpacked.lower_links.iter().map(|(l, t)| (show(l), show(t))).collect(),

@@ -13,30 +13,41 @@
 //! Order of a commit: blobs and layers are written aside, one `syncfs` makes them durable, renames publish them, the
 //! image record is written last. A power cut at any moment leaves the image complete or absent.
 
+mod archive;
 mod blob;
 mod builder;
+mod census;
+mod collect;
 mod digest;
 mod fixup;
 mod fsio;
 mod image;
+mod import;
 mod layer;
 mod mount;
 mod path;
+mod platform;
 mod reference;
 mod space;
 mod store;
 mod stream;
 mod tar;
 mod tarwrite;
+mod tree;
 mod unpack;
+mod usage;
 mod user;
+mod verify;
 
+pub use archive::ArchiveError;
 pub use blob::{BlobError, BlobWriter, Partial};
 pub use builder::{BuildError, ConfigSpec, Content, FileSpec, LayerSpec};
+pub use collect::{Collected, Roots};
 pub use digest::{Digest, DigestError};
 pub use fixup::FixupError;
 pub use fsio::{FsError, is_no_space};
 pub use image::{CommitError, Image, ImageError, Layer, MAX_CONFIG, MAX_MANIFEST};
+pub use import::{ImportError, ImportOptions, ImportProgress};
 pub use layer::{LayerError, LayerIngest};
 pub use mount::{MountError, unmount_rootfs};
 pub use path::PathError;
@@ -45,7 +56,9 @@ pub use space::Space;
 pub use store::{Lease, OpenError, Options, Store};
 pub use tar::TarError;
 pub use unpack::UnpackError;
+pub use usage::{ImageUsage, Usage};
 pub use user::{User, UserError, resolve_user};
+pub use verify::{Damage, Depth, Report};
 
 #[cfg(test)]
 mod tests;

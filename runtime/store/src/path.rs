@@ -2,8 +2,8 @@
 
 use std::ffi::CStr;
 
-/// `PATH_MAX`: longer names cannot be used by the container anyway.
-const MAX_PATH: usize = 4096;
+/// `PATH_MAX` without the NUL: longer paths cannot be used by the container either.
+const MAX_PATH: usize = 4095;
 /// `NAME_MAX` of every Linux file system.
 const MAX_NAME: usize = 255;
 
@@ -158,7 +158,7 @@ mod tests {
         check(b"", "the root");
         check(b"a\0b", "it contains a NUL byte");
         check(&[b'a'; 256], "one of its names is longer than 255 bytes");
-        check(&b"a/".repeat(2049), "it is longer than 4096 bytes");
+        check(&b"a/".repeat(2049), "it is longer than 4095 bytes");
         check(b"\xff\xfe/\xc3\xa4", "\\xff\\xfe/\u{e4}");
     }
 

@@ -166,22 +166,9 @@ impl<R: BufRead> TarReader<R> {
         self.data -= n as u64;
     }
 
-    /// All data of the current entry, refused when it is longer than `limit`.
-    pub(crate) fn read_data(&mut self, limit: u64) -> Result<Vec<u8>, TarError> {
-        if self.data > limit {
-            let problem = format!("entry of {} bytes where at most {limit} make sense", self.data);
-            return Err(TarError::Header { at: self.at, problem });
-        }
-        let mut all = Vec::with_capacity(self.data as usize);
-        while self.data > 0 {
-            let n = {
-                let piece = self.data()?;
-                all.extend_from_slice(piece);
-                piece.len()
-            };
-            self.consume(n);
-        }
-        Ok(all)
+    /// Bytes consumed from the start of the archive: after an entry, where its data is.
+    pub(crate) fn position(&self) -> u64 {
+        self.at
     }
 
     /// The rest of the stream after the archive's end.
@@ -394,6 +381,18 @@ impl<R: BufRead> TarReader<R> {
             self.at += n;
             len -= n;
         }
+        Ok(())
+    }
+}
+
+impl<R: io::Read + io::Seek> TarReader<io::BufReader<R>> {
+    /// Leaves the current entry's data out without reading it.
+    pub(crate) fn seek_past_data(&mut self) -> Result<(), TarError> {
+        let offset = self.data + std::mem::take(&mut self.padding);
+        let fail = || TarError::Header { at: self.at, problem: "entry is impossibly long".into() };
+        self.input.seek_relative(i64::try_from(offset).map_err(|_| fail())?)?;
+        self.at += offset;
+        self.data = 0;
         Ok(())
     }
 }

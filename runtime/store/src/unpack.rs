@@ -8,10 +8,12 @@
 //! What needs a parent (a directory that the layer does not describe, a hard link into a lower layer) is reported in
 //! [`Unpacked`] and settled when an image is put together.
 
+use crate::census::{self, Census, Seen};
 use crate::fsio::FsError;
 use crate::path::{LayerPath, PathError, show};
 use crate::stream::{LayerStream, Sums};
 use crate::tar::{Entry, Kind, Sparse, TarError, TarReader};
+use crate::tree;
 use keel_sys::{file, writeback, xattr};
 use nix::fcntl::AtFlags;
 use nix::sys::stat::UtimensatFlags;
@@ -80,6 +82,7 @@ pub(crate) struct Unpacked {
     pub(crate) entries: u64,
     /// Sum of the lengths of all files.
     pub(crate) bytes: u64,
+    pub(crate) census: Census,
     /// The layer hides everything below it. Overlay has no mark for this on a root, the mount leaves lowers out.
     pub(crate) opaque_root: bool,
     /// Directories that exist only because something is in them.
@@ -122,10 +125,19 @@ struct Unpacker<'a> {
     done: Unpacked,
     /// The directory of the entry before: archives are sorted by directory, so nearly every entry is one `openat`.
     current: Option<Parent>,
-    /// Times of directories; set last, because every entry made in a directory changes them.
-    dir_times: BTreeMap<Vec<u8>, (i64, u32)>,
+    /// Directories that entries describe. Their times are set last, because every entry made in them changes those.
+    dirs: BTreeMap<Vec<u8>, DirEntry>,
+    /// Something was replaced, so the census has to be taken from what is there in the end.
+    recount: bool,
     umask: u32,
     unchecked_bytes: u64,
+}
+
+struct DirEntry {
+    mode: u32,
+    uid: u32,
+    gid: u32,
+    mtime: (i64, u32),
 }
 
 /// An open directory of the layer.
@@ -147,7 +159,8 @@ impl<'a> Unpacker<'a> {
             // The root too is only described when an entry does.
             done: Unpacked { implicit_dirs: [Vec::new()].into(), ..Unpacked::default() },
             current: None,
-            dir_times: BTreeMap::new(),
+            dirs: BTreeMap::new(),
+            recount: false,
             umask: umask(),
             unchecked_bytes: 0,
         })
@@ -188,7 +201,7 @@ impl<'a> Unpacker<'a> {
         let root = self.root.try_clone().map_err(|e| io_error(entry, "open the root", e))?;
         self.xattrs(root.as_fd(), c".", entry)?;
         at(entry, "change the mode", file::fchmodat(root.as_fd(), c".", entry.mode))?;
-        self.dir_times.insert(Vec::new(), entry.mtime);
+        self.dirs.insert(Vec::new(), DirEntry { mode: entry.mode, uid, gid, mtime: entry.mtime });
         self.done.implicit_dirs.remove(&b""[..]);
         Ok(())
     }
@@ -240,7 +253,10 @@ impl<'a> Unpacker<'a> {
                 }
                 Ok(())
             }
-            other => path_at(path, "make the whiteout", other),
+            other => {
+                path_at(path, "make the whiteout", other)?;
+                self.count(path)
+            }
         }
     }
 
@@ -295,7 +311,7 @@ impl<'a> Unpacker<'a> {
         }
         self.done.implicit_dirs.remove(&key);
         self.done.lower_links.remove(&key);
-        self.dir_times.insert(key, entry.mtime);
+        self.dirs.insert(key, DirEntry { mode: entry.mode, uid, gid, mtime: entry.mtime });
         Ok(())
     }
 
@@ -320,13 +336,10 @@ impl<'a> Unpacker<'a> {
             other => at(entry, "create the file", other)?,
         };
         let setgid = parent.setgid;
-        if !self.done.lower_links.is_empty() {
-            let parent = self.open_parent(path)?;
-            let real = LayerPath::join(&parent.physical, path.name().to_bytes());
-            self.done.lower_links.remove(&real.to_bytes());
-        }
+        let real = tree::join(&parent.physical, path.name().to_bytes());
+        self.done.lower_links.remove(&real);
         let file = File::from(fd);
-        let len = match &entry.sparse {
+        let (len, crc) = match &entry.sparse {
             Some(sparse) => write_sparse(&file, sparse, entry, tar)?,
             None => write_data(&file, entry, tar)?,
         };
@@ -347,8 +360,21 @@ impl<'a> Unpacker<'a> {
             // A hint only; the sync that counts reports errors.
             let _ = writeback::start(&file);
         }
+        let mode = libc::S_IFREG | entry.mode;
+        self.done.census.add_name(&real, &Seen { mode, uid, gid, detail: len, link: &[] });
+        self.done.census.add_content(len, crc);
         self.done.bytes += len;
         self.unchecked_bytes += entry.size;
+        Ok(())
+    }
+
+    /// Counts a name by looking at it.
+    fn count(&mut self, path: &LayerPath) -> Result<(), UnpackError> {
+        let mut census = self.done.census;
+        let parent = self.open_parent(path)?;
+        let real = tree::join(&parent.physical, path.name().to_bytes());
+        path_at(path, "look at", census::add_path(&mut census, parent.fd, path.name(), &real))?;
+        self.done.census = census;
         Ok(())
     }
 
@@ -429,7 +455,8 @@ impl<'a> Unpacker<'a> {
         self.create(path, entry, "create the hard link", |parent| {
             nix::unistd::linkat(&target_dir, target.name(), parent, path.name(), AtFlags::empty())
                 .map_err(Into::into)
-        })
+        })?;
+        self.count(path)
     }
 
     /// Makes something that is not a directory; what is in its place goes.
@@ -467,7 +494,8 @@ impl<'a> Unpacker<'a> {
         let mtime = time_spec(entry.mtime);
         let set =
             nix::sys::stat::utimensat(&fd, path.name(), &mtime, &mtime, UtimensatFlags::NoFollowSymlink);
-        at(entry, "set the time", set.map_err(Into::into))
+        at(entry, "set the time", set.map_err(Into::into))?;
+        self.count(path)
     }
 
     fn xattrs(&mut self, dir: BorrowedFd<'_>, name: &CStr, entry: &Entry) -> Result<(), UnpackError> {
@@ -493,7 +521,7 @@ impl<'a> Unpacker<'a> {
     /// Removes what is at `real`, with everything below it.
     fn remove(&mut self, real: &LayerPath) -> Result<(), UnpackError> {
         let parent = self.open_parent(real)?;
-        let removed = path_at(real, "remove the entry in its place", remove_at(parent.fd, real.name()));
+        let removed = path_at(real, "remove the entry in its place", tree::remove(parent.fd, real.name()));
         // The directory held open may be gone, or be reached by another path now.
         self.current = None;
         let key = real.to_bytes();
@@ -502,7 +530,8 @@ impl<'a> Unpacker<'a> {
         };
         self.done.implicit_dirs.retain(|path| !below(path));
         self.done.lower_links.retain(|path, _| !below(path));
-        self.dir_times.retain(|path, _| !below(path));
+        self.dirs.retain(|path, _| !below(path));
+        self.recount = true;
         removed
     }
 
@@ -622,6 +651,7 @@ impl<'a> Unpacker<'a> {
                     return fail("its parent is not a directory");
                 }
                 path_at(&here, "replace the whiteout", file::unlinkat(dir, here.name(), 0))?;
+                self.recount = true;
             }
             path_at(&here, "create the directory", file::mkdirat(dir, here.name(), 0o755))?;
             path_at(
@@ -658,17 +688,20 @@ impl<'a> Unpacker<'a> {
         Ok(())
     }
 
-    /// Directory times, deepest first: setting one changes nothing above it, but the order costs nothing.
+    /// Directory times, deepest first (setting one changes nothing above it, but the order costs nothing), and the
+    /// directories' part of the census.
     fn finish(mut self) -> Result<Unpacked, UnpackError> {
-        for (path, mtime) in std::mem::take(&mut self.dir_times).iter().rev() {
-            let mtime = time_spec(*mtime);
+        for (path, dir) in std::mem::take(&mut self.dirs).iter().rev() {
+            let mtime = time_spec(dir.mtime);
             let set = |dir: BorrowedFd<'_>, name: &CStr| -> io::Result<()> {
                 Ok(nix::sys::stat::utimensat(dir, name, &mtime, &mtime, UtimensatFlags::NoFollowSymlink)?)
             };
             match LayerPath::parse(path) {
-                Ok(Some(path)) => {
-                    let parent = self.open_parent(&path)?;
-                    path_at(&path, "set the time", set(parent.fd, path.name()))?;
+                Ok(Some(name)) => {
+                    let parent = self.open_parent(&name)?;
+                    path_at(&name, "set the time", set(parent.fd, name.name()))?;
+                    let (mode, uid, gid) = (libc::S_IFDIR | dir.mode, dir.uid, dir.gid);
+                    self.done.census.add_name(path, &Seen { mode, uid, gid, detail: 0, link: &[] });
                 }
                 _ => set(self.root.as_fd(), c".").map_err(|source| UnpackError::Io {
                     op: "set the time",
@@ -676,6 +709,15 @@ impl<'a> Unpacker<'a> {
                     source,
                 })?,
             }
+        }
+        for path in self.done.implicit_dirs.iter().filter(|path| !path.is_empty()) {
+            let seen = Seen { mode: libc::S_IFDIR | 0o755, uid: 0, gid: 0, detail: 0, link: &[] };
+            self.done.census.add_name(path, &seen);
+        }
+        if self.recount {
+            let counted = census::take(self.root.as_fd(), true);
+            self.done.census =
+                counted.map_err(|source| UnpackError::Io { op: "read back", path: "/".into(), source })?;
         }
         Ok(self.done)
     }
@@ -762,14 +804,15 @@ pub(crate) fn time_spec((seconds, nanos): (i64, u32)) -> TimeSpec {
     }
 }
 
-/// Copies the data to the file, leaving holes for long runs of zeros.
+/// Copies the data to the file, leaving holes for long runs of zeros: length and checksum.
 fn write_data<R: io::BufRead>(
     file: &File,
     entry: &Entry,
     tar: &mut TarReader<R>,
-) -> Result<u64, UnpackError> {
-    write_region(file, entry, tar, 0, entry.size)?;
-    Ok(entry.size)
+) -> Result<(u64, u32), UnpackError> {
+    let mut crc = flate2::Crc::new();
+    write_region(file, entry, tar, (0, entry.size), &mut crc)?;
+    Ok((entry.size, crc.sum()))
 }
 
 fn write_sparse<R: io::BufRead>(
@@ -777,20 +820,25 @@ fn write_sparse<R: io::BufRead>(
     sparse: &Sparse,
     entry: &Entry,
     tar: &mut TarReader<R>,
-) -> Result<u64, UnpackError> {
+) -> Result<(u64, u32), UnpackError> {
+    let mut crc = flate2::Crc::new();
+    let mut end = 0;
     for &(offset, len) in &sparse.regions {
-        write_region(file, entry, tar, offset, len)?;
+        census::update_zeros(&mut crc, offset - end);
+        write_region(file, entry, tar, (offset, len), &mut crc)?;
+        end = offset + len;
     }
+    census::update_zeros(&mut crc, sparse.len - end);
     at(entry, "set the length", file.set_len(sparse.len))?;
-    Ok(sparse.len)
+    Ok((sparse.len, crc.sum()))
 }
 
 fn write_region<R: io::BufRead>(
     file: &File,
     entry: &Entry,
     tar: &mut TarReader<R>,
-    start: u64,
-    len: u64,
+    (start, len): (u64, u64),
+    crc: &mut flate2::Crc,
 ) -> Result<(), UnpackError> {
     let mut done = 0;
     let mut written_to = 0;
@@ -798,7 +846,11 @@ fn write_region<R: io::BufRead>(
         let n = {
             let piece = tar.data()?;
             let n = (piece.len() as u64).min(len - done) as usize;
+            if n == 0 {
+                return Err(entry_error(entry, "its data ends early"));
+            }
             let piece = &piece[..n];
+            crc.update(piece);
             if n < MIN_HOLE || piece[0] != 0 || piece.iter().any(|&b| b != 0) {
                 at(entry, "write the file", file.write_all_at(piece, start + done))?;
                 written_to = done + n as u64;
@@ -812,28 +864,6 @@ fn write_region<R: io::BufRead>(
         at(entry, "set the length", file.set_len(start + len))?;
     }
     Ok(())
-}
-
-/// Removes a file or a whole directory without following anything.
-pub(crate) fn remove_at(dir: BorrowedFd<'_>, name: &CStr) -> io::Result<()> {
-    match file::unlinkat(dir, name, 0) {
-        Err(e) if matches!(e.raw_os_error(), Some(libc::EISDIR | libc::EPERM)) => {}
-        other => return other,
-    }
-    let flags = libc::O_RDONLY | libc::O_DIRECTORY | libc::O_NOFOLLOW;
-    let fd = file::openat(dir, name, flags, 0)?;
-    let mut names = Vec::new();
-    let mut listing = nix::dir::Dir::from_fd(fd.try_clone()?)?;
-    for entry in listing.iter() {
-        let entry = entry?;
-        if !matches!(entry.file_name().to_bytes(), b"." | b"..") {
-            names.push(entry.file_name().to_owned());
-        }
-    }
-    for child in names {
-        remove_at(fd.as_fd(), &child)?;
-    }
-    file::unlinkat(dir, name, libc::AT_REMOVEDIR)
 }
 
 /// The process's file mode mask, which can otherwise only be read by changing it.

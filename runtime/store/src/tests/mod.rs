@@ -1,6 +1,10 @@
 //! Tests of the whole store on the real kernel; they need root and a file system with `trusted.` attributes.
 
 mod basics;
+mod collect;
+mod corpus;
+mod crash;
+mod import;
 
 use crate::tar::{Entry, Kind};
 use crate::{Digest, Image, Store, tarwrite};

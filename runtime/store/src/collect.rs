@@ -1,0 +1,219 @@
+//! Removing images and what nothing needs any more.
+//!
+//! No counters: what is needed is computed from the records, from what the caller declares, and from what is mounted.
+
+use crate::fixup;
+use crate::fsio::{self, At, FsError, TEMPORARY};
+use crate::image::{self, ImageError, ImageRecord, MAX_CONFIG, MAX_MANIFEST};
+use crate::{Digest, Store, canonical_reference};
+use std::collections::BTreeSet;
+use std::ffi::OsStr;
+use std::fs;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+use std::time::{Duration, SystemTime};
+
+/// A partial blob that no pull has gone on with for this long is not coming back.
+const PARTIAL_MAX_AGE: Duration = Duration::from_secs(7 * 24 * 3600);
+
+/// What must stay, besides pinned images.
+#[derive(Clone, Debug, Default)]
+pub struct Roots {
+    /// References that manifests declare, running or not; any spelling.
+    pub references: BTreeSet<String>,
+    /// Manifest digests of what runs; their layers are in use whatever their references mean now.
+    pub manifests: BTreeSet<Digest>,
+}
+
+/// What went.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Collected {
+    pub images: Vec<String>,
+    pub layers: u64,
+    pub blobs: u64,
+    pub partials: u64,
+    pub freed_bytes: u64,
+    /// Layers that nothing needs but a mounted root file system.
+    pub layers_in_use: u64,
+}
+
+impl Store {
+    /// Forgets a reference; `false` when there is none. Its layers and blobs go with the next
+    /// [`Store::collect_garbage`].
+    pub fn remove_image(&self, reference: &str) -> Result<bool, ImageError> {
+        let Ok(reference) = canonical_reference(reference) else { return Ok(false) };
+        let _commit = self.inner.commit();
+        let path = self.inner.record_path(&reference);
+        if !fsio::remove_file(&path)? {
+            return Ok(false);
+        }
+        fsio::sync_dir(&self.inner.images_dir())?;
+        self.refresh_index()?;
+        Ok(true)
+    }
+
+    /// Removes images that are neither pinned nor among the roots, then blobs and layers that nothing reaches.
+    pub fn collect_garbage(&self, roots: &Roots) -> Result<Collected, ImageError> {
+        let _commit = self.inner.commit();
+        let mut done = Collected::default();
+        let references: BTreeSet<String> =
+            roots.references.iter().filter_map(|r| canonical_reference(r).ok()).collect();
+        let mut kept = Vec::new();
+        for (path, record) in self.records()? {
+            let needed = record.pinned
+                || references.contains(&record.reference)
+                || roots.manifests.contains(&record.manifest.digest);
+            if needed {
+                kept.push(record);
+            } else {
+                fsio::remove_file(&path)?;
+                done.images.push(record.reference);
+            }
+        }
+        if !done.images.is_empty() {
+            fsio::sync_dir(&self.inner.images_dir())?;
+            self.refresh_index()?;
+        }
+        let needed = self.needed(&kept, &roots.manifests)?;
+        self.sweep_blobs(&needed, &mut done)?;
+        self.sweep_layers(&needed, &mut done)?;
+        self.sweep_partials(PARTIAL_MAX_AGE, &mut done)?;
+        Ok(done)
+    }
+
+    /// Removes every partial blob that nobody is writing: the first thing to go when the disk is full.
+    pub fn drop_partials(&self) -> Result<Collected, FsError> {
+        let mut done = Collected::default();
+        self.sweep_partials(Duration::ZERO, &mut done)?;
+        Ok(done)
+    }
+
+    /// Blobs and layers that something reaches.
+    fn needed(
+        &self,
+        records: &[ImageRecord],
+        running: &BTreeSet<Digest>,
+    ) -> Result<BTreeSet<Digest>, ImageError> {
+        let mut needed: BTreeSet<Digest> = BTreeSet::new();
+        for record in records {
+            needed.extend([record.manifest.digest, record.config]);
+            needed.extend(record.layers.iter().flat_map(|layer| [layer.blob_digest, layer.diff_id]));
+            needed.extend(record.fixup);
+        }
+        for manifest in running {
+            needed.insert(*manifest);
+            // Damage here must not stop the collection; what is mounted is kept below in any case.
+            let Ok(Some(bytes)) = self.read_blob(manifest, MAX_MANIFEST) else { continue };
+            let Ok(config) = image::config_digest(&bytes) else { continue };
+            needed.insert(config);
+            let Ok(Some(config)) = self.read_blob(&config, MAX_CONFIG) else { continue };
+            if let Ok(lowered) = image::lower(&bytes, image::OCI_MANIFEST, &config) {
+                let ids: Vec<Digest> = lowered.layers.iter().map(|layer| layer.diff_id).collect();
+                needed.insert(fixup::id(&ids));
+                needed.extend(lowered.layers.iter().flat_map(|layer| [layer.blob_digest, layer.diff_id]));
+            }
+        }
+        let state = self.inner.state();
+        needed.extend(state.leases.keys());
+        needed.extend(state.blobs.keys());
+        needed.extend(state.layers.keys());
+        needed.extend(&state.writing);
+        Ok(needed)
+    }
+
+    fn sweep_blobs(&self, needed: &BTreeSet<Digest>, done: &mut Collected) -> Result<(), FsError> {
+        let dir = self.inner.blobs_dir();
+        for (name, digest) in digests(&dir)? {
+            if !needed.contains(&digest) {
+                let path = dir.join(name);
+                done.freed_bytes += fs::metadata(&path).map_or(0, |m| m.len());
+                fsio::remove_file(&path)?;
+                done.blobs += 1;
+            }
+        }
+        Ok(())
+    }
+
+    fn sweep_layers(&self, needed: &BTreeSet<Digest>, done: &mut Collected) -> Result<(), FsError> {
+        let dir = self.inner.layers_dir();
+        let mounted = mounted_layers(&dir)?;
+        for (name, id) in digests(&dir)? {
+            if needed.contains(&id) {
+                continue;
+            }
+            if mounted.contains(&id) {
+                done.layers_in_use += 1;
+                continue;
+            }
+            done.freed_bytes += self.layer_record(&id).ok().flatten().map_or(0, |record| record.size_bytes);
+            self.inner.discard_layer(&dir.join(name))?;
+            done.layers += 1;
+        }
+        Ok(())
+    }
+
+    fn sweep_partials(&self, max_age: Duration, done: &mut Collected) -> Result<(), FsError> {
+        let dir = self.inner.partial_dir();
+        for (name, digest) in digests(&dir)? {
+            let path = dir.join(name);
+            let data = fs::metadata(path.join("data"));
+            let modified =
+                data.as_ref().ok().and_then(|m| m.modified().ok()).unwrap_or(SystemTime::UNIX_EPOCH);
+            let age = SystemTime::now().duration_since(modified).unwrap_or_default();
+            // The lock is held so that no writer starts on what is being removed.
+            let state = self.inner.state();
+            if age >= max_age && !state.writing.contains(&digest) {
+                done.freed_bytes += data.map_or(0, |m| m.len());
+                fsio::remove_tree(&path)?;
+                done.partials += 1;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl crate::store::Inner {
+    /// First out of sight by one rename, so that a crash in the middle leaves no half layer, then removed.
+    pub(crate) fn discard_layer(&self, path: &Path) -> Result<(), FsError> {
+        let away = self.layers_dir().join(format!("{TEMPORARY}{}", fsio::unique()));
+        fs::rename(path, &away).at("move away", path)?;
+        fsio::sync_dir(&self.layers_dir())?;
+        fsio::remove_tree(&away)
+    }
+}
+
+/// Entries of a directory that are named by a digest.
+fn digests(dir: &Path) -> Result<Vec<(std::ffi::OsString, Digest)>, FsError> {
+    let names = fsio::list(dir)?.into_iter();
+    Ok(names.filter_map(|name| Some((name.clone(), Digest::from_hex(name.to_str()?).ok()?))).collect())
+}
+
+/// Layers below `layers` that are part of an overlay mounted in this mount namespace.
+pub(crate) fn mounted_layers(layers: &Path) -> Result<BTreeSet<Digest>, FsError> {
+    let path = Path::new("/proc/self/mountinfo");
+    let text = fs::read(path).at("read", path)?;
+    let prefix = escape(layers.as_os_str());
+    let mut found = BTreeSet::new();
+    for line in text.split(|&b| b == b'\n').filter(|line| line.windows(9).any(|w| w == b" overlay ")) {
+        let mut rest = line;
+        while let Some(at) = rest.windows(prefix.len()).position(|w| w == prefix) {
+            rest = &rest[at + prefix.len()..];
+            let hex = rest.get(..64).and_then(|hex| std::str::from_utf8(hex).ok());
+            found.extend(hex.and_then(|hex| Digest::from_hex(hex).ok()));
+        }
+    }
+    Ok(found)
+}
+
+/// A directory's path with a slash, as the kernel writes it in mount options.
+fn escape(path: &OsStr) -> Vec<u8> {
+    let mut out = Vec::new();
+    for &byte in path.as_bytes() {
+        match byte {
+            b' ' | b'\t' | b'\n' | b'\\' => out.extend_from_slice(format!("\\{byte:03o}").as_bytes()),
+            _ => out.push(byte),
+        }
+    }
+    out.push(b'/');
+    out
+}
