@@ -11,8 +11,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use keel_proto::{
-    Attach, Attachment, Client, ClientError, ErrorCode, Event, ExitRecord, MAX_MESSAGE, Phase, Reply,
-    SpareReaders, Stream,
+    Attach, Attachment, Client, ClientError, ErrorCode, Event, Exec, ExitRecord, MAX_MESSAGE, Phase, Reply,
+    Session, SpareReaders, Stream,
 };
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -149,7 +149,8 @@ fn no_line_is_lost_or_doubled_when_the_shim_is_killed_again_and_again() {
     let seen = container.output("stdout");
     let mut expected = String::new();
     (1..=LINES).for_each(|n| expected.push_str(&format!("{n}\n")));
-    assert!(seen == expected, "{} of {} bytes", seen.len(), expected.len());
+    let odd = seen.lines().zip(1..).find(|(line, n)| *line != n.to_string());
+    assert!(seen == expected, "{} of {} bytes, {odd:?}", seen.len(), expected.len());
     assert_eq!(container.output("stderr"), "done\n");
     container.assert_gone();
 }
@@ -298,6 +299,78 @@ fn a_terminal_has_the_size_it_was_given() {
     assert_eq!(container.exit().code, 0);
     let seen = container.output("stdout");
     assert!(seen.contains("33 121\r\n") && seen.ends_with("got word\r\n"), "{seen:?}");
+}
+
+#[test]
+fn commands_have_their_own_streams_and_status() {
+    let Some(rig) = Rig::new() else { return };
+    let container = rig.run("sleep 1000", &[]);
+    let mut plain = container.exec("echo out; echo err >&2; exit 5", false, false).unwrap();
+    assert_eq!(converse(&mut plain), ("out\n".into(), "err\n".into(), 5));
+    let mut fed = container.exec("cat; exit 6", false, true).unwrap();
+    let line = format!("{}\n", "x".repeat(999));
+    for _ in 0..30 {
+        fed.write_stdin(line.as_bytes()).unwrap();
+    }
+    fed.close_stdin().unwrap();
+    assert_eq!(converse(&mut fed), (line.repeat(30), String::new(), 6));
+    let mut killed = container.exec("echo ready; sleep 1000", false, false).unwrap();
+    assert!(matches!(killed.next(Some(PATIENCE)), Ok(Event::Data { .. })));
+    killed.signal(9).unwrap();
+    assert_eq!(converse(&mut killed).2, 137);
+    let refused = container.client().exec(Exec {
+        process: json!({"args": ["/no/such"], "cwd": "/", "user": {"uid": 0, "gid": 0}})
+            .to_string()
+            .as_bytes(),
+        ..Exec::default()
+    });
+    match refused {
+        Err(ClientError::Refused { code: ErrorCode::Failed, message }) => {
+            assert!(message.contains("/no/such"), "{message}")
+        }
+        other => panic!("{:?}", other.err()),
+    }
+    // None of this is the container's own output, and nothing is left of it.
+    assert_eq!(container.output("stdout"), "");
+    let left = fs::read_dir(&container.dir).unwrap().flatten();
+    assert_eq!(left.filter(|e| e.file_name().to_string_lossy().starts_with("exec-")).count(), 0);
+    assert_eq!(container.client().state().unwrap().phase, Phase::Running);
+}
+
+#[test]
+fn a_command_can_have_a_terminal() {
+    let Some(rig) = Rig::new() else { return };
+    let container = rig.run("sleep 1000", &[]);
+    let mut session = container.exec("read a; stty size; exit 3", true, true).unwrap();
+    session.resize(44, 99).unwrap();
+    session.write_stdin(b"go\n").unwrap();
+    let (out, _, code) = converse(&mut session);
+    assert_eq!(code, 3);
+    assert!(out.ends_with("44 99\r\n"), "{out:?}");
+}
+
+#[test]
+fn a_command_whose_client_is_slow_waits_and_one_whose_client_is_gone_goes_on() {
+    let Some(rig) = Rig::new() else { return };
+    let container = rig.run("sleep 1000", &[]);
+    const BYTES: usize = 3_000_000;
+    let mut slow = container.exec(&format!("yes | head -c {BYTES}; echo end >&2"), false, false).unwrap();
+    let left = container.exec("yes | head -c 300000; echo > /left; sleep 1000", false, false).unwrap();
+    drop(left);
+    poll("the end of the one left alone", || container.dir.join("rootfs/left").exists());
+    let (out, err, code) = converse(&mut slow);
+    assert_eq!((out.len(), err.ends_with("end\n"), code), (BYTES, true, 0));
+}
+
+#[test]
+fn commands_end_with_the_container() {
+    let Some(rig) = Rig::new() else { return };
+    let container = rig.run("sleep 1000", &[]);
+    let mut session = container.exec("sleep 1000", false, false).unwrap();
+    container.client().signal(9).unwrap();
+    assert_eq!(converse(&mut session).2, 137);
+    container.exit();
+    container.assert_gone();
 }
 
 #[test]
@@ -489,6 +562,21 @@ fn follow(attached: &mut Attachment) -> (String, u64, i32) {
     }
 }
 
+/// Everything a command says: stdout, stderr, exit code.
+fn converse(session: &mut Session) -> (String, String, i32) {
+    let (mut out, mut err) = (String::new(), String::new());
+    loop {
+        match session.next(Some(PATIENCE)).unwrap() {
+            Event::Data { stream, bytes } => {
+                let text = if stream == Stream::Stdout { &mut out } else { &mut err };
+                text.push_str(std::str::from_utf8(bytes).unwrap());
+            }
+            Event::Gap { bytes } => panic!("{bytes} bytes are missing"),
+            Event::Exited(record) => return (out, err, record.code),
+        }
+    }
+}
+
 fn poll(what: &str, mut done: impl FnMut() -> bool) {
     let deadline = Instant::now() + PATIENCE;
     while !done() {
@@ -644,6 +732,15 @@ impl Container<'_> {
 
     fn client(&self) -> Client {
         Client::connect(&self.dir).unwrap()
+    }
+
+    fn exec(&self, script: &str, tty: bool, stdin: bool) -> Result<Session, ClientError> {
+        let process = json!({
+            "terminal": tty, "user": {"uid": 0, "gid": 0}, "cwd": "/",
+            "args": ["/bin/sh", "-c", script], "env": ["PATH=/bin"]
+        });
+        let process = process.to_string();
+        self.client().exec(Exec { tty, stdin, process: process.as_bytes(), ..Exec::default() })
     }
 
     fn exit(&self) -> ExitRecord {

@@ -9,6 +9,7 @@ use keel_sys::seqpacket;
 
 use crate::args::AdoptOptions;
 use crate::error::{Context, Error};
+use crate::log::{cut_torn_record, finish_rotation};
 use crate::memory::Memory;
 use crate::process::{Identity, replace};
 use crate::progress;
@@ -76,6 +77,8 @@ fn adopt(options: &AdoptOptions) -> Result<Adopted, Error> {
         let stdout = open(&dir, file::STDOUT, Access::Read)?;
         let stderr = open(&dir, file::STDERR, Access::Read)?;
         if let Some(log) = &memory.options.log {
+            finish_rotation(log, memory.options.log_max_files);
+            cut_torn_record(log).at("repair", log)?;
             progress::resume(&dir, log, &stdout, &stderr)?;
         }
         // Fails when nobody reads the input any more, because the container has ended.

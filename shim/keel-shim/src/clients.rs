@@ -24,9 +24,17 @@ pub(crate) struct Client {
     pub(crate) waiting: bool,
     /// Output that this attachment was too slow for, not yet told.
     missed: u64,
+    /// Nothing is read from it for now.
+    paused: bool,
+    /// Somebody waits for room in its socket.
+    choked: bool,
 }
 
 impl Client {
+    fn new(socket: OwnedFd) -> Client {
+        Client { socket, attached: None, waiting: false, missed: 0, paused: false, choked: false }
+    }
+
     pub(crate) fn fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
     }
@@ -76,8 +84,8 @@ impl Client {
     }
 
     fn interest(&self, stdin_blocked: bool) -> u32 {
-        let read = if stdin_blocked && self.has_stdin() { 0 } else { IN };
-        let write = if self.missed > 0 { OUT } else { 0 };
+        let read = if self.paused || stdin_blocked && self.has_stdin() { 0 } else { IN };
+        let write = if self.missed > 0 || self.choked { OUT } else { 0 };
         read | write
     }
 }
@@ -91,8 +99,7 @@ impl Clients {
     pub(crate) fn accept(&mut self, listener: &OwnedFd, epoll: &Epoll) {
         while let Ok(socket) = seqpacket::accept(listener.as_fd()) {
             let refuse = |code, message| {
-                let client =
-                    Client { socket: socket.try_clone()?, attached: None, waiting: false, missed: 0 };
+                let client = Client::new(socket.try_clone()?);
                 client.send(&Reply::Error { code, message })
             };
             let allowed = seqpacket::peer_uid(socket.as_fd()).is_ok_and(|uid| uid == 0 || uid == geteuid());
@@ -105,7 +112,7 @@ impl Clients {
                 continue;
             };
             if epoll.add(&socket, IN, self.first_token + slot as u64).is_ok() {
-                self.slots[slot] = Some(Client { socket, attached: None, waiting: false, missed: 0 });
+                self.slots[slot] = Some(Client::new(socket));
             }
         }
     }
@@ -162,6 +169,22 @@ impl Clients {
             return false;
         }
         epoll.modify(&client.socket, client.interest(stdin_blocked), token).is_ok()
+    }
+
+    pub(crate) fn pause(&mut self, index: usize, paused: bool, epoll: &Epoll) {
+        self.change(index, epoll, |client| client.paused = paused);
+    }
+
+    pub(crate) fn choke(&mut self, index: usize, choked: bool, epoll: &Epoll) {
+        self.change(index, epoll, |client| client.choked = choked);
+    }
+
+    fn change(&mut self, index: usize, epoll: &Epoll, change: impl FnOnce(&mut Client)) {
+        let token = self.first_token + index as u64;
+        if let Some(client) = self.get(index) {
+            change(client);
+            let _ = epoll.modify(&client.socket, client.interest(false), token);
+        }
     }
 
     /// Stops or resumes listening to those who feed the container's input.

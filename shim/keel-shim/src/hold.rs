@@ -10,7 +10,7 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use keel_proto::{
-    Attach, DecodeError, ErrorCode, ExitRecord, MAX_MESSAGE, Phase, Reply, Request, State, Stream,
+    Attach, DecodeError, ErrorCode, Exec, ExitRecord, MAX_MESSAGE, Phase, Reply, Request, State, Stream,
 };
 use keel_sys::epoll::{BATCH, ERR, Epoll, HUP, IN, OUT, Ready};
 use keel_sys::file::set_cloexec;
@@ -29,6 +29,7 @@ use crate::progress::Progress;
 use crate::record::write_durably;
 use crate::replay;
 use crate::runtime::{DELETE_TIMEOUT, Runtime};
+use crate::sessions::Sessions;
 use crate::setup;
 
 /// As much as a pipe holds: one read empties it.
@@ -58,6 +59,7 @@ const STDIN: u64 = 3;
 const STDOUT: u64 = 4;
 const STDERR: u64 = 5;
 const CLIENTS: u64 = 16;
+const SESSIONS: u64 = 64;
 
 pub(crate) fn run(inherited: &Inherited) -> Result<ExitCode, Error> {
     let mut hold = Hold::new(inherited)?;
@@ -71,6 +73,15 @@ pub(crate) fn run(inherited: &Inherited) -> Result<ExitCode, Error> {
 pub(crate) fn now_ms() -> u64 {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     u64::try_from(now.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// Code, signal and core dump as records have them.
+pub(crate) fn exit_numbers(status: Option<Status>) -> (i32, i32, bool) {
+    match status {
+        Some(Status::Exited(code)) => (code, 0, false),
+        Some(Status::Signaled { signal, core }) => (128 + signal, signal, core),
+        None => (-1, 0, false),
+    }
 }
 
 struct Hold {
@@ -90,6 +101,7 @@ struct Hold {
     /// The buffers have pages to give back.
     warm: bool,
     clients: Clients,
+    sessions: Sessions,
     phase: Phase,
     deadline: Option<Instant>,
     /// The adopted container has ended and its parent has so long to reap it.
@@ -161,6 +173,7 @@ impl Hold {
             // Start-up counts as a burst.
             warm: true,
             clients: Clients::new(CLIENTS),
+            sessions: Sessions::new(SESSIONS),
             phase: Phase::Running,
             deadline: None,
             reaper_due: None,
@@ -246,6 +259,10 @@ impl Hold {
             STDIN => self.feed_stdin(),
             STDOUT => self.pump(0),
             STDERR => self.pump(1),
+            token if self.sessions.owns(token) => {
+                self.warm = true;
+                self.sessions.ready(token, &mut self.input, &self.epoll, &mut self.clients);
+            }
             token => {
                 if let Some(index) = self.clients.index(token) {
                     self.client(index, ready.events);
@@ -314,6 +331,8 @@ impl Hold {
             } else if Some(reaped.pid) == self.deleting {
                 self.deleting = None;
                 self.event(Event::Deleted);
+            } else {
+                self.sessions.reaped(reaped, &self.memory.options, &self.epoll, &mut self.clients);
             }
         }
     }
@@ -440,11 +459,7 @@ impl Hold {
 
     fn make_record(&self) -> ExitRecord {
         let ended = self.ended.unwrap_or(Ended { status: None, usage: Reaped::default(), at_ms: now_ms() });
-        let (code, signal, core) = match ended.status {
-            Some(Status::Exited(code)) => (code, 0, false),
-            Some(Status::Signaled { signal, core }) => (128 + signal, signal, core),
-            None => (-1, 0, false),
-        };
+        let (code, signal, core) = exit_numbers(ended.status);
         let lost = self.lost();
         ExitRecord {
             id: self.memory.options.id.clone(),
@@ -486,7 +501,10 @@ impl Hold {
     fn client(&mut self, index: usize, events: u32) {
         let blocked = self.stdin.as_ref().is_some_and(|s| !s.pending.is_empty());
         if events & OUT != 0 && !self.clients.writable(index, &self.epoll, blocked) {
-            return self.clients.close(index);
+            return self.client_left(index);
+        }
+        if events & OUT != 0 {
+            self.sessions.client_writable(index, &self.epoll, &mut self.clients);
         }
         if events & (IN | HUP | ERR) == 0 {
             return;
@@ -520,6 +538,7 @@ impl Hold {
 
     fn client_left(&mut self, index: usize) {
         let fed = self.clients.get(index).is_some_and(|c| c.has_stdin());
+        self.sessions.client_left(index, &self.epoll);
         self.clients.close(index);
         if fed {
             self.end_stdin();
@@ -527,7 +546,20 @@ impl Hold {
     }
 
     fn request(&mut self, index: usize, request: Request<'_>) {
+        // On a connection that runs a command, these are the command's, and not answered.
+        if self.sessions.has_client(index) {
+            match request {
+                Request::Stdin(bytes) => {
+                    return self.sessions.stdin(index, bytes, &self.epoll, &mut self.clients);
+                }
+                Request::StdinEof => return self.sessions.stdin_eof(index),
+                Request::Resize { rows, columns } => return self.sessions.resize(index, rows, columns),
+                Request::Signal { signal } => return self.sessions.signal(index, signal),
+                _ => return self.refuse(index, ErrorCode::Unsupported, "this connection runs a command"),
+            }
+        }
         match request {
+            Request::Exec(exec) => self.exec(index, exec),
             Request::State => self.answer(index, &Reply::State(self.state())),
             Request::Signal { signal } => {
                 let sent = self.signal(signal);
@@ -617,6 +649,16 @@ impl Hold {
         }
     }
 
+    fn exec(&mut self, index: usize, exec: Exec<'_>) {
+        if self.phase > Phase::Stopping {
+            return self.refuse(index, ErrorCode::Unsupported, "the container has ended");
+        }
+        // Answered when the runtime has done it.
+        if let Err(e) = self.sessions.start(&self.memory.options, &self.epoll, index, exec) {
+            self.refuse(index, ErrorCode::Failed, &e.one_line());
+        }
+    }
+
     fn wait(&mut self, index: usize) {
         let Some(client) = self.clients.get(index) else { return };
         match &self.record {
@@ -649,12 +691,14 @@ impl Hold {
     /// Executes whatever program now has the name that this one was started by. Connections end; the container, its
     /// children and its streams do not notice.
     fn upgrade(&mut self, index: usize) {
-        let busy = self.phase != Phase::Running || self.stdin.as_ref().is_some_and(|s| !s.pending.is_empty());
+        let busy = self.phase != Phase::Running
+            || self.sessions.any()
+            || self.stdin.as_ref().is_some_and(|s| !s.pending.is_empty());
         if busy {
             return self.refuse(
                 index,
                 ErrorCode::Unsupported,
-                "not while the container is being stopped or fed",
+                "not while the container is being stopped or fed, or runs a command",
             );
         }
         self.memory.lost = self.lost();

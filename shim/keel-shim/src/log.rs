@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::{self, Write as _};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
@@ -204,28 +204,43 @@ impl Log {
         Ok(())
     }
 
-    /// `log` becomes `log.1`, `log.1` becomes `log.2`, and so on; the oldest is replaced. The new file is there before
-    /// anything moves, so a full disk leaves everything as it was. Killed half-way, the numbers have a hole, which the
-    /// next rotation fills before it drops anything.
     fn rotate(&mut self) -> io::Result<()> {
-        let next = numbered(&self.path, "new");
         let mut options = File::options();
+        let next = numbered(&self.path, NEXT);
         let file = options.append(true).create(true).mode(MODE).open(&next)?;
-        let backups = self.limits.files - 1;
-        let backup = |n: u32| numbered(&self.path, &n.to_string());
-        if backups > 0 {
-            let hole = (1..backups).find(|n| !backup(*n).exists()).unwrap_or(backups);
-            for n in (1..hole).rev() {
-                rename_if_there(&backup(n), &backup(n + 1))?;
-            }
-            rename_if_there(&self.path, &backup(1))?;
-        }
-        fs::rename(&next, &self.path)?;
+        shift(&self.path, self.limits.files)?;
         self.inode = file.metadata()?.ino();
         self.born = SystemTime::now();
         self.file = Some(file);
         self.size = 0;
         Ok(())
+    }
+}
+
+/// The next file while it waits for the current one to make room. It is there before anything moves, so a full disk
+/// leaves everything as it was; and as long as it is there, a rotation is not finished.
+const NEXT: &str = "new";
+
+/// `log` becomes `log.1`, `log.1` becomes `log.2`, and so on; the oldest is replaced; `log.new` becomes `log`.
+fn shift(path: &Path, files: u32) -> io::Result<()> {
+    let backups = files - 1;
+    let backup = |n: u32| numbered(path, &n.to_string());
+    if backups > 0 && path.exists() {
+        // Killed half-way, the numbers have a hole, up to which files have moved already.
+        let hole = (1..backups).find(|n| !backup(*n).exists()).unwrap_or(backups);
+        for n in (1..hole).rev() {
+            rename_if_there(&backup(n), &backup(n + 1))?;
+        }
+        rename_if_there(path, &backup(1))?;
+    }
+    fs::rename(numbered(path, NEXT), path)
+}
+
+/// Finishes a rotation that was killed half-way, so that the numbers have no hole.
+pub(crate) fn finish_rotation(path: &Path, files: u32) {
+    if numbered(path, NEXT).exists() {
+        // If it does not work now, the next rotation finds the same.
+        let _ = shift(path, files);
     }
 }
 
@@ -242,6 +257,25 @@ fn rename_if_there(from: &Path, to: &Path) -> io::Result<()> {
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
         other => other,
     }
+}
+
+/// Takes back a record that was killed half-way: the kernel ends a large write early for a fatal signal. Its output is
+/// still in the FIFO.
+pub(crate) fn cut_torn_record(path: &Path) -> io::Result<()> {
+    /// Longer than any record.
+    const WINDOW: u64 = 256 << 10;
+    let file = match File::options().read(true).write(true).open(path) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+        other => other?,
+    };
+    let size = file.metadata()?.len();
+    let start = size.saturating_sub(WINDOW);
+    let mut tail = vec![0; usize::try_from(size - start).unwrap_or(0)];
+    file.read_exact_at(&mut tail, start)?;
+    let whole = memchr::memrchr(b'\n', &tail).map_or(0, |at| at + 1);
+    // A tail of another make, without any newline, is not ours to cut.
+    let ours = whole > 0 || start == 0;
+    if ours && whole < tail.len() { file.set_len(start + whole as u64) } else { Ok(()) }
 }
 
 #[cfg(test)]
@@ -335,15 +369,51 @@ mod tests {
     #[test]
     fn a_rotation_that_was_killed_half_way_loses_nothing() {
         let dir = Dir::new("killed");
-        let mut log = dir.open(4, 3);
+        let mut log = dir.open(4, 5);
         log.append(b"aaa\nbbb\n");
-        // Killed after the current file was moved and before the new one got its name.
-        fs::rename(dir.0.join("0.log.1"), dir.0.join("0.log.2")).unwrap();
-        fs::rename(dir.log(), dir.0.join("0.log.1")).unwrap();
-        fs::write(dir.0.join("0.log.new"), "").unwrap();
-        let mut log = dir.open(4, 3);
         log.append(b"ccc\n");
-        assert_eq!([dir.read(""), dir.read("1"), dir.read("2")], ["ccc\n", "bbb\n", "aaa\n"]);
+        let all = ["0.log", "0.log.1", "0.log.2"].map(|name| dir.0.join(name));
+        let check = |step: &str| {
+            fs::write(dir.0.join("0.log.new"), "").unwrap();
+            finish_rotation(&dir.log(), 5);
+            let texts = ["", "1", "2", "3", "4"].map(|n| dir.read(n));
+            let texts: Vec<_> = texts.iter().map(String::as_str).filter(|t| !t.is_empty()).collect();
+            assert_eq!(texts[..3], ["ccc\n", "bbb\n", "aaa\n"], "{step}");
+            assert!(!dir.0.join("0.log.new").exists());
+            for (n, text) in texts[..3].iter().enumerate() {
+                fs::write(&all[n], text).unwrap();
+            }
+            for n in ["3", "4"] {
+                let _ = fs::remove_file(numbered(&dir.log(), n));
+            }
+        };
+        check("before anything moved");
+        fs::rename(&all[2], numbered(&dir.log(), "3")).unwrap();
+        check("oldest moved");
+        fs::rename(&all[2], numbered(&dir.log(), "3")).unwrap();
+        fs::rename(&all[1], &all[2]).unwrap();
+        check("all backups moved");
+        fs::rename(&all[2], numbered(&dir.log(), "3")).unwrap();
+        fs::rename(&all[1], &all[2]).unwrap();
+        fs::rename(&all[0], &all[1]).unwrap();
+        check("current moved");
+    }
+
+    #[test]
+    fn half_a_record_is_taken_back_and_nothing_else() {
+        let dir = Dir::new("torn");
+        let check = |text: &str, expected: &str| {
+            fs::write(dir.log(), text).unwrap();
+            cut_torn_record(&dir.log()).unwrap();
+            assert_eq!(dir.read(""), expected);
+        };
+        check("a\nb\n", "a\nb\n");
+        check("a\nb", "a\n");
+        check("b", "");
+        check("", "");
+        let long = "x".repeat(300_000);
+        check(&long, &long);
+        cut_torn_record(&dir.0.join("absent")).unwrap();
     }
 
     #[test]

@@ -26,6 +26,7 @@ mod progress;
 mod record;
 mod replay;
 mod runtime;
+mod sessions;
 mod setup;
 
 use std::io::Write as _;

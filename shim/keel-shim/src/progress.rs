@@ -126,7 +126,7 @@ fn written_since(log: &Path, (inode, offset): (u64, u64), stream: Stream) -> io:
     for n in 0..FILES {
         let path = if n == 0 { log.to_owned() } else { numbered(log, &n.to_string()) };
         let Ok(meta) = fs::metadata(&path) else {
-            // Killed within a rotation, the current file has only its number.
+            // The current file may have been moved away by somebody.
             if n == 0 { continue } else { break }
         };
         files.push(path);

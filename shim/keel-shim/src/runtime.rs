@@ -24,11 +24,18 @@ const MAX_MESSAGE: usize = 2000;
 
 pub(crate) struct Runtime<'a> {
     options: &'a Options,
+    /// Of the files for the runtime's messages.
+    name: &'a str,
 }
 
 impl<'a> Runtime<'a> {
     pub(crate) fn new(options: &'a Options) -> Runtime<'a> {
-        Runtime { options }
+        Runtime { options, name: "runtime" }
+    }
+
+    /// For one of several calls at a time.
+    pub(crate) fn named(options: &'a Options, name: &'a str) -> Runtime<'a> {
+        Runtime { options, name }
     }
 
     /// `RUNTIME --root R --log F --log-format json ARGS.. VERB`. The kernel kills it should the shim die: a half-made
@@ -119,11 +126,11 @@ impl<'a> Runtime<'a> {
     }
 
     fn log(&self) -> PathBuf {
-        self.options.dir.join("runtime.log")
+        self.options.dir.join(format!("{}.log", self.name))
     }
 
     fn stderr(&self) -> PathBuf {
-        self.options.dir.join("runtime.err")
+        self.options.dir.join(format!("{}.err", self.name))
     }
 
     /// A file for what the runtime says where its stderr is not the container's.

@@ -10,11 +10,15 @@ use std::time::{Duration, Instant};
 
 use keel_sys::seqpacket;
 
-use crate::message::{Attach, DecodeError, ErrorCode, MAX_DATA, MAX_MESSAGE, Reply, Request, State, Stream};
+use crate::message::{
+    Attach, DecodeError, ErrorCode, Exec, MAX_DATA, MAX_MESSAGE, Reply, Request, State, Stream,
+};
 use crate::{ExitRecord, ParseExitError, file};
 
 /// A healthy shim answers in well under a millisecond; a loaded host may need seconds.
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(10);
+/// The runtime enters the container before the shim answers.
+const EXEC_TIMEOUT: Duration = Duration::from_secs(60);
 /// `O_NONBLOCK`, for opening a FIFO without waiting for its writer.
 const NONBLOCK: i32 = 0o4000;
 
@@ -171,6 +175,21 @@ impl Client {
         Ok(Attachment { client: self })
     }
 
+    /// Runs a command in the container; returns when it runs. A process description longer than a message is refused.
+    pub fn exec(mut self, exec: Exec<'_>) -> Result<Session, ClientError> {
+        if exec.process.len() > MAX_DATA {
+            return Err(ClientError::Refused {
+                code: ErrorCode::Malformed,
+                message: format!("process description exceeds {MAX_DATA} bytes"),
+            });
+        }
+        self.send(Request::Exec(exec))?;
+        match self.receive(Some(Instant::now() + self.timeout.max(EXEC_TIMEOUT)))?.0 {
+            Reply::Ok => Ok(Session { attachment: Attachment { client: self } }),
+            other => Err(refusal(&other)),
+        }
+    }
+
     fn command(&mut self, request: Request<'_>) -> Result<(), ClientError> {
         match self.ask(request)? {
             Reply::Ok => Ok(()),
@@ -283,6 +302,41 @@ impl Attachment {
 impl AsFd for Attachment {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.client.as_fd()
+    }
+}
+
+/// A command that runs in the container. Dropped, it runs on without input, and its output is thrown away.
+pub struct Session {
+    attachment: Attachment,
+}
+
+impl Session {
+    /// The next output, or the command's end; see [`Attachment::next`].
+    pub fn next(&mut self, limit: Option<Duration>) -> Result<Event<'_>, ClientError> {
+        self.attachment.next(limit)
+    }
+
+    pub fn write_stdin(&mut self, input: &[u8]) -> Result<(), ClientError> {
+        self.attachment.write_stdin(input)
+    }
+
+    pub fn close_stdin(&mut self) -> Result<(), ClientError> {
+        self.attachment.close_stdin()
+    }
+
+    pub fn resize(&mut self, rows: u16, columns: u16) -> Result<(), ClientError> {
+        self.attachment.client.send(Request::Resize { rows, columns })
+    }
+
+    /// To the command, if it still runs.
+    pub fn signal(&mut self, signal: u8) -> Result<(), ClientError> {
+        self.attachment.client.send(Request::Signal { signal })
+    }
+}
+
+impl AsFd for Session {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.attachment.as_fd()
     }
 }
 

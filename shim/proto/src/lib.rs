@@ -8,11 +8,11 @@ mod exit;
 pub mod json;
 mod message;
 
-pub use client::{Attachment, Client, ClientError, Event, SpareReaders, Spares};
+pub use client::{Attachment, Client, ClientError, Event, Session, SpareReaders, Spares};
 pub use exit::{ExitRecord, ParseExitError};
 pub use message::{
-    Attach, DecodeError, Encoded, ErrorCode, MAX_DATA, MAX_MESSAGE, Phase, Reply, Request, State, Stream,
-    VERSION,
+    Attach, DecodeError, Encoded, ErrorCode, Exec, MAX_DATA, MAX_MESSAGE, Phase, Reply, Request, State,
+    Stream, VERSION,
 };
 
 /// Names of the files in a shim's directory.

@@ -14,7 +14,7 @@ const HEADER: usize = 4;
 /// Payload of one data message: small enough that a socket's default buffer takes a dozen.
 pub const MAX_DATA: usize = 16 * 1024;
 /// No message is longer.
-pub const MAX_MESSAGE: usize = HEADER + 1 + MAX_DATA;
+pub const MAX_MESSAGE: usize = HEADER + 5 + MAX_DATA;
 /// Fixed part of the longest message.
 const MAX_HEAD: usize = 64;
 
@@ -49,6 +49,20 @@ pub enum Request<'a> {
     Spares,
     /// The shim re-executes the binary at its own path, keeping the container.
     Upgrade,
+    /// Runs a command in the container and turns the connection into its session: `Ok` when it runs, then `Data` and at
+    /// last `Exited`; `Stdin`, `StdinEof`, `Resize` and `Signal` are the command's and get no answer.
+    Exec(Exec<'a>),
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Exec<'a> {
+    pub tty: bool,
+    pub stdin: bool,
+    /// Of the terminal; 0 leaves it alone.
+    pub rows: u16,
+    pub columns: u16,
+    /// `process` of the OCI runtime specification, JSON; its `terminal` must agree with `tty`.
+    pub process: &'a [u8],
 }
 
 /// What an attachment wants to see.
@@ -226,6 +240,7 @@ const REOPEN: u8 = 8;
 const WAIT: u8 = 9;
 const SPARES: u8 = 10;
 const UPGRADE: u8 = 11;
+const EXEC: u8 = 12;
 const OK: u8 = 128;
 const ERROR: u8 = 129;
 const STATE_IS: u8 = 130;
@@ -255,6 +270,11 @@ impl<'a> Request<'a> {
             Request::Wait => Encoded::new(WAIT),
             Request::Spares => Encoded::new(SPARES),
             Request::Upgrade => Encoded::new(UPGRADE),
+            Request::Exec(exec) => Encoded::new(EXEC)
+                .put(&[pack(&[exec.tty, exec.stdin])])
+                .put(&exec.rows.to_le_bytes())
+                .put(&exec.columns.to_le_bytes())
+                .body(exec.process),
         }
     }
 
@@ -280,6 +300,16 @@ impl<'a> Request<'a> {
             WAIT => Request::Wait,
             SPARES => Request::Spares,
             UPGRADE => Request::Upgrade,
+            EXEC => {
+                let flags = body.u8()?;
+                Request::Exec(Exec {
+                    tty: flags & 1 != 0,
+                    stdin: flags & 2 != 0,
+                    rows: body.u16()?,
+                    columns: body.u16()?,
+                    process: body.rest(),
+                })
+            }
             other => return Err(DecodeError::Kind(other)),
         };
         Ok(request)
@@ -509,6 +539,7 @@ mod tests {
             Request::Wait,
             Request::Spares,
             Request::Upgrade,
+            Request::Exec(Exec { tty: false, stdin: true, rows: 3, columns: 400, process: b"{}" }),
         ]);
         all
     }
@@ -548,7 +579,7 @@ mod tests {
         for request in requests() {
             let mut bytes = request.encode().to_vec();
             assert_eq!(Request::decode(&bytes), Ok(request));
-            if !matches!(request, Request::Stdin(_)) {
+            if !matches!(request, Request::Stdin(_) | Request::Exec(_)) {
                 bytes.extend([9; 5]);
                 assert_eq!(Request::decode(&bytes), Ok(request));
             }
@@ -589,7 +620,7 @@ mod tests {
         check(&[1, STOP, 0, 0, 15], DecodeError::Short { kind: STOP, len: 0 });
         check(&[1, SIGNAL, 0, 0, 0], DecodeError::Value { kind: SIGNAL });
         check(&[1, SIGNAL, 0, 0, 65], DecodeError::Value { kind: SIGNAL });
-        let long = [&[1, STDIN, 0, 0][..], &[0; MAX_DATA + 2]].concat();
+        let long = [&[1, STDIN, 0, 0][..], &[0; MAX_MESSAGE]].concat();
         check(&long, DecodeError::Long { len: long.len() });
     }
 
