@@ -108,7 +108,8 @@ pub enum Convergence {
 
 /// A step of the wall clock against the monotonic one that counts as set, not drifted.
 const CLOCK_STEP_MS: i64 = 2_000;
-/// Status of many pods is made at most this often: one millisecond for every ten pods.
+/// A burst of changes makes one status; with many pods, one millisecond for every ten of them lies between two.
+const STATUS_GAP_MS: u64 = 25;
 const PODS_PER_STATUS_MS: u64 = 10;
 const OBSERVE_RETRY_MS: u64 = 1_000;
 const OBSERVE_RETRY_MAX_MS: u64 = 30_000;
@@ -682,7 +683,7 @@ impl Core {
             return;
         }
         self.status_stale = false;
-        let gap_ms = desired.pods.len() as u64 / PODS_PER_STATUS_MS;
+        let gap_ms = STATUS_GAP_MS.max(desired.pods.len() as u64 / PODS_PER_STATUS_MS);
         self.status_at_ms = now.mono.saturating_add(gap_ms);
         let facts = self.facts();
         let status = keel_plan::status(desired, observed, &self.memory, &facts, &self.status, now.wall);

@@ -190,7 +190,11 @@ impl<'a> Planner<'a> {
             seen.pod.containers.iter().position(|c| c.name == run.name).unwrap_or(usize::MAX)
         };
         if live.is_empty() {
-            for run in seen.containers.iter().rev() {
+            // The runs of init containers go last: as long as a main one is there, they prove that it may start, should
+            // the pod be wanted again before it is gone.
+            let main_left = seen.containers.iter().any(|run| run.role == Role::Main);
+            let next = seen.containers.iter().rev().filter(|run| !main_left || run.role == Role::Main);
+            for run in next {
                 self.act(Action::RemoveContainer { pod: pod.clone(), id: run.id.clone() }, reason.clone());
             }
             if seen.containers.is_empty() {

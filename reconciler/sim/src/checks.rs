@@ -4,8 +4,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use keel_engine::{Now, Settings};
 use keel_plan::{
-    Action, ContainerId, ContainerName, ContainerState, Desired, DesiredPod, ObservedContainer, PodId,
-    PodKey, PodMemory, Role, SpecHash,
+    Action, ContainerId, ContainerName, ContainerState, Desired, DesiredPod, ObservedContainer, ObservedPod,
+    PodId, PodKey, PodMemory, Role, SpecHash,
 };
 
 use crate::world::World;
@@ -29,6 +29,7 @@ pub(crate) struct Checks {
 
 /// Restarts of one container spec in one pod, by the monotonic clock.
 struct Backoff {
+    sandbox: SpecHash,
     hash: SpecHash,
     incarnation: u64,
     started_at: u64,
@@ -46,6 +47,15 @@ impl Checks {
 
     pub(crate) fn rebooted(&mut self) {
         self.backoff.clear();
+    }
+
+    /// What is taken out or changed starts afresh, also when the change is taken back.
+    pub(crate) fn declared(&mut self, desired: &Desired) {
+        self.backoff.retain(|(pod, name), entry| {
+            let Some(wanted) = desired.pods.get(pod) else { return true };
+            let hash = wanted.container(name).map(|container| &container.hash);
+            wanted.sandbox_hash == entry.sandbox && hash == Some(&entry.hash)
+        });
     }
 
     /// An action leaves the core.
@@ -127,11 +137,17 @@ impl Checks {
     }
 
     /// A process was made. Failed starts are not restarts.
-    pub(crate) fn started(&mut self, pod: &PodKey, incarnation: u64, run: &ObservedContainer, mono: u64) {
-        let fresh = Backoff { hash: run.hash.clone(), incarnation, started_at: mono, runs_in_a_row: 0 };
-        let entry = self.backoff.entry((pod.clone(), run.name.clone())).or_insert(fresh);
-        if entry.hash != run.hash || entry.incarnation != incarnation {
-            *entry = Backoff { hash: run.hash.clone(), incarnation, started_at: mono, runs_in_a_row: 0 };
+    pub(crate) fn started(&mut self, seen: &ObservedPod, run: &ObservedContainer, mono: u64) {
+        let fresh = || Backoff {
+            sandbox: seen.pod.sandbox_hash.clone(),
+            hash: run.hash.clone(),
+            incarnation: seen.incarnation,
+            started_at: mono,
+            runs_in_a_row: 0,
+        };
+        let entry = self.backoff.entry((seen.pod.key.clone(), run.name.clone())).or_insert_with(fresh);
+        if entry.hash != run.hash || entry.incarnation != seen.incarnation {
+            *entry = fresh();
         }
         entry.runs_in_a_row += 1;
         entry.started_at = mono;

@@ -250,6 +250,7 @@ impl Sim {
                 desired.frozen.insert(key);
             }
         }
+        self.checks.declared(&desired);
         self.desired = desired;
     }
 
@@ -437,8 +438,9 @@ impl Sim {
         let id = pod.container_id(container, *attempt);
         let Some(run) = self.world.run(&pod.key, &id) else { return };
         let ContainerState::Running { pid, .. } = run.state else { return };
-        let incarnation = self.world.pods.get(&pod.key).map_or(0, |seen| seen.incarnation);
-        self.checks.started(&pod.key, incarnation, run, self.mono);
+        if let Some(seen) = self.world.pods.get(&pod.key) {
+            self.checks.started(seen, run, self.mono);
+        }
         let policy = pod.spec.restart_policy.unwrap_or_default();
         let role = run.role;
         let ends = !self.calm && self.rng.chance(self.menu.run_ends);
@@ -491,15 +493,14 @@ impl Sim {
                 self.at(delay, Happening::Snapshot { life: self.life });
             }
             Some(mut first) => {
-                let second = self.world.observe();
-                for (index, key) in POD_NAMES.iter().chain(&DEPLOYMENT_NAMES).enumerate() {
-                    if index % 2 == 0 {
-                        first.pods.retain(|pod, _| !pod.name.starts_with(key));
-                        first.pods.extend(
-                            second.pods.clone().into_iter().filter(|(pod, _)| pod.name.starts_with(key)),
-                        );
-                    }
-                }
+                // Every other name is read late.
+                let late = |pod: &PodKey| {
+                    let names = POD_NAMES.iter().chain(&DEPLOYMENT_NAMES);
+                    names.step_by(2).any(|name| pod.name.starts_with(name))
+                };
+                first.pods.retain(|pod, _| !late(pod));
+                let second = self.world.pods.iter().filter(|(pod, _)| late(pod));
+                first.pods.extend(second.map(|(pod, seen)| (pod.clone(), seen.clone())));
                 let delay = self.rng.between(0, 20);
                 self.at(delay, Happening::Observed { life: self.life, result: Ok(first) });
             }
