@@ -212,7 +212,7 @@ impl Store {
     }
 
     /// `None` when there is none or when it is damaged, which sets it aside.
-    fn read_record(&self, path: &std::path::Path) -> Result<Option<ImageRecord>, FsError> {
+    pub(crate) fn read_record(&self, path: &std::path::Path) -> Result<Option<ImageRecord>, FsError> {
         let Some(bytes) = fsio::read_small(path, MAX_RECORD)? else { return Ok(None) };
         match serde_json::from_slice(&bytes) {
             Ok(record) => Ok(Some(record)),
@@ -249,31 +249,32 @@ impl Store {
 
     /// Rewrites `index.json` from the records when it says something else.
     pub(crate) fn refresh_index(&self) -> Result<(), FsError> {
-        let manifests: Vec<_> = self
-            .records()?
-            .into_iter()
-            .map(|(_, record)| {
-                serde_json::json!({
-                    "mediaType": record.manifest.media_type,
-                    "digest": record.manifest.digest,
-                    "size": record.manifest.size,
-                    "annotations": { "org.opencontainers.image.ref.name": record.reference },
-                })
-            })
-            .collect();
-        let index = serde_json::json!({
-            "schemaVersion": 2,
-            "mediaType": "application/vnd.oci.image.index.v1+json",
-            "manifests": manifests,
-        });
+        let records: Vec<ImageRecord> = self.records()?.into_iter().map(|(_, record)| record).collect();
+        let bytes = index_json(&records);
         let path = self.inner.root.join("index.json");
-        let mut bytes = serde_json::to_vec_pretty(&index).map_err(io::Error::from).at("write", &path)?;
-        bytes.push(b'\n');
         match fsio::read_small(&path, bytes.len() as u64) {
             Ok(Some(there)) if there == bytes => Ok(()),
             _ => fsio::write_durably(&path, &bytes),
         }
     }
+}
+
+/// The `index.json` of a layout that holds these images.
+pub(crate) fn index_json(records: &[ImageRecord]) -> Vec<u8> {
+    let manifests = records.iter().map(|record| {
+        serde_json::json!({
+            "mediaType": record.manifest.media_type,
+            "digest": record.manifest.digest,
+            "size": record.manifest.size,
+            "annotations": { "org.opencontainers.image.ref.name": record.reference },
+        })
+    });
+    let index = serde_json::json!({
+        "schemaVersion": 2,
+        "mediaType": "application/vnd.oci.image.index.v1+json",
+        "manifests": manifests.collect::<Vec<_>>(),
+    });
+    format!("{index:#}\n").into_bytes()
 }
 
 /// What manifest and config say together, checked against each other.

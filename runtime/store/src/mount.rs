@@ -239,3 +239,12 @@ fn overlay_error(
     }
     MountError::Overlay { target: target.to_owned(), step, messages, source }
 }
+
+/// The way of older kernels, which the new ones still have.
+#[cfg(test)]
+pub(crate) fn check_classic(store: &Store, image: &Image, target: &Path) {
+    let stack = Stack { lowers: store.lowers(image).unwrap(), upper: None };
+    apply_classic(&stack, target).unwrap();
+    assert_eq!(std::fs::read_dir(target).unwrap().count(), 129);
+    unmount_rootfs(target).unwrap();
+}

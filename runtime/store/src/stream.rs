@@ -11,7 +11,7 @@ const BUFFER: usize = 128 * 1024;
 
 /// What a layer is compressed with, by its first bytes: media types in manifests are wrong often enough.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Compression {
+pub(crate) enum Compression {
     None,
     Gzip,
     Zstd,
@@ -88,7 +88,6 @@ pub(crate) struct Budget {
 pub(crate) struct Sums {
     /// `None` when the caller hashes the compressed side itself.
     pub(crate) compressed: Option<Digest>,
-    pub(crate) compressed_bytes: u64,
     pub(crate) diff_id: Digest,
     pub(crate) bytes: u64,
 }
@@ -145,7 +144,6 @@ impl<R: Read> LayerStream<R> {
         let (_, reader) = source.into_inner().into_inner();
         Ok(Sums {
             compressed: reader.hasher.map(Hasher::finish),
-            compressed_bytes: self.compressed.get(),
             diff_id: self.hasher.finish(),
             bytes: self.bytes,
         })

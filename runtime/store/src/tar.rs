@@ -570,7 +570,7 @@ fn apply_pax(pax: &mut Pax, key: &[u8], value: &[u8]) -> Option<()> {
         }
         b"GNU.sparse.offset" | b"GNU.sparse.numbytes" => {
             // Offset and length alternate; anything else makes an odd or unordered map, refused later.
-            if (pax.sparse.map.len() % 2 == 0) != key.ends_with(b"offset")
+            if pax.sparse.map.len().is_multiple_of(2) != key.ends_with(b"offset")
                 || pax.sparse.map.len() > 2 * MAX_SPARSE
             {
                 return None;

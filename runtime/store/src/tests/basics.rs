@@ -160,7 +160,8 @@ fn built_images_are_reproducible_and_run() {
     let digests: Vec<Digest> = (0..2)
         .map(|_| {
             let bench = Bench::new();
-            let image = bench.store.build_image("evenkeel.dev/hello", &[layer.clone()], &config).unwrap();
+            let image =
+                bench.store.build_image("evenkeel.dev/hello", std::slice::from_ref(&layer), &config).unwrap();
             let run = image.config.config().as_ref().unwrap();
             assert_eq!(run.entrypoint().as_deref().unwrap(), ["/bin/tool"]);
             let fs = bench.store.inner.layer_dir(&image.layers[0].diff_id).join("fs");

@@ -1,7 +1,10 @@
 //! Import, with the archives that skopeo, podman and docker write.
 
 use super::{Bench, Tar, listing, manifest};
-use crate::{ConfigSpec, Content, Digest, FileSpec, Image, ImportError, ImportOptions, LayerSpec};
+use crate::{
+    ConfigSpec, Content, Digest, FileSpec, Image, ImportError, ImportOptions, LayerSpec, SaveError,
+    SaveFormat,
+};
 use std::path::Path;
 use std::process::Command;
 
@@ -233,4 +236,53 @@ fn broken_archives_say_what_is_wrong() {
     check(&dir, "has the wrong content");
     assert!(bench.store.images().unwrap().is_empty());
     assert_eq!(listing(&bench.store.inner.layers_dir()), "");
+}
+
+#[test]
+fn what_is_saved_others_load_and_it_comes_back_the_same() {
+    let bench = Bench::new();
+    let image = sample(&bench, "keel.test/sample:1");
+    bench.store.tag_image("keel.test/sample:1", "keel.test/other:2").unwrap().unwrap();
+    let expected = mounted(&bench, &image);
+    let names = ["keel.test/sample:1", "keel.test/other:2"];
+    let (oci, docker, layout) = (bench.path("oci.tar"), bench.path("docker.tar"), bench.path("layout"));
+    for (path, format) in [(&oci, SaveFormat::OciArchive), (&docker, SaveFormat::DockerArchive)] {
+        let mut file = std::fs::File::create(path).unwrap();
+        bench.store.save(&names, format, &mut file).unwrap();
+    }
+    bench.store.save_layout(&names, &layout).unwrap();
+    for path in [&oci, &docker, &layout] {
+        let other = Bench::new();
+        let images = import(&other, path).unwrap();
+        let mut references: Vec<_> = images.iter().map(|i| i.reference.as_str()).collect();
+        references.sort_unstable();
+        assert_eq!(references, ["keel.test/other:2", "keel.test/sample:1"]);
+        assert!(images.iter().all(|i| i.config_digest == image.config_digest));
+        assert_eq!(images[0].manifest_digest == image.manifest_digest, *path != docker);
+        assert_eq!(mounted(&other, &images[0]), expected);
+    }
+    if have("skopeo") {
+        let to = format!("dir:{}", bench.path("dir").display());
+        skopeo(&format!("oci-archive:{}:keel.test/sample:1", oci.display()), &to);
+        skopeo(&format!("oci:{}:keel.test/other:2", layout.display()), &to);
+        skopeo(&format!("docker-archive:{}:keel.test/other:2", docker.display()), &to);
+    }
+    if have("podman") {
+        // It loads several images from a docker archive only.
+        let one = bench.path("one.tar");
+        let mut file = std::fs::File::create(&one).unwrap();
+        bench.store.save(&names[..1], SaveFormat::OciArchive, &mut file).unwrap();
+        for path in [&one, &docker] {
+            let mut podman = Command::new("podman");
+            podman.arg("--root").arg(bench.path("p")).arg("--runroot").arg(bench.path("pr"));
+            run(podman.args(["--storage-driver", "vfs", "load", "-q", "-i"]).arg(path));
+        }
+    }
+    assert!(matches!(
+        bench.store.save(&["nothing"], SaveFormat::OciArchive, &mut Vec::new()),
+        Err(SaveError::NoImage(_))
+    ));
+    std::fs::remove_file(bench.store.inner.blob_path(&image.layers[0].blob_digest)).unwrap();
+    let error = bench.store.save(&names, SaveFormat::OciArchive, &mut Vec::new()).unwrap_err();
+    assert!(error.to_string().contains("pull the image again to save it"));
 }

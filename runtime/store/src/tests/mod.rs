@@ -5,6 +5,7 @@ mod collect;
 mod corpus;
 mod crash;
 mod import;
+mod speed;
 
 use crate::tar::{Entry, Kind};
 use crate::{Digest, Image, Store, tarwrite};
