@@ -17,7 +17,7 @@ use tokio::net::UnixStream;
 
 use crate::socket;
 use crate::types::{
-    ApplyRequest, ControlError, ControlEvent, DeleteRequest, ErrorCode, Event, Snapshot, VersionInfo,
+    ApplyRequest, ControlError, ControlEvent, DeleteRequest, ErrorCode, Event, ImageRequest, Snapshot, VersionInfo,
 };
 
 /// Largest answer that is read whole, and longest line of a stream: a status of 10,000 pods is some 20 MB.
@@ -69,6 +69,10 @@ impl Client {
 
     pub async fn delete(&self, request: &DeleteRequest) -> Result<Lines<ControlEvent>, ClientError> {
         self.stream(Method::POST, "delete", Some(request)).await
+    }
+
+    pub async fn images(&self, request: &ImageRequest) -> Result<Lines<ControlEvent>, ClientError> {
+        self.stream(Method::POST, "images", Some(request)).await
     }
 
     pub async fn status(&self) -> Result<Snapshot, ClientError> {

@@ -2,7 +2,7 @@ use std::future::Future;
 
 use tokio::sync::mpsc;
 
-use crate::types::{ApplyRequest, ControlError, ControlEvent, DeleteRequest, Event, Snapshot};
+use crate::types::{ApplyRequest, ControlError, ControlEvent, DeleteRequest, ErrorCode, Event, ImageRequest, Snapshot};
 
 /// Where a long operation reports. Bounded by the server; a closed channel means that nobody listens any more, which is
 /// no reason to stop half-way: the implementation finishes what it has begun and drops further reports.
@@ -25,6 +25,15 @@ pub trait Control: Send + Sync + 'static {
         request: DeleteRequest,
         events: EventSender,
     ) -> impl Future<Output = Result<(), ControlError>> + Send;
+
+    /// Images of the store. An instance without a store has none.
+    fn images(
+        &self,
+        _request: ImageRequest,
+        _events: EventSender,
+    ) -> impl Future<Output = Result<(), ControlError>> + Send {
+        std::future::ready(Err(ControlError::new(ErrorCode::Unavailable, "this daemon serves no images")))
+    }
 
     /// The current status at once; with `after`, only once its revision differs from that one.
     fn status(&self, after: Option<u64>) -> impl Future<Output = Result<Snapshot, ControlError>> + Send;

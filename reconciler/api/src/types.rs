@@ -67,6 +67,20 @@ pub struct DeleteRequest {
     pub grace_ms: Option<u64>,
 }
 
+/// `POST /keel/v1/images`. Answered by a stream of [`ControlEvent`]. The store has one process that writes to it: the
+/// daemon when there is one.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "do", rename_all = "camelCase")]
+pub enum ImageRequest {
+    Pull { image: String },
+    /// `path` is absolute, on the daemon's host; `name` is how the user called it.
+    Import { path: std::path::PathBuf, name: String },
+    Remove { image: String },
+    List,
+    Inspect { image: String },
+    Prune,
+}
+
 /// One line of the answer to `apply` and `delete`. A stream ends with exactly one [`ControlEvent::Result`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "camelCase", rename_all_fields = "camelCase")]
@@ -112,6 +126,10 @@ pub enum ControlEvent {
     /// Something worth saying that is neither an error nor an action.
     Note {
         message: String,
+    },
+    /// What was asked for: a list of images, the description of one.
+    Data {
+        value: serde_json::Value,
     },
     /// The end.
     Result {
