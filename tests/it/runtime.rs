@@ -149,7 +149,10 @@ impl Case {
     }
 
     fn command(&self, args: &[&str]) -> Command {
-        fs::write(self.path("config.json"), serde_json::to_vec(&self.config).unwrap()).unwrap();
+        // By rename: another command on the same bundle may be reading it.
+        let temp = self.path(".config.json");
+        fs::write(&temp, serde_json::to_vec(&self.config).unwrap()).unwrap();
+        fs::rename(&temp, self.path("config.json")).unwrap();
         let mut command = Command::new(runtime());
         command.arg("--root").arg(self.path("state")).args(args).stdin(Stdio::null());
         command
@@ -575,11 +578,13 @@ fn a_create_that_was_killed_can_be_deleted() {
     let mut child = case
         .command(&["create", "--bundle", &bundle, &case.id])
         .stdout(Stdio::null())
-        .stderr(Stdio::null())
+        .stderr(fs::File::create(case.path("err")).unwrap())
         .process_group(0)
         .spawn()
         .unwrap();
     wait_for("the hook to run", || {
+        let ended = child.try_wait().unwrap();
+        assert!(ended.is_none(), "{ended:?}: {}", fs::read_to_string(case.path("err")).unwrap());
         let state = case.call(&["state", &case.id]);
         state.status.success() && children(child.id()).len() > 1
     });
@@ -590,10 +595,7 @@ fn a_create_that_was_killed_can_be_deleted() {
     case.assert_gone();
     for pid in left {
         // The hook is a host process of its own; a real one ends by itself.
-        if fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|c| c == "sleep\n") {
-            nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL)
-                .unwrap();
-        }
+        let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL);
         wait_for("the container's process to go", || !alive(pid));
     }
 }
