@@ -199,7 +199,7 @@ impl PullError {
             Self::Resolve { name, .. } => {
                 format!("check the name {name} and the name servers in /etc/resolv.conf")
             }
-            Self::Stalled { registry, .. } => {
+            Self::Stalled { registry, .. } | Self::Connection { registry, .. } => {
                 format!("check the network between this host and {registry}")
             }
             Self::RateLimited { registry, .. } => {
@@ -224,8 +224,7 @@ impl PullError {
                 format!("correct or remove {}", path.display())
             }
             Self::DiskFull { .. } => "remove images that are not needed: `keel image ls`, `keel image rm`".into(),
-            Self::Connection { .. }
-            | Self::Tls { .. }
+            Self::Tls { .. }
             | Self::Server { .. }
             | Self::Redirect { .. }
             | Self::TooLarge { .. }

@@ -42,13 +42,14 @@ const SEND_PIECE: usize = 64 << 10;
 pub struct Timeouts {
     /// TCP and TLS handshake, per address.
     pub connect: Duration,
-    /// No answer, or no more than 1 KiB of a body, for this long is a stall.
+    /// No answer, or no more than 1 KiB of a body, for this long is a stall. Not shorter than what a
+    /// caching proxy needs to fetch a large layer itself before it answers.
     pub no_progress: Duration,
 }
 
 impl Default for Timeouts {
     fn default() -> Self {
-        Self { connect: Duration::from_secs(15), no_progress: Duration::from_secs(30) }
+        Self { connect: Duration::from_secs(15), no_progress: Duration::from_secs(60) }
     }
 }
 
