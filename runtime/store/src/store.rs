@@ -5,6 +5,7 @@ use crate::{Digest, Space, space};
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::fs::{self, DirBuilder, File};
+use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -22,6 +23,9 @@ pub(crate) struct Inner {
     pub(crate) root: PathBuf,
     pub(crate) options: Options,
     pub(crate) state: Mutex<State>,
+    /// The layers directory, open since before anything was written: `syncfs` reports the write errors that have
+    /// happened since its descriptor was opened, and none before.
+    layers: File,
     /// Held while staged things are published and while image records change.
     commit: Mutex<()>,
 }
@@ -84,10 +88,16 @@ impl Store {
 
     pub fn open_with(root: &Path, options: Options) -> Result<Store, OpenError> {
         let unusable = |source| OpenError::Unusable { path: root.to_owned(), source };
-        let inner =
-            Inner { root: root.to_owned(), options, state: Mutex::default(), commit: Mutex::default() };
+        let layers = root.join("layers");
+        make_dirs(root).map_err(unusable)?;
+        let inner = Inner {
+            root: root.to_owned(),
+            options,
+            state: Mutex::default(),
+            layers: File::open(&layers).at("open", &layers).map_err(unusable)?,
+            commit: Mutex::default(),
+        };
         let store = Store { inner: Arc::new(inner) };
-        store.make_dirs().map_err(unusable)?;
         store.check_layout()?;
         store.sweep().map_err(unusable)?;
         store.refresh_index().map_err(unusable)?;
@@ -121,19 +131,6 @@ impl Store {
     pub fn settle(&self) -> Result<(), FsError> {
         let _commit = self.inner.commit();
         self.inner.settle_locked()
-    }
-
-    fn make_dirs(&self) -> Result<(), FsError> {
-        let inner = &self.inner;
-        // The content of images is nobody's business but root's: set-user-id files of all images lie in there.
-        make_dir(&inner.root, 0o711)?;
-        for dir in [inner.root.join("blobs"), inner.blobs_dir(), inner.images_dir()] {
-            make_dir(&dir, 0o755)?;
-        }
-        for dir in [inner.layers_dir(), inner.partial_dir()] {
-            make_dir(&dir, 0o700)?;
-        }
-        Ok(())
     }
 
     fn check_layout(&self) -> Result<(), OpenError> {
@@ -214,11 +211,14 @@ impl Inner {
             return Ok(());
         }
         let dir = self.layers_dir();
-        let handle = File::open(&dir).at("open", &dir)?;
-        keel_sys::writeback::syncfs(&handle).at("sync", &dir)?;
+        keel_sys::writeback::syncfs(&self.layers).at("sync", &dir)?;
         for (digest, from) in &blobs {
             let to = self.blob_path(digest);
-            fs::rename(from, &to).at("rename into place", &to)?;
+            match fs::rename(from, &to) {
+                // An earlier call got this far and failed later.
+                Err(e) if e.kind() == io::ErrorKind::NotFound && to.exists() => {}
+                other => other.at("rename into place", &to)?,
+            }
             if let Some(dir) = from.parent()
                 && dir != self.partial_dir()
             {
@@ -232,13 +232,14 @@ impl Inner {
                 Err(e) if matches!(e.raw_os_error(), Some(libc::ENOTEMPTY | libc::EEXIST)) => {
                     fsio::remove_tree(from)?;
                 }
+                Err(e) if e.kind() == io::ErrorKind::NotFound && to.exists() => {}
                 other => other.at("rename into place", &to)?,
             }
         }
         if !blobs.is_empty() {
             fsio::sync_dir(&self.blobs_dir())?;
         }
-        handle.sync_all().at("sync", &dir)?;
+        self.layers.sync_all().at("sync", &dir)?;
         let mut state = self.state();
         for digest in blobs.keys() {
             state.blobs.remove(digest);
@@ -263,6 +264,18 @@ impl Drop for Lease {
             }
         }
     }
+}
+
+fn make_dirs(root: &Path) -> Result<(), FsError> {
+    make_dir(root, 0o711)?;
+    for dir in ["blobs", "blobs/sha256", "images"] {
+        make_dir(&root.join(dir), 0o755)?;
+    }
+    // What is in images is nobody's business but root's: set-user-id files of all of them lie in there.
+    for dir in ["layers", "partial"] {
+        make_dir(&root.join(dir), 0o700)?;
+    }
+    Ok(())
 }
 
 fn make_dir(path: &Path, mode: u32) -> Result<(), FsError> {

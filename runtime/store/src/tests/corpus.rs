@@ -647,3 +647,56 @@ fn bounds() {
     }
     assert_eq!(listing(&store.inner.layers_dir()), "");
 }
+
+/// Random damage to real archives: any result will do but a panic, a hang, or a file outside. The seed is fixed;
+/// `KEEL_FUZZ_ROUNDS` asks for more.
+#[test]
+fn damaged_archives_harm_nobody() {
+    let rounds: u64 = std::env::var("KEEL_FUZZ_ROUNDS").ok().and_then(|n| n.parse().ok()).unwrap_or(400);
+    let whole = pax(tar(), &[("path", "pax/name"), ("SCHILY.xattr.user.x", "1"), ("mtime", "5.25")])
+        .file("short", "content")
+        .dir("d", 0o1777)
+        .symlink("d/up", "../..")
+        .file("d/up/through", "x")
+        .hard_link("link", "pax/name")
+        .file("d/.wh.gone", "")
+        .file(".wh..wh..opq", "");
+    let whole =
+        pax(whole, &[("GNU.sparse.size", "100000"), ("GNU.sparse.map", "5,3,90000,3")]).file("s", "abcdef");
+    let whole = typed(whole, b'L', "././@LongLink", b"gnu/long/name").entry(plain("x", Kind::Fifo)).end();
+    let dir = tempfile::tempdir().unwrap();
+    let options = Options { max_layer_entries: 1000, max_layer_bytes: 1 << 24, ..Options::default() };
+    let store = Store::open_with(&dir.path().join("root"), options).unwrap();
+    let mut random = 12_345u64;
+    let mut next = |n: usize| {
+        random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (random >> 33) as usize % n
+    };
+    let mut good = 0;
+    for _ in 0..rounds {
+        let mut bytes = whole.clone();
+        for _ in 0..=next(4) {
+            let at = next(bytes.len());
+            bytes[at] = [0, b'/', b'.', b'1', b'9', 0xff, b'5', b'='][next(8)];
+        }
+        if next(8) == 0 {
+            bytes.truncate(next(bytes.len()));
+        }
+        // Without right checksums nothing behind the header would ever be reached.
+        for block in bytes.chunks_exact_mut(512).filter(|block| block[257..262] == *b"ustar") {
+            block[148..156].copy_from_slice(b"        ");
+            let sum: u64 = block.iter().map(|&b| u64::from(b)).sum();
+            block[148..155].copy_from_slice(format!("{sum:06o}\0").as_bytes());
+        }
+        let id = Digest::of(&bytes);
+        if ingest(&store, &bytes, &id).is_ok() {
+            good += 1;
+            let fs = store.inner.state().layers.remove(&id).unwrap();
+            crate::fsio::remove_tree(&fs).unwrap();
+        }
+    }
+    assert!(good > 0 && good < rounds, "{good} of {rounds}");
+    assert_eq!(listing(&store.inner.layers_dir()), "");
+    let names: Vec<_> = std::fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
+    assert_eq!(names, ["root"]);
+}
