@@ -643,10 +643,7 @@ impl Core {
     /// Before the attempt, so that its number is never used again, whatever happens to it.
     fn remember_attempt(&mut self, pod: &DesiredPod, container: &ContainerName, attempt: u32) {
         let Some(container) = pod.container(container) else { return };
-        let memory = self.memory.pods.entry(pod.id.clone()).or_default();
-        memory.adopt(pod);
-        let entry = memory.container_mut(container);
-        entry.next_attempt = entry.next_attempt.max(attempt.saturating_add(1));
+        keel_plan::remember_attempt(&mut self.memory, pod, container, attempt);
         self.saves.insert(pod.id.clone());
     }
 

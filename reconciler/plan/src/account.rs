@@ -44,6 +44,15 @@ pub fn account(
     changed
 }
 
+/// Uses up the number of an attempt. Called, and the memory saved, before the attempt begins: so the number is never used
+/// again, whatever happens to it.
+pub fn remember_attempt(memory: &mut Memory, pod: &DesiredPod, container: &DesiredContainer, attempt: u32) {
+    let memory = memory.pods.entry(pod.id.clone()).or_default();
+    memory.adopt(pod);
+    let entry = memory.container_mut(container);
+    entry.next_attempt = entry.next_attempt.max(attempt.saturating_add(1));
+}
+
 /// True when the restart policy wants another run after this exit.
 pub fn wants_restart(policy: RestartPolicy, exit: &Exit) -> bool {
     match policy {

@@ -17,9 +17,12 @@ mod reason;
 mod status;
 mod time;
 
+#[cfg(test)]
+mod tests;
+
 pub mod model;
 
-pub use account::{account, exit_of, wants_restart};
+pub use account::{account, exit_of, remember_attempt, wants_restart};
 pub use diff::{FieldChange, diff};
 pub use env::{expand, expand_env};
 pub use image::canonical_image;
@@ -27,6 +30,8 @@ pub use lower::lower_desired;
 pub use model::*;
 pub use phase::Phase;
 pub use planner::{Plan, Planned, Settings, container_of, plan};
+#[cfg(test)]
+pub(crate) use preview::follow as preview_follow;
 pub use preview::{mark_refreshed, preview};
 pub use reason::Reason;
 pub use status::{

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use keel_manifest::model::PullPolicy;
 
-use crate::account::account;
+use crate::account::{account, remember_attempt};
 use crate::model::{
     Action, ContainerState, Desired, DesiredContainer, Exit, Memory, Millis, Observed, ObservedContainer,
     ObservedPod, PodId, PodKey, Role, Waiting,
@@ -45,7 +45,7 @@ pub fn preview(
 }
 
 /// What the world looks like after a success.
-fn follow(
+pub(crate) fn follow(
     action: &Action,
     desired: &Desired,
     waiting: &BTreeMap<PodKey, Vec<Waiting>>,
@@ -77,6 +77,7 @@ fn follow(
             else {
                 return;
             };
+            remember_attempt(memory, pod, wanted, *attempt);
             let state = match wanted.role {
                 Role::Main => ContainerState::Running { pid: 0, started_at: now },
                 Role::Init => ContainerState::Exited(exit(0, now)),
