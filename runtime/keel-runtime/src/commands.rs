@@ -85,10 +85,14 @@ fn number<T: std::str::FromStr>(options: &Options, name: &str) -> Result<Option<
         .transpose()
 }
 
-/// Descriptors handed over by socket activation are kept for the container.
+/// Descriptors that a socket activation handed over (sd_listen_fds).
+fn listen_fds() -> Option<u32> {
+    std::env::var("LISTEN_FDS").ok().and_then(|n| n.parse::<u32>().ok()).filter(|n| *n > 0)
+}
+
+/// Those asked for, and those of a socket activation.
 fn preserve_fds(options: &Options) -> Result<u32, RuntimeError> {
-    let listen = std::env::var("LISTEN_FDS").ok().and_then(|n| n.parse::<u32>().ok()).unwrap_or(0);
-    Ok(number::<u32>(options, "preserve-fds")?.unwrap_or(0) + listen)
+    Ok(number::<u32>(options, "preserve-fds")?.unwrap_or(0).saturating_add(listen_fds().unwrap_or(0)))
 }
 
 fn create_options(options: &Options, positional: &[String]) -> Result<CreateOptions, RuntimeError> {
@@ -99,6 +103,7 @@ fn create_options(options: &Options, positional: &[String]) -> Result<CreateOpti
         console_socket: options.path("console-socket"),
         pidfd_socket: options.path("pidfd-socket"),
         preserve_fds: preserve_fds(options)?,
+        listen_fds: listen_fds(),
         no_pivot: options.has("no-pivot"),
         no_new_keyring: options.has("no-new-keyring"),
     })

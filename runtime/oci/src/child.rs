@@ -270,8 +270,8 @@ impl Machine<'_> {
             Op::Affinity { mask } => process::set_affinity(mask).at(Step::Whole),
             Op::Personality { value } => process::personality(*value).at(Step::Whole),
             Op::ExecLabel { file, label } => self.write_self(file, label.as_bytes()),
-            Op::OwnStdio { uid, gid } => {
-                own_stdio(*uid, *gid);
+            Op::OwnStdio { uid } => {
+                own_stdio(*uid);
                 Ok(())
             }
             Op::FindExecutable { name, path } => self.find_executable(name, path.as_deref()),
@@ -907,16 +907,15 @@ fn copy_entry(from: &OwnedFd, to: &OwnedFd, name: &CStr, depth: u32) -> Done {
 
 /// Best effort: a stream that cannot be given away (a file of another owner in a user namespace) stays as it is, and
 /// the shared null device must.
-fn own_stdio(uid: u32, gid: u32) {
+fn own_stdio(uid: u32) {
     for number in 0..3 {
         // SAFETY: a standard stream, open or not; the call copes with both.
         let fd = unsafe { BorrowedFd::borrow_raw(number) };
         let Ok(st) = file::fstat(fd) else { continue };
-        if st.is_char_device(1, 3) || (st.uid, st.gid) == (uid, gid) || st.uid == uid {
+        if st.is_char_device(1, 3) || st.uid == uid {
             continue;
         }
         let _ = file::fchownat(fd, c"", uid, st.gid, libc::AT_EMPTY_PATH);
-        let _ = gid;
     }
 }
 

@@ -33,6 +33,8 @@ pub struct CreateOptions {
     pub console_socket: Option<PathBuf>,
     pub pidfd_socket: Option<PathBuf>,
     pub preserve_fds: u32,
+    /// Descriptors of a socket activation, which are among the preserved ones.
+    pub listen_fds: Option<u32>,
     pub no_pivot: bool,
     pub no_new_keyring: bool,
 }
@@ -99,8 +101,12 @@ impl Runtime {
         let bundle =
             fs::canonicalize(&options.bundle).map_err(io_error("open the bundle", &options.bundle))?;
         let text = read_config(&bundle.join("config.json"))?;
-        let spec: Spec = serde_json::from_slice(&text)
+        let mut spec: Spec = serde_json::from_slice(&text)
             .map_err(|source| RuntimeError::Json { path: bundle.join("config.json"), source })?;
+        if let (Some(count), Some(process)) = (options.listen_fds, &mut spec.process) {
+            // Socket activation (sd_listen_fds): the receiver must see its own pid, which is 1 in a new pid namespace.
+            process.env.extend([format!("LISTEN_FDS={count}"), "LISTEN_PID=1".to_owned()]);
+        }
         let facts = host::observe(&self.roots)?;
         let rootfs = rootfs_path(&bundle, &spec)?;
         let cgroup_path = cgroup_path(&spec, &options.id)?;
@@ -116,6 +122,15 @@ impl Runtime {
         check_terminal(&spec, options, console.is_some(), wait)?;
         let cgroup = facts.layout.cgroup(&cgroup_path)?;
         let dir = self.store.create(&options.id)?;
+        // Limits, kill and removal act on the whole cgroup: it must not have other people's processes.
+        match cgroup.pids() {
+            Ok(pids) if pids.is_empty() => {}
+            other => {
+                dir.remove()?;
+                other?;
+                return Err(RuntimeError::Usage(format!("cgroup {cgroup_path:?} is not empty")));
+            }
+        }
         let mut state = State::new(&spec, &options.id, &bundle, &rootfs, &cgroup, &cgroup_path);
         state.own_pid_namespace = lowered.own_pid_namespace;
         let mut building = Building { dir: &dir, cgroup: &cgroup, pid: None, done: false };

@@ -111,10 +111,8 @@ pub(crate) fn hear(sync: &OwnedFd, ops: &[Op]) -> Result<Heard, RuntimeError> {
 /// The answer of a child to a `start` command: `None` when the program runs.
 pub(crate) fn hear_start(socket: &OwnedFd) -> Result<Option<String>, RuntimeError> {
     let mut buffer = [0u8; MESSAGE_BYTES + 512];
-    let n = match socket::recv(socket, &mut buffer) {
-        Err(e) if e.raw_os_error() == Some(libc::ECONNRESET) => 0,
-        other => other.map_err(sys_error("read from the container's process"))?,
-    };
+    // A reset instead of an end: the process never took the word, another `start` was first.
+    let n = socket::recv(socket, &mut buffer).map_err(sys_error("read from the container's process"))?;
     let Some((Word::Failed, _, failure)) = child::decode(&buffer[..n]) else { return Ok(None) };
     let what = String::from_utf8_lossy(&buffer[MESSAGE_BYTES..n]).into_owned();
     Ok(Some(match failure.step {

@@ -340,7 +340,6 @@ pub enum Op {
     /// Standard streams belong to the user, who may have to open them again through `/proc/self/fd`.
     OwnStdio {
         uid: u32,
-        gid: u32,
     },
     FindExecutable {
         name: CString,

@@ -125,7 +125,8 @@ impl Store {
     /// Claims the id: of two that try, one gets an error.
     pub fn create(&self, id: &str) -> Result<ContainerDir, RuntimeError> {
         let dir = self.dir(id)?;
-        let make = |path: &Path| fs::DirBuilder::new().mode(0o711).create(path);
+        // The start socket in it is for the owner alone.
+        let make = |path: &Path| fs::DirBuilder::new().mode(0o700).create(path);
         match make(&dir.path) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => {
                 let mut builder = fs::DirBuilder::new();

@@ -30,8 +30,7 @@ pub fn lower_process(
     limits(process, context, &mut ops)?;
     let path = search_path(&process.env)?;
     let name = process.args.first().ok_or_else(|| invalid("process.args", "must not be empty"))?;
-    let user = &process.user;
-    ops.push(Op::OwnStdio { uid: user.uid, gid: user.gid });
+    ops.push(Op::OwnStdio { uid: process.user.uid });
     ops.push(Op::FindExecutable { name: c_string("process.args", name)?, path: path.clone() });
     labels(process, context, &mut ops)?;
     ops.push(Op::Ready);
