@@ -357,9 +357,13 @@ fn a_command_whose_client_is_slow_waits_and_one_whose_client_is_gone_goes_on() {
     let mut slow = container.exec(&format!("yes | head -c {BYTES}; echo end >&2"), false, false).unwrap();
     let left = container.exec("yes | head -c 300000; echo > /left; sleep 1000", false, false).unwrap();
     drop(left);
+    // Ended long before its output is read.
+    let mut unread = container.exec("yes | head -c 150000; echo > /unread", false, false).unwrap();
+    poll("the end of the unread one", || container.dir.join("rootfs/unread").exists());
     poll("the end of the one left alone", || container.dir.join("rootfs/left").exists());
     let (out, err, code) = converse(&mut slow);
     assert_eq!((out.len(), err.ends_with("end\n"), code), (BYTES, true, 0));
+    assert_eq!(converse(&mut unread).0.len(), 150_000);
 }
 
 #[test]

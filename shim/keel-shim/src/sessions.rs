@@ -60,6 +60,8 @@ struct Session {
     /// Input that the command had no room for.
     unfed: Vec<u8>,
     stdin_ends: bool,
+    /// It has ended, and when, in milliseconds of the epoch.
+    over: Option<(Reaped, u64)>,
     console: Option<OwnedFd>,
     connection: Option<OwnedFd>,
 }
@@ -120,8 +122,10 @@ impl Sessions {
     /// A child of this process has ended, which may be one of ours.
     pub(crate) fn reaped(&mut self, reaped: Reaped, options: &Options, epoll: &Epoll, clients: &mut Clients) {
         let mut slots = self.slots.iter();
-        let found = slots
-            .position(|s| s.as_ref().is_some_and(|s| s.starting == Some(reaped.pid) || s.pid == reaped.pid));
+        let found = slots.position(|s| {
+            s.as_ref()
+                .is_some_and(|s| s.starting == Some(reaped.pid) || s.over.is_none() && s.pid == reaped.pid)
+        });
         let Some(slot) = found else {
             if self.slots.iter().flatten().any(|s| s.starting.is_some()) && self.early.len() < MAX_EARLY {
                 self.early.push(reaped);
@@ -153,34 +157,44 @@ impl Sessions {
     }
 
     fn ended(&mut self, slot: usize, reaped: Reaped, epoll: &Epoll, clients: &mut Clients) {
-        let Some(mut session) = self.slots[slot].take() else { return };
+        if let Some(session) = &mut self.slots[slot] {
+            session.over = Some((reaped, now_ms().max(session.started_at_ms)));
+        }
+        self.finish(slot, epoll, clients);
+    }
+
+    /// Once the command has ended: the rest of its output, as fast as the client takes it, and then how it ended.
+    fn finish(&mut self, slot: usize, epoll: &Epoll, clients: &mut Clients) {
+        let Some(session) = &mut self.slots[slot] else { return };
+        let Some((reaped, at_ms)) = session.over else { return };
         let mut buffer = vec![0; MAX_DATA];
         for index in 0..2 {
             for _ in 0..LAST_READS {
-                if !session.choked.is_empty() || !session.read(index, &mut buffer, epoll, clients) {
+                if !session.choked.is_empty() {
+                    return;
+                }
+                if !session.read(index, &mut buffer, epoll, clients) {
                     break;
                 }
             }
         }
-        let (code, signal, core) = exit_numbers(Status::decode(reaped.status));
-        let record = ExitRecord {
-            id: session.name.clone(),
-            pid: u32::try_from(reaped.pid).unwrap_or(0),
-            code,
-            signal,
-            core,
-            started_at_ms: session.started_at_ms,
-            finished_at_ms: now_ms().max(session.started_at_ms),
-            user_us: reaped.user_us,
-            system_us: reaped.system_us,
-            max_rss_kb: reaped.max_rss_kb,
-            ..ExitRecord::default()
-        };
-        session.say(clients, &Reply::Exited { record: &record.to_json() });
-        if let Some(client) = session.client {
-            clients.choke(client, false, epoll);
-            clients.pause(client, false, epoll);
+        if !session.choked.is_empty() {
+            return;
         }
+        let record = session.record(reaped, at_ms).to_json();
+        if let Some(index) = session.client
+            && let Some(client) = clients.get(index)
+        {
+            let full = client
+                .send(&Reply::Exited { record: &record })
+                .is_err_and(|e| e.kind() == io::ErrorKind::WouldBlock);
+            clients.choke(index, full, epoll);
+            if full {
+                return;
+            }
+            clients.pause(index, false, epoll);
+        }
+        self.slots[slot] = None;
     }
 
     pub(crate) fn ready(&mut self, token: u64, buffer: &mut [u8], epoll: &Epoll, clients: &mut Clients) {
@@ -192,15 +206,17 @@ impl Sessions {
                 session.read(index as usize, &mut buffer[..MAX_DATA], epoll, clients);
             }
             2 => session.feed(epoll, clients),
-            _ => session.console(epoll, self.first_token + slot as u64 * TOKENS),
+            _ => session.console(epoll, token),
         }
+        self.finish(slot, epoll, clients);
     }
 
     /// The client's socket has room again.
     pub(crate) fn client_writable(&mut self, client: usize, epoll: &Epoll, clients: &mut Clients) {
-        if let Some((token, session)) = self.of_client(client) {
-            session.unchoke(token, epoll, clients);
-        }
+        let Some((token, session)) = self.of_client(client) else { return };
+        session.unchoke(token, epoll, clients);
+        let slot = usize::try_from((token - self.first_token) / TOKENS).unwrap_or(0);
+        self.finish(slot, epoll, clients);
     }
 
     pub(crate) fn client_left(&mut self, client: usize, epoll: &Epoll) {
@@ -274,6 +290,7 @@ impl Session {
             stdin: None,
             unfed: Vec::new(),
             stdin_ends: false,
+            over: None,
             console: None,
             connection: None,
             name: name.clone(),
@@ -321,7 +338,7 @@ impl Session {
         let dir = &options.dir;
         // What the runtime sent before it ended may not have been looked at yet.
         for _ in 0..2 {
-            self.console(epoll, token);
+            self.console(epoll, token + 3);
         }
         self.console = None;
         self.connection = None;
@@ -345,21 +362,22 @@ impl Session {
         Ok(())
     }
 
+    /// `token` is the console's own.
     fn console(&mut self, epoll: &Epoll, token: u64) {
         let Some(listener) = &self.console else { return };
         if let Ok(connection) = seqpacket::accept(listener.as_fd()) {
             let _ = epoll.remove(listener);
-            let _ = epoll.add(&connection, IN, token + 3);
+            let _ = epoll.add(&connection, IN, token);
             self.connection = Some(connection);
         }
         let Some(connection) = &self.connection else { return };
         let mut text = [0; 512];
         let Ok(received) = seqpacket::receive(connection.as_fd(), &mut text) else { return };
-        if let Some(master) = received.fds.into_iter().next() {
-            if set_nonblocking(&master, true).is_ok() {
-                self.outputs[0] = Some(master.into());
-                self.apply_size();
-            }
+        if let Some(master) = received.fds.into_iter().next()
+            && set_nonblocking(&master, true).is_ok()
+        {
+            self.outputs[0] = Some(master.into());
+            self.apply_size();
         }
         let _ = epoll.remove(connection);
     }
@@ -371,6 +389,23 @@ impl Session {
             && let Some(terminal) = &self.outputs[0]
         {
             let _ = tty::set_size(terminal, self.size);
+        }
+    }
+
+    fn record(&self, reaped: Reaped, at_ms: u64) -> ExitRecord {
+        let (code, signal, core) = exit_numbers(Status::decode(reaped.status));
+        ExitRecord {
+            id: self.name.clone(),
+            pid: u32::try_from(reaped.pid).unwrap_or(0),
+            code,
+            signal,
+            core,
+            started_at_ms: self.started_at_ms,
+            finished_at_ms: at_ms,
+            user_us: reaped.user_us,
+            system_us: reaped.system_us,
+            max_rss_kb: reaped.max_rss_kb,
+            ..ExitRecord::default()
         }
     }
 
