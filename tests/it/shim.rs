@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io::{Read as _, Write as _};
-use std::os::fd::AsFd as _;
+use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use std::os::unix::fs::{FileTypeExt as _, PermissionsExt as _};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -14,6 +14,7 @@ use keel_proto::{
     Attach, Attachment, Client, ClientError, ErrorCode, Event, Exec, ExitRecord, MAX_MESSAGE, Phase, Reply,
     Session, SpareReaders, Stream,
 };
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::json;
@@ -169,6 +170,42 @@ fn a_container_that_ended_without_a_shim_is_recorded_as_unknown_and_its_last_wor
     assert_eq!((record.code, record.signal, record.lost), (-1, 0, true));
     assert_eq!(container.output("stdout"), "last words\n");
     container.assert_gone();
+}
+
+#[test]
+fn whoever_kept_the_pidfd_learns_how_a_container_without_a_shim_ended() {
+    let Some(rig) = Rig::new() else { return };
+    let container = rig.run("while [ ! -e /go ]; do sleep 0.02; done; exit 5", &[]);
+    let pidfd = container.client().spares().unwrap().pidfd.unwrap();
+    assert!(container.kill_shim());
+    fs::write(container.dir.join("rootfs/go"), "").unwrap();
+    let pid = container.pid();
+    poll("the end of the container", || !Path::new(&format!("/proc/{pid}")).exists());
+    container.adopt_with("--pidfd", &pidfd).unwrap();
+    let record = container.exit();
+    if record.lost {
+        eprintln!("skipped in part: this kernel keeps no exit status in a pidfd");
+    } else {
+        assert_eq!((record.code, record.signal), (5, 0));
+    }
+}
+
+#[test]
+fn a_terminal_outlives_its_shim_where_somebody_keeps_it() {
+    let Some(rig) = Rig::new() else { return };
+    let container = rig.run("echo one; read x; echo got $x; exit 8", &["--tty"]);
+    container.wait_for_output("one");
+    let terminal = container.client().spares().unwrap().terminal.unwrap();
+    assert!(container.kill_shim());
+    container.adopt_with("--terminal", &terminal).unwrap();
+    drop(terminal);
+    let what = Attach { stdin: true, stdout: true, stderr: false, replay_kib: 0 };
+    let mut attached = container.client().attach(what).unwrap();
+    attached.write_stdin(b"word\n").unwrap();
+    let record = container.exit();
+    assert!(record.lost || record.code == 8);
+    let seen = container.output("stdout");
+    assert!(seen.starts_with("one\r\n") && seen.ends_with("got word\r\n"), "{seen:?}");
 }
 
 #[test]
@@ -796,6 +833,17 @@ impl Container<'_> {
 
     fn adopt(&self) -> Result<i32, String> {
         let out = Command::new(&self.rig.shim).arg("adopt").arg("--dir").arg(&self.dir).output().unwrap();
+        self.report(out)
+    }
+
+    /// With a descriptor that was kept.
+    fn adopt_with(&self, option: &str, fd: &OwnedFd) -> Result<i32, String> {
+        let flags = |on: bool| if on { FdFlag::FD_CLOEXEC } else { FdFlag::empty() };
+        fcntl(fd, FcntlArg::F_SETFD(flags(false))).unwrap();
+        let mut command = Command::new(&self.rig.shim);
+        command.arg("adopt").arg("--dir").arg(&self.dir).args([option, &fd.as_raw_fd().to_string()]);
+        let out = command.output().unwrap();
+        fcntl(fd, FcntlArg::F_SETFD(flags(true))).unwrap();
         self.report(out)
     }
 
