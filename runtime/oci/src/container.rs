@@ -118,9 +118,17 @@ impl Runtime {
             preserve_fds: options.preserve_fds,
             cgroup: cgroup_path.clone(),
         };
-        let lowered = lower::lower(&spec, &request, &facts)?;
+        let mut lowered = lower::lower(&spec, &request, &facts)?;
         check_terminal(&spec, options, console.is_some(), wait)?;
-        let cgroup = facts.layout.cgroup(&cgroup_path)?;
+        let mut cgroup = facts.layout.cgroup(&cgroup_path)?;
+        if facts.euid != 0
+            && let Err(e) = cgroup.create()
+        {
+            // An ordinary user may have been delegated nothing: the container runs in its caller's cgroup.
+            let _ = cgroup.remove();
+            cgroup.entries.clear();
+            lowered.warnings.push(format!("no cgroup, no limits: {}", RuntimeError::from(e).chain()));
+        }
         let dir = self.store.create(&options.id)?;
         // Limits, kill and removal act on the whole cgroup: it must not have other people's processes.
         match cgroup.pids() {
@@ -489,6 +497,9 @@ fn create_cgroup(
     lowered: &Lowered,
     facts: &HostFacts,
 ) -> Result<(), RuntimeError> {
+    if cgroup.entries.is_empty() {
+        return Ok(());
+    }
     cgroup.create()?;
     let mut resources = spec.linux.as_ref().and_then(|l| l.resources.clone()).unwrap_or_default();
     resources.devices = lowered.device_rules.clone();
