@@ -247,10 +247,11 @@ pub(crate) fn events(context: &Context, args: &Events) -> Outcome {
         return Ok(context.term.print(&text)?);
     }
     match client.probe() {
-        Err(ClientError::NoDaemon { .. }) => {
-            return Err(Failure::from(client.probe().err().unwrap_or(ClientError::TooLong)).hint("without a daemon nothing is watched: leave out -w"));
+        Ok(()) => {}
+        Err(error @ ClientError::NoDaemon { .. }) => {
+            return Err(Failure::from(error).hint("without a daemon there is nothing to watch: leave out -w"));
         }
-        other => other?,
+        Err(error) => return Err(error.into()),
     }
     let mut headers = !args.no_headers;
     client_runtime()?.block_on(async {
