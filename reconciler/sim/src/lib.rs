@@ -3,12 +3,17 @@
 //! Never: a clock, a thread, a system call, a random number that does not come from the seed.
 
 mod checks;
+#[cfg(test)]
+mod exhaustive;
+mod host;
 mod manifests;
 mod rng;
 mod run;
 mod world;
 
+pub use host::SimHost;
 pub use run::{Outcome, run};
+pub use world::World;
 
 #[cfg(test)]
 mod tests {

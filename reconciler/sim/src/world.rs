@@ -12,7 +12,7 @@ use keel_plan::{
 };
 
 #[derive(Clone, Debug, Default)]
-pub(crate) struct World {
+pub struct World {
     pub pods: BTreeMap<PodKey, ObservedPod>,
     pub images: BTreeMap<String, String>,
     pub network: Option<SpecHash>,
@@ -62,7 +62,7 @@ pub(crate) fn steps(action: &Action) -> &'static [Step] {
 pub(crate) type StepResult = Result<Done, ActionError>;
 
 impl World {
-    pub(crate) fn observe(&self) -> Observed {
+    pub fn observe(&self) -> Observed {
         Observed { pods: self.pods.clone(), images: self.images.clone(), network: self.network.clone() }
     }
 
@@ -106,7 +106,7 @@ impl World {
     }
 
     /// A run ends by itself, by a signal, or with its monitor (`code` below 0).
-    pub(crate) fn end_run(&mut self, pod: &PodKey, id: &ContainerId, code: i32, now: Millis) -> bool {
+    pub fn end_run(&mut self, pod: &PodKey, id: &ContainerId, code: i32, now: Millis) -> bool {
         let Some(run) = self.run_mut(pod, id) else { return false };
         let ContainerState::Running { started_at, .. } = run.state else { return false };
         run.state = if code < 0 {
@@ -119,17 +119,17 @@ impl World {
     }
 
     /// Per-boot state is gone; images and memory stay.
-    pub(crate) fn reboot(&mut self) {
+    pub fn reboot(&mut self) {
         self.pods.clear();
         self.network = None;
         self.endpoints.clear();
     }
 
-    pub(crate) fn run(&self, pod: &PodKey, id: &ContainerId) -> Option<&ObservedContainer> {
+    pub fn run(&self, pod: &PodKey, id: &ContainerId) -> Option<&ObservedContainer> {
         self.pods.get(pod)?.containers.iter().find(|run| run.id == *id)
     }
 
-    pub(crate) fn live_runs(&self) -> impl Iterator<Item = (&PodKey, &ObservedContainer)> {
+    pub fn live_runs(&self) -> impl Iterator<Item = (&PodKey, &ObservedContainer)> {
         self.pods
             .iter()
             .flat_map(|(key, seen)| seen.containers.iter().map(move |run| (key, run)))
