@@ -335,7 +335,9 @@ impl Core {
                 Some((container, Some(code))) => {
                     PodProgress::Failed(format!("container {container} ended with code {code}"))
                 }
-                Some((container, None)) => PodProgress::Waiting(format!("container {container} is not ready")),
+                Some((container, None)) => {
+                    PodProgress::Waiting(format!("container {container} is not ready"))
+                }
             },
         }
     }

@@ -315,3 +315,147 @@ fn spread(id: &ContainerId) -> u64 {
     id.0.bytes()
         .fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use keel_plan::{ContainerName, ObservedPod, lower_desired};
+    use std::collections::BTreeMap;
+
+    struct Bench {
+        prober: Prober,
+        desired: Desired,
+        observed: Observed,
+        now: Now,
+        tickets: u64,
+    }
+
+    impl Bench {
+        /// A container that has just started, with these probes.
+        fn new(probes: &str) -> Bench {
+            let yaml = format!(
+                "apiVersion: v1\nkind: Pod\nmetadata: {{name: p}}\nspec: {{containers: [{{name: c, image: i, {probes}}}]}}\n"
+            );
+            let parsed = keel_manifest::parse("p.yaml", yaml.as_bytes());
+            assert!(parsed.diagnostics.is_empty(), "{:?}", parsed.diagnostics);
+            let desired = lower_desired(&parsed.objects, &BTreeMap::new());
+            let now = Now { wall: 1_000_000, mono: 0 };
+            let mut bench =
+                Bench { prober: Prober::default(), desired, observed: Observed::default(), now, tickets: 0 };
+            // The first observation is empty: nothing is adopted.
+            bench.sync();
+            bench.run(0);
+            bench.sync();
+            bench
+        }
+
+        fn run(&mut self, attempt: u32) {
+            let pod = self.desired.pods.values().next().unwrap().clone();
+            let container = pod.containers[0].clone();
+            let run = ObservedContainer {
+                id: pod.container_id(&container.name, attempt),
+                name: container.name,
+                role: Role::Main,
+                hash: container.hash,
+                attempt,
+                state: ContainerState::Running { pid: 1, started_at: self.now.wall },
+                image_digest: String::new(),
+            };
+            let seen = ObservedPod {
+                pod: pod.clone(),
+                incarnation: 1,
+                created_at: 0,
+                ready: true,
+                ip: None,
+                containers: vec![run],
+            };
+            self.observed.pods.insert(pod.key.clone(), seen);
+        }
+
+        fn sync(&mut self) {
+            self.prober.sync(&self.desired, &self.observed, self.now);
+        }
+
+        /// Kinds of the probes that go out at this second.
+        fn at(&mut self, second: u64) -> Vec<(Ticket, ProbeKind)> {
+            self.now = Now { wall: 1_000_000 + second * 1000, mono: second * 1000 };
+            let tickets = &mut self.tickets;
+            let due = self.prober.due(self.now.mono, 32, || {
+                *tickets += 1;
+                Ticket(*tickets)
+            });
+            due.into_iter().map(|(ticket, request)| (ticket, request.kind)).collect()
+        }
+
+        /// The only probe of this second ends so.
+        fn answer(&mut self, second: u64, outcome: ProbeOutcome) -> Effect {
+            let due = self.at(second);
+            assert_eq!(due.len(), 1, "at {second}: {due:?}");
+            self.prober.finished(due[0].0, outcome, self.now.mono).unwrap().effect
+        }
+
+        fn facts(&self) -> ContainerFacts {
+            let pod = self.desired.pods.values().next().unwrap();
+            self.prober.facts(&pod.container_id(&ContainerName("c".into()), 0))
+        }
+    }
+
+    fn failure() -> ProbeOutcome {
+        ProbeOutcome::Failure("refused".into())
+    }
+
+    #[test]
+    fn readiness_starts_false_and_follows_its_thresholds() {
+        let mut bench = Bench::new(
+            "readinessProbe: {tcpSocket: {port: 1}, initialDelaySeconds: 5, successThreshold: 2, failureThreshold: 2}",
+        );
+        assert!(bench.facts().started && !bench.facts().ready);
+        assert_eq!(bench.at(4), []);
+        assert_eq!(bench.answer(5, ProbeOutcome::Success), Effect::None);
+        assert_eq!(bench.at(14), []);
+        assert_eq!(bench.answer(15, ProbeOutcome::Success), Effect::Changed);
+        assert!(bench.facts().ready);
+        assert_eq!(bench.answer(25, failure()), Effect::None);
+        assert!(bench.facts().ready, "one failure is below the threshold");
+        assert_eq!(bench.answer(35, failure()), Effect::Changed);
+        assert!(!bench.facts().ready);
+    }
+
+    #[test]
+    fn a_failed_liveness_probe_kills_once_and_holds_until_the_next_run() {
+        let mut bench = Bench::new("livenessProbe: {tcpSocket: {port: 1}, periodSeconds: 1}");
+        assert!(bench.facts().ready);
+        assert_eq!(bench.answer(0, failure()), Effect::None);
+        assert_eq!(bench.answer(1, failure()), Effect::None);
+        assert_eq!(bench.answer(2, failure()), Effect::Kill);
+        assert_eq!(bench.at(60), []);
+        bench.run(1);
+        bench.sync();
+        assert_eq!(bench.answer(60, ProbeOutcome::Success), Effect::None);
+    }
+
+    #[test]
+    fn until_started_only_the_startup_probe_runs_and_afterwards_it_does_not() {
+        let mut bench = Bench::new(
+            "startupProbe: {tcpSocket: {port: 1}, periodSeconds: 1}, livenessProbe: {tcpSocket: {port: 1}}, readinessProbe: {tcpSocket: {port: 1}}",
+        );
+        assert!(!bench.facts().started);
+        assert_eq!(bench.answer(0, failure()), Effect::None);
+        let due = bench.at(1);
+        assert_eq!(due.iter().map(|(_, kind)| *kind).collect::<Vec<_>>(), [ProbeKind::Startup]);
+        bench.prober.finished(due[0].0, ProbeOutcome::Success, 1000);
+        assert!(bench.facts().started && !bench.facts().ready);
+        let kinds: Vec<_> = bench.at(1).into_iter().map(|(_, kind)| kind).collect();
+        assert_eq!(kinds, [ProbeKind::Liveness, ProbeKind::Readiness]);
+    }
+
+    #[test]
+    fn a_probe_that_cannot_run_is_tried_three_times_and_never_counts() {
+        let mut bench = Bench::new("livenessProbe: {tcpSocket: {port: 1}, failureThreshold: 1}");
+        for _ in 0..3 {
+            assert_eq!(bench.answer(0, ProbeOutcome::Error("no namespace".into())), Effect::None);
+        }
+        assert_eq!(bench.at(9), []);
+        assert_eq!(bench.answer(10, failure()), Effect::Kill);
+    }
+}
