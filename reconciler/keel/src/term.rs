@@ -4,9 +4,6 @@ use std::io::{self, IsTerminal, Write};
 
 use crate::cli::{Global, When};
 
-/// Columns when standard output is no terminal or does not say.
-const DEFAULT_COLUMNS: u16 = 80;
-
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Term {
     pub(crate) color_out: bool,
@@ -54,11 +51,6 @@ impl Term {
     }
 }
 
-/// Width of the terminal on standard output.
-pub(crate) fn columns() -> u16 {
-    keel_sys::tty::size(io::stdout()).map_or(DEFAULT_COLUMNS, |size| size.columns.max(20))
-}
-
 /// Names for colours, empty when there are none.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Paint(pub(crate) bool);
@@ -82,10 +74,6 @@ impl Paint {
 
     pub(crate) fn faint(self, text: &str) -> String {
         self.wrap("2", text)
-    }
-
-    pub(crate) fn bold(self, text: &str) -> String {
-        self.wrap("1", text)
     }
 
     fn wrap(self, code: &str, text: &str) -> String {
