@@ -88,6 +88,25 @@ impl Store {
         Ok(done)
     }
 
+    /// Removes the compressed blobs of layers that are unpacked: the next thing to go when the disk is full. Images run
+    /// as before; saving, pushing and repairing them needs the blobs again.
+    pub fn drop_unpacked_blobs(&self) -> Result<Collected, ImageError> {
+        let _commit = self.inner.commit();
+        let mut done = Collected::default();
+        for (_, record) in self.records()? {
+            for layer in &record.layers {
+                let path = self.inner.blob_path(&layer.blob_digest);
+                let leased = self.inner.state().leases.contains_key(&layer.blob_digest);
+                let len = fs::metadata(&path).map_or(0, |m| m.len());
+                if !leased && self.inner.layer_dir(&layer.diff_id).is_dir() && fsio::remove_file(&path)? {
+                    done.blobs += 1;
+                    done.freed_bytes += len;
+                }
+            }
+        }
+        Ok(done)
+    }
+
     /// Blobs and layers that something reaches.
     fn needed(
         &self,

@@ -67,6 +67,10 @@ fn usage_says_what_removal_frees() {
     let lines: Vec<_> = usage.images.iter().map(|i| (i.unique_bytes, i.shared_bytes)).collect();
     assert_eq!(lines, [(1, 4), (0, 6), (0, 6)]);
     assert_eq!(usage.layers_bytes, 7);
+    let freed = bench.store.drop_unpacked_blobs().unwrap();
+    assert_eq!(freed.blobs, 3);
+    assert!(bench.store.usage().unwrap().blobs_bytes + freed.freed_bytes == usage.blobs_bytes);
+    assert_eq!(bench.store.verify(crate::Depth::Full, false).unwrap().damage, []);
 }
 
 #[test]
