@@ -48,7 +48,13 @@ pub(crate) fn exec(context: &Context, args: &Exec) -> Outcome<u8> {
     let tty = args.tty && terminal(context);
     let process = lower_process(&configured(&running)?, args, tty, |user| passwd::find(running.pid, user))?;
     run(context, &running, &process, args.interactive, tty)
-        .map_err(|failure| Failure { code: NOT_TRIED, ..failure })
+        .map_err(not_tried)
+}
+
+/// A failure without a code of its own is the engine's, not the command's.
+fn not_tried(failure: Failure) -> Failure {
+    let code = if failure.code == keel_api::exit::FAILED { NOT_TRIED } else { failure.code };
+    Failure { code, ..failure }
 }
 
 /// kubectl's habit: say so and go on.
