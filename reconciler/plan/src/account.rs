@@ -25,7 +25,7 @@ pub fn account(
     settings: &Settings,
     now: Millis,
 ) -> BTreeSet<PodId> {
-    let mut changed = BTreeSet::new();
+    let (mut changed, mut wanted) = (BTreeSet::new(), 0);
     for (key, pod) in &desired.pods {
         let seen = observed.pods.get(key).filter(|seen| seen.pod.sandbox_hash == pod.sandbox_hash);
         let known = memory.pods.get_mut(&pod.id);
@@ -36,11 +36,14 @@ pub fn account(
             Some(known) => known,
             None => memory.pods.entry(pod.id.clone()).or_default(),
         };
+        wanted += 1;
         if account_pod(known, pod, seen, settings, now) {
             changed.insert(pod.id.clone());
         }
     }
-    changed.extend(forget(memory, desired, observed));
+    if wanted < memory.pods.len() {
+        changed.extend(forget(memory, desired, observed));
+    }
     changed
 }
 
@@ -197,7 +200,7 @@ fn has_ended(run: &ObservedContainer) -> bool {
 }
 
 fn forget(memory: &mut Memory, desired: &Desired, observed: &Observed) -> Vec<PodId> {
-    if !desired.complete || memory.pods.is_empty() {
+    if !desired.complete {
         return Vec::new();
     }
     let held: Vec<PodId> = desired.unresolved.keys().chain(&desired.frozen).map(PodId::of).collect();

@@ -62,30 +62,38 @@ impl<'a> PortTable<'a> {
 
 /// Every pod that has an address, in key order.
 pub(crate) fn endpoints(desired: &Desired, observed: &Observed, ports: &PortTable<'_>) -> Vec<Endpoint> {
-    observed
-        .pods
-        .values()
-        .filter(|seen| seen.ready)
-        .filter_map(|seen| Some(endpoint(current(desired, seen), seen.ip?, ports)))
-        .collect()
+    addressed(desired, observed).map(|(pod, ip)| endpoint(pod, ip, ports)).collect()
 }
 
-pub(crate) fn endpoints_hash(endpoints: &[Endpoint]) -> SpecHash {
+/// What the endpoints are made from, hashed without making them: nearly always they have not changed. `None`: there
+/// are none.
+pub(crate) fn endpoints_hash(
+    desired: &Desired,
+    observed: &Observed,
+    ports: &PortTable<'_>,
+) -> Option<SpecHash> {
     let mut hasher = Hasher::default();
-    for endpoint in endpoints {
-        hasher.text(&endpoint.id.0).text(&endpoint.pod.name).text(&endpoint.pod.namespace);
-        hasher.number(u64::from(u32::from(endpoint.ip))).number(endpoint.names.len() as u64);
-        for name in &endpoint.names {
-            hasher.text(name);
-        }
-        hasher.number(endpoint.ports.len() as u64);
-        for port in &endpoint.ports {
-            hasher.number(port.host_ip.map_or(0, |ip| u64::from(u32::from(ip)) + 1));
-            hasher.number(u64::from(port.host_port) << 16 | u64::from(port.container_port));
-            hasher.text(&port.protocol);
+    let mut any = false;
+    for (pod, ip) in addressed(desired, observed) {
+        any = true;
+        hasher.text(&pod.key.namespace).text(&pod.key.name).text(&pod.owner.name);
+        hasher.text(pod.spec.hostname.as_deref().unwrap_or("")).number(u64::from(u32::from(ip)));
+        let published =
+            host_ports(pod).filter(|(ip, port, protocol, _)| ports.holds(&pod.key, *ip, *port, protocol));
+        for (host_ip, host_port, protocol, container_port) in published {
+            hasher.number(host_ip.map_or(0, |ip| u64::from(u32::from(ip)) + 1));
+            hasher.number(u64::from(host_port) << 16 | u64::from(container_port)).text(protocol);
         }
     }
-    hasher.finish()
+    any.then(|| hasher.finish())
+}
+
+fn addressed<'a>(
+    desired: &'a Desired,
+    observed: &'a Observed,
+) -> impl Iterator<Item = (&'a DesiredPod, Ipv4Addr)> {
+    let ready = observed.pods.values().filter(|seen| seen.ready);
+    ready.filter_map(|seen| Some((current(desired, seen), seen.ip?)))
 }
 
 /// Ports and names change without a new pod, so the declaration counts as long as it is about the same sandbox.

@@ -469,14 +469,14 @@ impl<'a> Planner<'a> {
     }
 
     fn network(&mut self) {
-        let endpoints = endpoints(self.desired, self.observed, &self.ports);
-        let hash = endpoints_hash(&endpoints);
-        let current = match &self.observed.network {
-            Some(current) => *current == hash,
-            // A host that was never told anything publishes nothing.
-            None => endpoints.is_empty(),
-        };
-        if !current {
+        let hash = endpoints_hash(self.desired, self.observed, &self.ports);
+        // A host that was never told anything publishes nothing.
+        if hash.is_none() && self.observed.network.is_none() {
+            return;
+        }
+        let hash = hash.unwrap_or_default();
+        if self.observed.network.as_ref() != Some(&hash) {
+            let endpoints = endpoints(self.desired, self.observed, &self.ports);
             self.act(Action::SyncNetwork { endpoints, hash }, Reason::Network);
         }
     }

@@ -99,7 +99,7 @@ impl Paper {
     fn end(&mut self, pod: &str, container: &str, code: i32) {
         let key = PodKey { namespace: "default".into(), name: pod.into() };
         let seen = self.observed.pods.get_mut(&key).unwrap();
-        let run = seen.containers.iter_mut().filter(|run| run.name.0 == container).next_back().unwrap();
+        let run = seen.containers.iter_mut().rfind(|run| run.name.0 == container).unwrap();
         let ContainerState::Running { started_at, .. } = run.state else { panic!("{} does not run", run.id) };
         run.state =
             ContainerState::Exited(Exit { code, signal: 0, oom: false, started_at, finished_at: self.now });
