@@ -4,6 +4,7 @@ use crate::digest::Hasher;
 use crate::fsio::{self, At, FsError, TEMPORARY};
 use crate::store::Inner;
 use crate::{Digest, Store};
+use std::collections::btree_map::Entry;
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::OpenOptionsExt;
@@ -203,9 +204,19 @@ impl BlobWriter {
     /// As [`BlobWriter::finish`], but the next commit makes it durable.
     pub(crate) fn stage(mut self) -> Result<(), BlobError> {
         self.verify()?;
-        self.finished = true;
-        self.inner.state().blobs.insert(self.digest, self.path.clone());
-        Ok(())
+        {
+            let mut state = self.inner.state();
+            let published = self.inner.blob_path(&self.digest).is_file();
+            if let Entry::Vacant(vacant) = state.blobs.entry(self.digest)
+                && !published
+            {
+                vacant.insert(self.path.clone());
+                self.finished = true;
+                return Ok(());
+            }
+        }
+        // Another transfer of the same blob was faster.
+        Ok(self.remove()?)
     }
 
     pub(crate) fn path(&self) -> &Path {
@@ -257,10 +268,10 @@ impl BlobWriter {
 impl Drop for BlobWriter {
     fn drop(&mut self) {
         if self.resumable {
+            let mut state = self.inner.state();
             // A staged blob keeps its name in the set until it is published.
-            let staged = self.inner.state().blobs.contains_key(&self.digest);
-            if !staged {
-                self.inner.state().writing.remove(&self.digest);
+            if state.blobs.get(&self.digest) != Some(&self.path) {
+                state.writing.remove(&self.digest);
             }
         } else if !self.finished {
             let _ = self.remove();

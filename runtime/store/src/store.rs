@@ -241,9 +241,12 @@ impl Inner {
         }
         self.layers.sync_all().at("sync", &dir)?;
         let mut state = self.state();
-        for digest in blobs.keys() {
+        for (digest, from) in &blobs {
             state.blobs.remove(digest);
-            state.writing.remove(digest);
+            // A second writer has a file of its own and says nothing about the first.
+            if from.parent() != Some(&self.partial_dir()) {
+                state.writing.remove(digest);
+            }
         }
         for diff_id in layers.keys() {
             state.layers.remove(diff_id);

@@ -171,3 +171,42 @@ fn built_images_are_reproducible_and_run() {
         .collect();
     assert_eq!(digests[0], digests[1]);
 }
+
+#[test]
+fn many_pulls_of_one_layer_at_once_give_one_layer() {
+    let bench = Bench::new();
+    let tar = Tar::default().dir("./", 0o755).file("f", &"x".repeat(500_000)).end();
+    let (blob, id) = (gzip(&tar), Digest::of(&tar));
+    let (m, c) = manifest(
+        &[(Digest::of(&blob), blob.len() as u64)],
+        &[id],
+        "application/vnd.oci.image.layer.v1.tar+gzip",
+    );
+    let stop = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let collector = scope.spawn(|| {
+            while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                bench.store.collect_garbage(&crate::Roots::default()).unwrap();
+            }
+        });
+        let pulls: Vec<_> = (0..6)
+            .map(|i| {
+                let (bench, blob, m, c) = (&bench, &blob, &m, &c);
+                scope.spawn(move || {
+                    let _lease = bench.store.lease([Digest::of(blob), id]);
+                    ingest(&bench.store, blob, &id).unwrap();
+                    let oci = crate::image::OCI_MANIFEST;
+                    bench.store.commit_image(&format!("x:{i}"), m, oci, c, true).unwrap();
+                })
+            })
+            .collect();
+        let results: Vec<_> = pulls.into_iter().map(|pull| pull.join()).collect();
+        stop.store(true, std::sync::atomic::Ordering::Relaxed);
+        collector.join().unwrap();
+        assert!(results.iter().all(Result::is_ok));
+    });
+    assert_eq!(bench.store.images().unwrap().len(), 6);
+    assert_eq!(bench.store.verify(crate::Depth::Full, false).unwrap().damage, []);
+    bench.store.settle().unwrap();
+    assert_eq!(listing(&bench.store.inner.partial_dir()), "");
+}
