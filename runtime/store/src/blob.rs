@@ -66,7 +66,7 @@ impl Store {
 
     /// Where the blob's bytes are, `None` when it is not there.
     pub fn blob_path(&self, digest: &Digest) -> Option<PathBuf> {
-        if let Some(path) = self.inner.state().blobs.get(digest) {
+        if let Some(path) = self.inner.state().blobs.get(digest).filter(|path| path.is_file()) {
             return Some(path.clone());
         }
         let path = self.inner.blob_path(digest);

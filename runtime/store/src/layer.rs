@@ -148,13 +148,15 @@ impl Store {
     }
 
     pub(crate) fn layer_record(&self, diff_id: &Digest) -> Result<Option<LayerRecord>, FsError> {
-        let dir = match self.inner.state().layers.get(diff_id) {
-            Some(staged) => staged.clone(),
-            None => self.inner.layer_dir(diff_id),
-        };
-        let path = dir.join("layer.json");
-        let Some(bytes) = fsio::read_small(&path, MAX_RECORD)? else { return Ok(None) };
-        serde_json::from_slice(&bytes).map(Some).map_err(io::Error::from).at("read", &path)
+        let staged = self.inner.state().layers.get(diff_id).cloned();
+        // A staged one may be published, and so be gone from its place, between the two looks.
+        for dir in staged.into_iter().chain([self.inner.layer_dir(diff_id)]) {
+            let path = dir.join("layer.json");
+            if let Some(bytes) = fsio::read_small(&path, MAX_RECORD)? {
+                return serde_json::from_slice(&bytes).map(Some).map_err(io::Error::from).at("read", &path);
+            }
+        }
+        Ok(None)
     }
 }
 
@@ -396,6 +398,9 @@ impl TemporaryLayer {
     pub(crate) fn stage(mut self) {
         let mut state = self.inner.state();
         // Two pulls of one layer at the same time: the first one stays.
+        if self.inner.layer_dir(&self.diff_id).is_dir() {
+            return;
+        }
         if let std::collections::btree_map::Entry::Vacant(vacant) = state.layers.entry(self.diff_id) {
             vacant.insert(self.path.clone());
             self.staged = true;
