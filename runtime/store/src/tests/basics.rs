@@ -210,3 +210,22 @@ fn many_pulls_of_one_layer_at_once_give_one_layer() {
     bench.store.settle().unwrap();
     assert_eq!(listing(&bench.store.inner.partial_dir()), "");
 }
+
+#[test]
+fn long_and_odd_paths_are_mounted() {
+    let dir = tempfile::tempdir().unwrap();
+    let base = dir.path().join("x".repeat(200)).join("comma, colon: space \\ end");
+    std::fs::create_dir_all(&base).unwrap();
+    let store = crate::Store::open(&base.join("root")).unwrap();
+    let bench = Bench { dir, store };
+    let image = bench.image("x", &[Tar::default().file("a", "1").end(), Tar::default().file("b", "2").end()]);
+    let (upper, work, target) = (base.join("u:p"), base.join("w,k"), base.join("m"));
+    for dir in [&upper, &work, &target] {
+        std::fs::create_dir(dir).unwrap();
+    }
+    bench.store.mount_rootfs(&image, Some((&upper, &work)), &target).unwrap();
+    std::fs::write(target.join("c"), "3").unwrap();
+    assert_eq!(listing(&target), "a: file 644 \"1\"\nb: file 644 \"2\"\nc: file 644 \"3\"");
+    bench.store.unmount_rootfs(&target).unwrap();
+    assert_eq!(listing(&upper), "c: file 644 \"3\"");
+}

@@ -286,3 +286,18 @@ fn what_is_saved_others_load_and_it_comes_back_the_same() {
     let error = bench.store.save(&names, SaveFormat::OciArchive, &mut Vec::new()).unwrap_err();
     assert!(error.to_string().contains("pull the image again to save it"));
 }
+
+#[test]
+fn umoci_unpacks_the_same_root_file_system() {
+    if !have("umoci") || !have("skopeo") {
+        return;
+    }
+    let bench = Bench::new();
+    let image = sample(&bench, "keel.test/sample:1");
+    let layout = bench.path("layout");
+    let source = format!("oci:{}:keel.test/sample:1", bench.store.root().display());
+    skopeo(&source, &format!("oci:{}:t", layout.display()));
+    let bundle = bench.path("bundle");
+    run(Command::new("umoci").args(["unpack", "--image", &format!("{}:t", layout.display())]).arg(&bundle));
+    assert_eq!(listing(&bundle.join("rootfs")), mounted(&bench, &image));
+}
