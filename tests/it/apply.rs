@@ -1,17 +1,8 @@
 //! One shot: `keel apply` without a daemon.
 
 use keel_tests::image::BUSYBOX;
-use keel_tests::{Instance, http_get, free_port};
-
-fn pod(name: &str, rest: &str) -> String {
-    format!(
-        "apiVersion: v1\nkind: Pod\nmetadata: {{name: {name}}}\nspec:\n  terminationGracePeriodSeconds: 1\n  containers:\n  - name: main\n    image: {BUSYBOX}\n{rest}"
-    )
-}
-
-fn sleeper(name: &str) -> String {
-    pod(name, "    command: [sh, -c, 'trap \"exit 0\" TERM; while :; do sleep 0.1; done']\n")
-}
+use keel_tests::manifest::{SLEEP, pod, server, sleeper};
+use keel_tests::{Instance, eventually, free_port, http_get};
 
 #[test]
 fn apply_starts_a_pod_and_a_second_apply_does_nothing() {
@@ -30,14 +21,10 @@ fn a_published_port_answers_and_the_pod_outlives_the_command() {
     let instance = Instance::new();
     instance.import_busybox();
     let port = free_port();
-    let manifest = pod(
-        "web",
-        &format!(
-            "    command: [sh, -c, 'mkdir /www; echo hello > /www/index.html; exec httpd -f -p 80 -h /www']\n    ports:\n    - containerPort: 80\n      hostPort: {port}\n"
-        ),
-    );
+    let manifest =
+        server("web", "hello", &format!("    ports:\n    - containerPort: 80\n      hostPort: {port}\n"));
     instance.apply(&manifest).expect_code(0);
-    let answer = keel_tests::eventually("the published port answers", || http_get(&format!("127.0.0.1:{port}"), "/"));
+    let answer = eventually("the published port answers", || http_get(&format!("127.0.0.1:{port}"), "/"));
     assert_eq!((answer.0, answer.1.trim()), (200, "hello"));
 }
 
@@ -49,4 +36,129 @@ fn a_dry_run_touches_nothing() {
     assert!(ran.all().contains("web"), "{}", ran.all());
     assert!(instance.pids().is_empty());
     assert!(instance.pods().is_empty());
+}
+
+#[test]
+fn a_changed_variable_restarts_only_its_container() {
+    let instance = Instance::new();
+    instance.import_busybox();
+    let two = |value: &str| {
+        format!(
+            "{}    env: [{{name: A, value: '{value}'}}]\n  - name: other\n    image: {BUSYBOX}\n{SLEEP}",
+            sleeper("web")
+        )
+    };
+    instance.apply(&two("1")).expect_code(0);
+    let before = instance.pids();
+    let ran = instance.apply(&two("2")).expect_code(0);
+    assert!(ran.all().contains("env"), "the reason names the field: {}", ran.all());
+    let after = instance.pids();
+    assert_eq!((before.len(), after.len()), (2, 2));
+    let pid = |pids: &std::collections::BTreeMap<String, u32>, name: &str| {
+        pids.iter().find(|(id, _)| id.contains(&format!(".{name}."))).map(|(_, pid)| *pid)
+    };
+    assert_eq!(pid(&before, "other"), pid(&after, "other"));
+    assert_ne!(pid(&before, "main"), pid(&after, "main"));
+}
+
+#[test]
+fn prune_deletes_what_the_manifests_no_longer_name() {
+    let instance = Instance::new();
+    instance.import_busybox();
+    instance.apply(&format!("{}---\n{}", sleeper("a"), sleeper("b"))).expect_code(0);
+    instance.apply(&sleeper("a")).expect_code(0);
+    assert_eq!(instance.pods().len(), 2, "without --prune nothing is deleted");
+    instance.keel_with_input(&["apply", "-f", "-", "--prune", "--wait"], &sleeper("a")).expect_code(0);
+    assert_eq!(instance.pods().keys().collect::<Vec<_>>(), ["a"]);
+    let refused = instance.keel_with_input(&["apply", "-f", "-", "--prune"], "").expect_code(2);
+    assert!(refused.all().contains("--allow-empty"), "{}", refused.all());
+    instance.keel_with_input(&["apply", "-f", "-", "--prune", "--allow-empty", "--wait"], "").expect_code(0);
+    assert!(instance.pods().is_empty());
+}
+
+#[test]
+fn invalid_manifests_are_all_reported_and_nothing_is_touched() {
+    let instance = Instance::new();
+    instance.write("a.yaml", &sleeper("good"));
+    instance.write(
+        "b.yaml",
+        "apiVersion: v1\nkind: Pod\nmetadata: {name: b}\nspec:\n  containers:\n  - name: c\n    imagee: x\n",
+    );
+    instance.write(
+        "sub/c.yaml",
+        "apiVersion: v1\nkind: Pod\nmetadata: {name: ../x}\nspec: {containers: [{name: c, image: y}]}\n",
+    );
+    let manifests = instance.manifests();
+    let ran = instance.keel(&["apply", "-f", manifests.to_str().unwrap()]).expect_code(2);
+    for part in ["b.yaml:7:5", "imagee", "did you mean", "image", "c.yaml:3", "../x"] {
+        assert!(ran.all().contains(part), "{part} is missing in:\n{}", ran.all());
+    }
+    assert!(instance.pods().is_empty());
+}
+
+#[test]
+fn what_is_not_ready_in_time_ends_with_code_3() {
+    let instance = Instance::new();
+    instance.import_busybox();
+    let never = pod(
+        "slow",
+        &format!("{SLEEP}    readinessProbe: {{exec: {{command: ['false']}}, periodSeconds: 1}}\n"),
+    );
+    let ran =
+        instance.keel_with_input(&["apply", "-f", "-", "--wait", "--timeout", "3s"], &never).expect_code(3);
+    assert!(ran.all().contains("slow"), "{}", ran.all());
+    assert_eq!(instance.pids().len(), 1, "it runs all the same");
+}
+
+#[test]
+fn an_image_that_is_nowhere_fails_its_pod_and_no_other() {
+    let instance = Instance::new();
+    instance.import_busybox();
+    let port = free_port();
+    let missing = sleeper("bad").replace(BUSYBOX, &format!("127.0.0.1:{port}/no/such:1"));
+    let never = missing.replace("    command", "    imagePullPolicy: Never\n    command");
+    let ran = instance.apply(&format!("{}---\n{never}", sleeper("good"))).expect_code(6);
+    assert!(ran.all().contains("imagePullPolicy is Never"), "{}", ran.all());
+    let down = instance.keel_with_input(&["apply", "-f", "-"], &missing).expect_code(1);
+    assert!(down.all().contains(&format!("127.0.0.1:{port}")), "{}", down.all());
+    assert_eq!(instance.pids().len(), 1);
+}
+
+#[test]
+fn runc_can_take_the_place_of_the_runtime() {
+    let instance = Instance::new().with(&["--runtime", "/usr/sbin/runc"]);
+    instance.import_busybox();
+    let port = free_port();
+    let manifest =
+        server("web", "by-runc", &format!("    ports:\n    - containerPort: 80\n      hostPort: {port}\n"));
+    instance.apply(&manifest).expect_code(0);
+    let answer = eventually("runc's container answers", || http_get(&format!("127.0.0.1:{port}"), "/"));
+    assert_eq!(answer.1.trim(), "by-runc");
+    let ran = instance.keel(&["exec", "web", "--", "echo", "inside"]).expect_code(0);
+    assert_eq!(ran.stdout.trim(), "inside");
+}
+
+#[test]
+fn two_roots_never_disturb_each_other() {
+    let (a, b) = (Instance::new(), Instance::new());
+    for instance in [&a, &b] {
+        instance.import_busybox();
+        instance.apply(&sleeper("web")).expect_code(0);
+    }
+    let kept = b.pids();
+    a.keel(&["delete", "pod/web"]).expect_code(0);
+    assert!(a.pids().is_empty());
+    a.keel(&["system", "reset", "--force"]).expect_code(0);
+    assert_eq!(b.pids(), kept);
+    b.apply(&sleeper("web")).expect_code(0);
+    assert_eq!(b.pids(), kept);
+}
+
+#[test]
+fn a_second_actor_on_one_state_directory_is_told_who_holds_it() {
+    let mut instance = Instance::new();
+    let pid = instance.start_daemon();
+    let manifests = instance.manifests();
+    let ran = instance.keel(&["daemon", "--manifests", manifests.to_str().unwrap()]).expect_code(5);
+    assert!(ran.all().contains(&pid.to_string()), "{}", ran.all());
 }

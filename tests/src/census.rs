@@ -87,7 +87,8 @@ fn processes() -> Vec<String> {
         let command = fs::read(entry.path().join("cmdline")).unwrap_or_default();
         let text = String::from_utf8_lossy(&command).replace('\0', " ");
         let program = text.split(' ').next().unwrap_or_default();
-        let name = Path::new(program).file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+        let name =
+            Path::new(program).file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
         if ["keel", "keel-shim", "keel-runtime"].contains(&name.as_str()) {
             found.push(format!("process {pid} {text}"));
         }

@@ -12,10 +12,10 @@ use serde_json::{Value, json};
 pub const BUSYBOX: &str = "docker.io/library/busybox:it";
 
 const APPLETS: &[&str] = &[
-    "sh", "cat", "ls", "echo", "sleep", "true", "false", "env", "id", "wget", "nc", "httpd", "touch", "mkdir", "rm",
-    "mount", "ps", "kill", "hostname", "stat", "dd", "ip", "ping", "grep", "sed", "head", "tail", "wc", "date", "seq",
-    "printf", "readlink", "chmod", "chown", "mv", "cp", "df", "nslookup", "yes", "test", "pwd", "tr", "cut", "sort",
-    "usleep", "timeout", "trap", "tee", "whoami", "ln", "mknod",
+    "sh", "cat", "ls", "echo", "sleep", "true", "false", "env", "id", "wget", "nc", "httpd", "touch",
+    "mkdir", "rm", "mount", "ps", "kill", "hostname", "stat", "dd", "ip", "ping", "grep", "sed", "head",
+    "tail", "wc", "date", "seq", "printf", "readlink", "chmod", "chown", "mv", "cp", "df", "nslookup", "yes",
+    "test", "pwd", "tr", "cut", "sort", "usleep", "timeout", "trap", "tee", "whoami", "ln", "mknod",
 ];
 
 /// A docker-archive with the busybox image, made once for each run of the tests. The process removes it at its end by
@@ -28,7 +28,12 @@ pub fn busybox_archive_in(dir: &Path) -> PathBuf {
         let rootfs = work.path().join("rootfs");
         busybox_rootfs(&rootfs);
         let archive = work.path().join("image.tar");
-        docker_archive(&archive, &rootfs, BUSYBOX, &json!({"Cmd": ["sh"], "Env": ["PATH=/bin", "FROM_IMAGE=yes"]}));
+        docker_archive(
+            &archive,
+            &rootfs,
+            BUSYBOX,
+            &json!({"Cmd": ["sh"], "Env": ["PATH=/bin", "FROM_IMAGE=yes"]}),
+        );
         fs::read(archive).expect("the archive was just written")
     });
     fs::write(&path, bytes).expect("write the archive");
@@ -46,8 +51,11 @@ pub fn busybox_rootfs(dir: &Path) {
     for name in APPLETS {
         symlink("busybox", dir.join("bin").join(name)).expect("a link in the image");
     }
-    fs::write(dir.join("etc/passwd"), "root:x:0:0:root:/root:/bin/sh\napp:x:1000:1000:app:/home/app:/bin/sh\n")
-        .expect("write passwd");
+    fs::write(
+        dir.join("etc/passwd"),
+        "root:x:0:0:root:/root:/bin/sh\napp:x:1000:1000:app:/home/app:/bin/sh\n",
+    )
+    .expect("write passwd");
     fs::write(dir.join("etc/group"), "root:x:0:\napp:x:1000:\nextra:x:2000:app\n").expect("write group");
 }
 
@@ -56,7 +64,12 @@ pub fn docker_archive(archive: &Path, rootfs: &Path, reference: &str, config: &V
     let work = archive.with_extension("d");
     fs::create_dir_all(&work).expect("a work directory");
     let layer = work.join("layer.tar");
-    run(Command::new("tar").args(["--numeric-owner", "--owner=0", "--group=0", "-C"]).arg(rootfs).arg("-cf").arg(&layer).arg("."));
+    run(Command::new("tar")
+        .args(["--numeric-owner", "--owner=0", "--group=0", "-C"])
+        .arg(rootfs)
+        .arg("-cf")
+        .arg(&layer)
+        .arg("."));
     let diff_id = format!("sha256:{}", sha256(&layer));
     let config = json!({
         "architecture": architecture(),
@@ -68,7 +81,11 @@ pub fn docker_archive(archive: &Path, rootfs: &Path, reference: &str, config: &V
     fs::write(work.join("config.json"), config.to_string()).expect("write the config");
     let manifest = json!([{"Config": "config.json", "RepoTags": [reference], "Layers": ["layer.tar"]}]);
     fs::write(work.join("manifest.json"), manifest.to_string()).expect("write the manifest");
-    run(Command::new("tar").arg("-C").arg(&work).arg("-cf").arg(archive).args(["manifest.json", "config.json", "layer.tar"]));
+    run(Command::new("tar").arg("-C").arg(&work).arg("-cf").arg(archive).args([
+        "manifest.json",
+        "config.json",
+        "layer.tar",
+    ]));
     fs::remove_dir_all(&work).expect("remove the work directory");
 }
 

@@ -13,6 +13,7 @@ use tempfile::TempDir;
 
 pub mod census;
 pub mod image;
+pub mod manifest;
 pub mod registry;
 
 /// Long enough for a busy two-core machine; every wait polls, so a pass never takes this long.
@@ -42,6 +43,8 @@ pub struct Instance {
     dir: TempDir,
     extra: Vec<String>,
     daemon: Option<Child>,
+    /// Where the next daemon tells that it is ready, as systemd would.
+    pub notify_socket: Option<PathBuf>,
 }
 
 pub struct Ran {
@@ -87,7 +90,7 @@ impl Instance {
         for name in ["root", "run", "manifests"] {
             fs::create_dir(dir.path().join(name)).expect("a directory in the temporary directory");
         }
-        Instance { dir, extra: Vec::new(), daemon: None }
+        Instance { dir, extra: Vec::new(), daemon: None, notify_socket: None }
     }
 
     /// More global options for every call, e.g. `--runtime`.
@@ -169,8 +172,11 @@ impl Instance {
         let manifests = self.manifests();
         let mut arguments = vec!["daemon", "--manifests", manifests.to_str().expect("UTF-8")];
         arguments.extend(options);
-        let child = self
-            .command(&arguments)
+        let mut command = self.command(&arguments);
+        if let Some(socket) = &self.notify_socket {
+            command.env("NOTIFY_SOCKET", socket);
+        }
+        let child = command
             .stdout(log.try_clone().expect("a second handle"))
             .stderr(log)
             .spawn()

@@ -30,13 +30,13 @@ use keel_engine::ports::{ActionError, Done, Host, PortError, ProbeOutcome, Probe
 use keel_plan::{Action, ContainerId, Memory, Observed, PodId, PodMemory};
 
 pub use applied::Applied;
-pub use events::EventLog;
 pub use containers::{NotRunning, Running, find_running};
 pub use error::HostError;
+pub use events::EventLog;
 pub use images::{DEMO_IMAGE, Registries, client as registry_client, open_store};
+pub use observe::now;
 pub use paths::{DEFAULT_ROOT, DEFAULT_RUN, Paths};
 pub use pods::purge_network;
-pub use observe::now;
 pub use reset::Removed;
 pub use views::{StatusFiles, offline_status};
 pub use watch::{ExitWatch, Lock};
@@ -107,6 +107,10 @@ impl RealHost {
 
     pub fn store(&self) -> &Arc<keel_store::Store> {
         &self.store
+    }
+
+    pub fn registry(&self) -> &keel_registry::Client {
+        &self.registry
     }
 }
 

@@ -167,7 +167,7 @@ pub(crate) struct HostDevice {
 
 /// A manifest that is valid but cannot run with this image on this host.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
-pub(crate) enum SpecError {
+pub enum SpecError {
     #[error("container {0}: neither the manifest nor the image says what to run (no command, no entrypoint)")]
     NoCommand(String),
     #[error("container {0}: runAsNonRoot is set, but the image runs as root (uid 0); set runAsUser")]

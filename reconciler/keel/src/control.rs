@@ -13,11 +13,11 @@ use std::sync::{Arc, Mutex as Lock};
 use std::time::Duration;
 
 use keel_api::{
-    ActionFailure, ApplyRequest, Control, ControlError, ControlEvent, DeleteRequest, ErrorCode, EventSender, PlannedAction,
-    Snapshot, WaitingObject, exit,
+    ActionFailure, ApplyRequest, Control, ControlError, ControlEvent, DeleteRequest, ErrorCode, EventSender,
+    ImageRequest, PlannedAction, Snapshot, WaitingObject, exit,
 };
 use keel_engine::{Convergence, Handle, Input, Report, Standing};
-use keel_host::{Applied, EventLog, RealHost};
+use keel_host::{Applied, EventLog, RealHost, StatusFiles};
 use keel_manifest::{Diagnostic, FileCondition, Object, ObjectKey, parse};
 use keel_plan::{Action, Desired, Plan, PodKey, Reason, Status, lower_desired};
 use tokio::sync::{broadcast, watch};
@@ -41,6 +41,7 @@ pub(crate) struct Controller {
     /// What the sources have to complain about; part of the status.
     problems: watch::Sender<Vec<String>>,
     snapshots: watch::Receiver<Snapshot>,
+    files: Arc<Lock<StatusFiles>>,
     recorded: Arc<watch::Sender<u64>>,
     relist: Lock<Option<Box<dyn Fn() + Send>>>,
 }
@@ -65,8 +66,9 @@ impl Controller {
         let applied = Applied::open(host.paths()).load()?;
         let (problems, problem_receiver) = watch::channel(Vec::new());
         let (snapshot_sender, snapshots) = watch::channel(Snapshot { revision: 0, status: Arc::default() });
-        let files = keel_host::StatusFiles::open(host.paths())?;
-        tokio::spawn(publish(engine.status(), problem_receiver, snapshot_sender, files));
+        let files = StatusFiles::open(host.paths())?;
+        let files = Arc::new(Lock::new(files));
+        tokio::spawn(publish(engine.status(), problem_receiver, snapshot_sender, files.clone()));
         Ok(Arc::new(Controller {
             host,
             engine,
@@ -74,6 +76,7 @@ impl Controller {
             declared: tokio::sync::Mutex::new(Declared { applied, directory: None, complete: !watches }),
             problems,
             snapshots,
+            files,
             recorded,
             relist: Lock::new(None),
         }))
@@ -88,6 +91,11 @@ impl Controller {
     pub(crate) async fn begin(&self) -> Result<(), ControlError> {
         let declared = self.declared.lock().await;
         self.declare(&declared)
+    }
+
+    /// The last word of this process: what probes have said is in no other place.
+    pub(crate) fn flush(&self) {
+        write_files(&self.files, &self.engine.status().borrow().clone());
     }
 
     pub(crate) async fn take_directory(&self, directory: Directory) -> Result<(), ControlError> {
@@ -119,7 +127,8 @@ impl Controller {
         let directory = declared.directory.clone().unwrap_or_default();
         let known: BTreeSet<ObjectKey> = directory.objects.iter().map(Object::key).collect();
         let mut objects = directory.objects;
-        objects.extend(declared.applied.iter().filter(|(key, _)| !known.contains(key)).map(|(_, o)| o.clone()));
+        objects
+            .extend(declared.applied.iter().filter(|(key, _)| !known.contains(key)).map(|(_, o)| o.clone()));
         let mut desired = lower_desired(&objects, &BTreeMap::new());
         desired.complete = declared.complete;
         desired.frozen = self.frozen_pods(&directory.frozen);
@@ -157,11 +166,8 @@ impl Controller {
             Err(refusal) => return Err(refusal),
         };
         let before = self.desired(&declared);
-        let candidate = Declared {
-            applied: next,
-            directory: declared.directory.clone(),
-            complete: declared.complete,
-        };
+        let candidate =
+            Declared { applied: next, directory: declared.directory.clone(), complete: declared.complete };
         let desired = self.desired(&candidate);
         let targets = changed_pods(&before, &desired, &request_keys(&request));
         let plan = self.engine.preview(desired.clone()).await.map_err(ended)?;
@@ -200,8 +206,11 @@ impl Controller {
     ) -> Result<BTreeMap<ObjectKey, Object>, ControlError> {
         let mut next = if request.prune { BTreeMap::new() } else { declared.applied.clone() };
         if objects.is_empty() && request.prune && !declared.applied.is_empty() && !request.allow_empty {
-            return Err(ControlError::new(ErrorCode::Invalid, "the manifests are empty: --prune would delete everything")
-                .hint("add --allow-empty if that is meant"));
+            return Err(ControlError::new(
+                ErrorCode::Invalid,
+                "the manifests are empty: --prune would delete everything",
+            )
+            .hint("add --allow-empty if that is meant"));
         }
         let directory: BTreeMap<ObjectKey, &Object> =
             declared.directory.iter().flat_map(|d| d.objects.iter()).map(|o| (o.key(), o)).collect();
@@ -212,7 +221,12 @@ impl Controller {
                 Some(there) => {
                     return Err(ControlError::new(
                         ErrorCode::Invalid,
-                        format!("{} is declared in {}:{}", object.key(), there.origin.file, there.origin.line),
+                        format!(
+                            "{} is declared in {}:{}",
+                            object.key(),
+                            there.origin.file,
+                            there.origin.line
+                        ),
                     )
                     .hint("the daemon keeps that file true: change it there"));
                 }
@@ -232,7 +246,10 @@ impl Controller {
         if let Some(object) = in_directory {
             return Err(ControlError::new(
                 ErrorCode::Conflict,
-                format!("{key} is declared in {}:{} and would come back", object.origin.file, object.origin.line),
+                format!(
+                    "{key} is declared in {}:{} and would come back",
+                    object.origin.file, object.origin.line
+                ),
             )
             .hint("remove it from that file"));
         }
@@ -311,9 +328,15 @@ impl Control for Controller {
         self.run_delete(request, &events).await
     }
 
+    async fn images(&self, request: ImageRequest, events: EventSender) -> Result<(), ControlError> {
+        let status = self.snapshots.borrow().status.clone();
+        crate::images::run(self.host.store(), self.host.registry(), &status, request, &events).await
+    }
+
     async fn status(&self, after: Option<u64>) -> Result<Snapshot, ControlError> {
         let mut snapshots = self.snapshots.clone();
-        let newer = snapshots.wait_for(|snapshot| after.is_none_or(|revision| snapshot.revision != revision)).await;
+        let newer =
+            snapshots.wait_for(|snapshot| after.is_none_or(|revision| snapshot.revision != revision)).await;
         newer.map(|snapshot| snapshot.clone()).map_err(|_| ended(keel_engine::Ended))
     }
 
@@ -381,7 +404,8 @@ impl Outcome {
             }
             Outcome::Failed(failed) => failed,
         };
-        let lines: Vec<String> = failed.iter().map(|(pod, message)| format!("pod {pod}: {message}")).collect();
+        let lines: Vec<String> =
+            failed.iter().map(|(pod, message)| format!("pod {pod}: {message}")).collect();
         let code = if failed.len() == targets.len() { exit::FAILED } else { exit::PARTIAL };
         end(events, code, &lines.join("\n"), &["see more with: keel describe, keel logs, keel events"]).await
     }
@@ -429,8 +453,17 @@ struct Told {
 }
 
 impl Told {
-    async fn tell(&mut self, status: &Status, targets: &BTreeSet<PodKey>, started: Instant, events: &EventSender) {
+    async fn tell(
+        &mut self,
+        status: &Status,
+        targets: &BTreeSet<PodKey>,
+        started: Instant,
+        events: &EventSender,
+    ) {
         for pod in status.pods.iter().filter(|pod| targets.contains(&pod.key)) {
+            if !pod.declared {
+                continue;
+            }
             if pod.is_ready() && pod.up_to_date {
                 if self.ready.insert(pod.key.clone()) {
                     let after_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
@@ -465,8 +498,11 @@ fn request_keys(request: &ApplyRequest) -> BTreeSet<ObjectKey> {
 /// Pods of the named objects, and pods that the change takes away or alters (through a ConfigMap, say).
 fn changed_pods(before: &Desired, after: &Desired, named: &BTreeSet<ObjectKey>) -> BTreeSet<PodKey> {
     let is_named = |key: &PodKey, owner: &keel_plan::Owner| {
-        let object =
-            ObjectKey { kind: owner.kind.clone(), namespace: key.namespace.clone(), name: owner.name.clone() };
+        let object = ObjectKey {
+            kind: owner.kind.clone(),
+            namespace: key.namespace.clone(),
+            name: owner.name.clone(),
+        };
         named.contains(&object)
     };
     let mut pods: BTreeSet<PodKey> = BTreeSet::new();
@@ -527,9 +563,9 @@ fn concerns(action: &Action, targets: &BTreeSet<PodKey>) -> bool {
         | Action::StartContainer { pod, .. }
         | Action::SyncVolumes { pod, .. }
         | Action::UpdateRecord { pod, .. } => targets.contains(&pod.key),
-        Action::StopContainer { pod, .. } | Action::RemoveContainer { pod, .. } | Action::DeletePod { pod, .. } => {
-            targets.contains(pod)
-        }
+        Action::StopContainer { pod, .. }
+        | Action::RemoveContainer { pod, .. }
+        | Action::DeletePod { pod, .. } => targets.contains(pod),
     }
 }
 
@@ -554,7 +590,10 @@ pub(crate) fn verb_and_object(action: &Action) -> (&'static str, String) {
         Action::SyncVolumes { pod, .. } => ("refresh", format!("volumes of pod/{}", short(&pod.key))),
         Action::UpdateRecord { pod, .. } => ("update", format!("pod/{}", short(&pod.key))),
         Action::DeletePod { pod, .. } => ("delete", format!("pod/{}", short(pod))),
-        Action::SyncNetwork { endpoints, .. } => ("publish", format!("addresses and ports of {} pods", endpoints.len())),
+        Action::SyncNetwork { endpoints, .. } => (
+            "publish",
+            format!("network of {} pod{}", endpoints.len(), if endpoints.len() == 1 { "" } else { "s" }),
+        ),
     }
 }
 
@@ -568,7 +607,9 @@ fn describe_file(file: &str, condition: &FileCondition) -> Option<String> {
         FileCondition::Stale { message } => {
             Some(format!("{file}: invalid, its last good version stays in force: {message}"))
         }
-        FileCondition::Broken { message } => Some(format!("{file}: invalid, what it declares is left as it is: {message}")),
+        FileCondition::Broken { message } => {
+            Some(format!("{file}: invalid, what it declares is left as it is: {message}"))
+        }
         FileCondition::Conflict { message } => Some(format!("{file}: {message}")),
     }
 }
@@ -600,12 +641,19 @@ fn ended(_: keel_engine::Ended) -> ControlError {
     ControlError::new(ErrorCode::Unavailable, "the engine is stopping")
 }
 
+fn write_files(files: &Lock<StatusFiles>, status: &Status) {
+    let mut files = files.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    if let Err(error) = files.write(status) {
+        tracing::warn!(%error, "status files");
+    }
+}
+
 /// The engine's status with the sources' problems, numbered, and as files. Several changes in between are one.
 async fn publish(
     mut status: watch::Receiver<Arc<Status>>,
     mut problems: watch::Receiver<Vec<String>>,
     snapshots: watch::Sender<Snapshot>,
-    mut files: keel_host::StatusFiles,
+    files: Arc<Lock<StatusFiles>>,
 ) {
     /// Files are for people and slow tools.
     const PAUSE: Duration = Duration::from_millis(100);
@@ -614,9 +662,7 @@ async fn publish(
         let mut whole = Status::clone(&status.borrow_and_update());
         whole.problems.extend(problems.borrow_and_update().iter().cloned());
         revision += 1;
-        if let Err(error) = files.write(&whole) {
-            tracing::warn!(%error, "status files");
-        }
+        write_files(&files, &whole);
         snapshots.send_replace(Snapshot { revision, status: Arc::new(whole) });
         tokio::time::sleep(PAUSE).await;
         let changed = tokio::select! {

@@ -47,11 +47,8 @@ async fn serve(context: &Context, args: &Daemon, manifests: PathBuf) -> Outcome 
     for problem in &kept.problems {
         tracing::warn!(problem, "last good manifests");
     }
-    let options = Options {
-        allow_empty: args.allow_empty,
-        had_files: !kept.files.is_empty(),
-        ..Options::default()
-    };
+    let options =
+        Options { allow_empty: args.allow_empty, had_files: !kept.files.is_empty(), ..Options::default() };
     let watcher = Watcher::new(&manifests, options)
         .map_err(|error| Failure::io("watch", manifests.display(), &error))?;
     let watcher = Arc::new(tokio::sync::Mutex::new(watcher));
@@ -156,8 +153,12 @@ impl Source {
         let dir = &self.dir;
         match condition {
             Condition::Ok => None,
-            Condition::Missing => Some(format!("{dir} does not exist; nothing is deleted until it is there again")),
-            Condition::Unreadable(why) => Some(format!("{dir} cannot be read; nothing is deleted until it can: {why}")),
+            Condition::Missing => {
+                Some(format!("{dir} does not exist; nothing is deleted until it is there again"))
+            }
+            Condition::Unreadable(why) => {
+                Some(format!("{dir} cannot be read; nothing is deleted until it can: {why}"))
+            }
             Condition::SuddenlyEmpty => Some(format!(
                 "{dir} is suddenly empty; nothing is deleted (if that is meant, start the daemon with --allow-empty)"
             )),

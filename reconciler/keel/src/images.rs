@@ -33,7 +33,12 @@ pub(crate) async fn run(
     Ok(())
 }
 
-async fn pull(store: &Arc<Store>, registry: &Client, image: &str, events: &EventSender) -> Result<String, ControlError> {
+async fn pull(
+    store: &Arc<Store>,
+    registry: &Client,
+    image: &str,
+    events: &EventSender,
+) -> Result<String, ControlError> {
     let reference = keel_store::canonical_reference(image).map_err(|error| invalid(&error))?;
     let (sender, shown) = (events.clone(), reference.clone());
     let report = move |progress: PullProgress| {
@@ -60,7 +65,9 @@ fn blocking(
     events: &EventSender,
 ) -> Result<String, ControlError> {
     match request {
-        ImageRequest::Pull { .. } => Err(ControlError::new(ErrorCode::Internal, "a pull is not a blocking operation")),
+        ImageRequest::Pull { .. } => {
+            Err(ControlError::new(ErrorCode::Internal, "a pull is not a blocking operation"))
+        }
         ImageRequest::List => {
             let images = store.images().map_err(|error| failed(&error))?;
             data(events, images.iter().map(summary).collect());
@@ -81,7 +88,12 @@ fn blocking(
                 note(events, format!("removed {image}"));
             }
             let freed = crate::text::size(gone.freed_bytes);
-            Ok(format!("{} images, {} layers, {} blobs removed; {freed} freed", gone.images.len(), gone.layers, gone.blobs))
+            Ok(format!(
+                "{} images, {} layers, {} blobs removed; {freed} freed",
+                gone.images.len(),
+                gone.layers,
+                gone.blobs
+            ))
         }
         ImageRequest::Import { path, name } => {
             let report = |progress: ImportProgress| {
@@ -93,9 +105,9 @@ fn blocking(
                     layers_total: progress.layers_total,
                 });
             };
-            let images = store
-                .import(&path, &ImportOptions::default(), &report)
-                .map_err(|error| ControlError::new(ErrorCode::Invalid, format!("import {name}: {}", chain(&error))))?;
+            let images = store.import(&path, &ImportOptions::default(), &report).map_err(|error| {
+                ControlError::new(ErrorCode::Invalid, format!("import {name}: {}", chain(&error)))
+            })?;
             for image in &images {
                 note(events, format!("imported {} {}", image.reference, image.manifest_digest));
             }
@@ -107,13 +119,16 @@ fn blocking(
 fn known(store: &Store, image: &str) -> Result<Image, ControlError> {
     let reference = keel_store::canonical_reference(image).map_err(|error| invalid(&error))?;
     store.image(&reference).map_err(|error| failed(&error))?.ok_or_else(|| {
-        ControlError::new(ErrorCode::NotFound, format!("no image {reference}")).hint("see what is there: keel image ls")
+        ControlError::new(ErrorCode::NotFound, format!("no image {reference}"))
+            .hint("see what is there: keel image ls")
     })
 }
 
 /// What manifests declare and what runs.
 fn roots(status: &Status) -> Roots {
-    let containers = || status.pods.iter().flat_map(|pod| pod.init_container_statuses.iter().chain(&pod.container_statuses));
+    let containers = || {
+        status.pods.iter().flat_map(|pod| pod.init_container_statuses.iter().chain(&pod.container_statuses))
+    };
     let digest = |id: &str| id.rsplit_once('@').map_or(id, |(_, digest)| digest).parse::<Digest>().ok();
     Roots {
         references: containers().map(|container| container.image.clone()).collect::<BTreeSet<_>>(),

@@ -11,7 +11,6 @@ use crate::context::Context;
 use crate::control::Controller;
 
 pub(crate) struct Instance {
-    pub(crate) host: Arc<RealHost>,
     pub(crate) controller: Arc<Controller>,
     engine: Engine,
     _lock: Lock,
@@ -30,10 +29,10 @@ impl Instance {
         let engine = Engine::start(host.clone(), Settings::default(), runtime, sink)
             .map_err(|e| ControlError::new(ErrorCode::Internal, format!("start the engine: {e}")))?;
         let controller =
-            Controller::new(host.clone(), engine.handle(), events, recorded, watches).map_err(refused)?;
+            Controller::new(host, engine.handle(), events, recorded, watches).map_err(refused)?;
         let exits = ExitWatch::new(&context.paths).map_err(refused)?;
         watch_exits(exits, engine.handle())?;
-        Ok(Instance { host, controller, engine, _lock: lock })
+        Ok(Instance { controller, engine, _lock: lock })
     }
 
     pub(crate) fn engine(&self) -> keel_engine::Handle {
@@ -42,6 +41,7 @@ impl Instance {
 
     /// Containers go on.
     pub(crate) fn close(self) {
+        self.controller.flush();
         self.engine.stop();
     }
 }

@@ -41,6 +41,13 @@ impl Kind {
         }
     }
 
+    pub(crate) fn api_version(self) -> &'static str {
+        match self {
+            Kind::Pod => "v1",
+            Kind::Deployment => "apps/v1",
+        }
+    }
+
     /// As commands spell it.
     pub(crate) fn word(self) -> &'static str {
         match self {

@@ -20,7 +20,9 @@ pub(crate) fn status(context: &Context) -> Outcome<Status> {
             let snapshot = client_runtime()?.block_on(client.status())?;
             Ok(std::sync::Arc::unwrap_or_clone(snapshot.status))
         }
-        Err(ClientError::NoDaemon { .. }) => keel_host::offline_status(&context.paths).map_err(|error| Failure::failed(error.chain())),
+        Err(ClientError::NoDaemon { .. }) => {
+            keel_host::offline_status(&context.paths).map_err(|error| Failure::failed(error.chain()))
+        }
         Err(error) => Err(error.into()),
     }
 }
@@ -44,7 +46,9 @@ pub(crate) fn events(context: &Context) -> Outcome<Vec<Event>> {
             }
             Ok(events)
         }),
-        Err(ClientError::NoDaemon { .. }) => Ok(keel_host::events::read(&context.paths).into_iter().map(event).collect()),
+        Err(ClientError::NoDaemon { .. }) => {
+            Ok(keel_host::events::read(&context.paths).into_iter().map(event).collect())
+        }
         Err(error) => Err(error.into()),
     }
 }
@@ -55,7 +59,11 @@ fn event(found: keel_host::events::Event) -> Event {
 }
 
 /// Images without a daemon: the lock keeps other writers of the store away meanwhile.
-pub(crate) async fn images(context: &Context, request: ImageRequest, events: EventSender) -> Result<(), ControlError> {
+pub(crate) async fn images(
+    context: &Context,
+    request: ImageRequest,
+    events: EventSender,
+) -> Result<(), ControlError> {
     let lock = keel_host::Lock::take(&context.paths).map_err(crate::instance::refused)?;
     let store = keel_host::open_store(&context.paths).map_err(crate::instance::refused)?;
     let registry = keel_host::registry_client(&crate::instance::registries(context));

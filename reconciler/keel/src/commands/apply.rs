@@ -3,8 +3,8 @@
 use std::path::PathBuf;
 
 use keel_api::{
-    ApplyRequest, ClientError, ControlError, ControlEvent, DeleteRequest, ErrorCode, EventSender, ImageRequest,
-    exit,
+    ApplyRequest, ClientError, ControlError, ControlEvent, DeleteRequest, ErrorCode, EventSender,
+    ImageRequest, exit,
 };
 use keel_manifest::Diagnostic;
 use tokio::sync::mpsc;
@@ -153,7 +153,15 @@ pub(crate) struct Reporter {
 
 impl Reporter {
     pub(crate) fn new(term: Term, form: TextOrJson, dry_run: bool) -> Reporter {
-        Reporter { term, form, dry_run, progress: Progress::new(term), planned: false, result: None, data: None }
+        Reporter {
+            term,
+            form,
+            dry_run,
+            progress: Progress::new(term),
+            planned: false,
+            result: None,
+            data: None,
+        }
     }
 
     pub(crate) fn event(&mut self, event: &ControlEvent) -> Outcome {

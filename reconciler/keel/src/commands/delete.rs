@@ -3,7 +3,9 @@
 use keel_api::{ClientError, DeleteRequest, exit};
 
 use crate::cli::Delete;
-use crate::commands::apply::{Operation, Reporter, client_runtime, one_shot, say_diagnostics, through_daemon};
+use crate::commands::apply::{
+    Operation, Reporter, client_runtime, one_shot, say_diagnostics, through_daemon,
+};
 use crate::context::Context;
 use crate::failure::{Failure, Outcome};
 use crate::input::Input;
@@ -44,7 +46,8 @@ fn named(context: &Context, args: &Delete) -> Outcome<Vec<DeleteRequest>> {
     let wanted = object::parse(&args.objects)?;
     let request = |wanted: object::Wanted| {
         let name = wanted.name.ok_or_else(|| {
-            Failure::invalid(format!("delete every {}? name them", wanted.kind.word())).hint("write KIND/NAME, e.g. pod/web")
+            Failure::invalid(format!("delete every {}? name them", wanted.kind.word()))
+                .hint("write KIND/NAME, e.g. pod/web")
         })?;
         Ok(lower(args, wanted.kind.name().to_owned(), context.settings.namespace.clone(), name))
     };
@@ -66,7 +69,8 @@ fn declared(context: &Context, args: &Delete) -> Outcome<Vec<DeleteRequest>> {
 }
 
 fn lower(args: &Delete, kind: String, namespace: String, name: String) -> DeleteRequest {
-    let grace_ms = if args.now { Some(0) } else { args.grace_period.map(|seconds| seconds.saturating_mul(1000)) };
+    let grace_ms =
+        if args.now { Some(0) } else { args.grace_period.map(|seconds| seconds.saturating_mul(1000)) };
     DeleteRequest { kind, namespace, name, wait: !args.no_wait, grace_ms }
 }
 

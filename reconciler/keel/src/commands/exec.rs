@@ -47,8 +47,7 @@ pub(crate) fn exec(context: &Context, args: &Exec) -> Outcome<u8> {
     let running = world::running(context, pod, container)?;
     let tty = args.tty && terminal(context);
     let process = lower_process(&configured(&running)?, args, tty, |user| passwd::find(running.pid, user))?;
-    run(context, &running, &process, args.interactive, tty)
-        .map_err(not_tried)
+    run(context, &running, &process, args.interactive, tty).map_err(not_tried)
 }
 
 /// A failure without a code of its own is the engine's, not the command's.

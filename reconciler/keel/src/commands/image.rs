@@ -20,14 +20,16 @@ const SHORT_DIGEST: usize = "sha256:".len() + 12;
 
 pub(crate) fn image(context: &Context, command: &Image) -> Outcome {
     match command {
-        Image::Pull { images } => each(images, |image| act(context, ImageRequest::Pull { image: image.clone() }).map(drop)),
+        Image::Pull { images } => {
+            each(images, |image| act(context, ImageRequest::Pull { image: image.clone() }).map(drop))
+        }
         Image::Import { files } => each(files, |file| import(context, file)),
-        Image::Rm { images, ignore_not_found } => each(images, |image| {
-            match act(context, ImageRequest::Remove { image: image.clone() }) {
+        Image::Rm { images, ignore_not_found } => {
+            each(images, |image| match act(context, ImageRequest::Remove { image: image.clone() }) {
                 Err(failure) if failure.code == exit::NOT_FOUND && *ignore_not_found => Ok(()),
                 other => other.map(drop),
-            }
-        }),
+            })
+        }
         Image::Prune => act(context, ImageRequest::Prune).map(drop),
         Image::Ls { output, no_headers } => {
             let found = act(context, ImageRequest::List)?.unwrap_or_default();
@@ -67,7 +69,8 @@ fn act(context: &Context, request: ImageRequest) -> Outcome<Option<Value>> {
 /// A stream is kept on disk until it is taken in: archives are read more than once, and maybe by another process.
 fn import(context: &Context, file: &Path) -> Outcome {
     if file != Path::new("-") {
-        let path = std::fs::canonicalize(file).map_err(|error| Failure::io("import", file.display(), &error).code(exit::INVALID))?;
+        let path = std::fs::canonicalize(file)
+            .map_err(|error| Failure::io("import", file.display(), &error).code(exit::INVALID))?;
         return act(context, ImageRequest::Import { path, name: file.display().to_string() }).map(drop);
     }
     let spooled = Spool::new(context)?;
@@ -112,7 +115,10 @@ fn render_images(images: &[Value], headers: bool, wide: bool, now: u64) -> Strin
             age(now, number("pulledAtMs")),
         ];
         if wide {
-            row.extend([number("layers").to_string(), image["pinned"].as_bool().unwrap_or(false).to_string()]);
+            row.extend([
+                number("layers").to_string(),
+                image["pinned"].as_bool().unwrap_or(false).to_string(),
+            ]);
         }
         table.row(row);
     }

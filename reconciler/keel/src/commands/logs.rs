@@ -205,7 +205,8 @@ fn containers(context: &Context, status: Option<&Status>, pod: &PodKey) -> Vec<S
         None => Vec::new(),
     };
     if names.is_empty() {
-        let entries = std::fs::read_dir(context.paths.pod_logs(&PodId::of(pod))).into_iter().flatten().flatten();
+        let entries =
+            std::fs::read_dir(context.paths.pod_logs(&PodId::of(pod))).into_iter().flatten().flatten();
         names = entries.filter_map(|entry| entry.file_name().into_string().ok()).collect();
         names.sort();
     }

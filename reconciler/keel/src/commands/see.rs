@@ -41,7 +41,11 @@ pub(crate) fn get(context: &Context, args: &Get) -> Outcome {
     let text = render(context, args, &found, one);
     context.term.print(&text)?;
     if found.is_empty() && found.missing.is_empty() && matches!(args.output, Form::Table | Form::Wide) {
-        let place = if args.all_namespaces { "anywhere".into() } else { format!("in namespace {}", context.settings.namespace) };
+        let place = if args.all_namespaces {
+            "anywhere".into()
+        } else {
+            format!("in namespace {}", context.settings.namespace)
+        };
         context.term.note(&format!("nothing {place}\n"));
     }
     missing(context, found.missing, args.ignore_not_found)
@@ -63,7 +67,8 @@ fn find(context: &Context, status: &Status, args: &Get, wanted: &[Wanted]) -> Fo
     let mut found = Found::default();
     let namespace = &context.settings.namespace;
     let here = |key: &PodKey| args.all_namespaces || key.namespace == *namespace;
-    let labelled = |pod: &PodStatus| args.selector.as_ref().is_none_or(|selector| selector.matches(&pod.labels));
+    let labelled =
+        |pod: &PodStatus| args.selector.as_ref().is_none_or(|selector| selector.matches(&pod.labels));
     for Wanted { kind, name } in wanted {
         let named = |key: &PodKey| here(key) && name.as_ref().is_none_or(|name| key.name == *name);
         let before = found.pods.len() + found.deployments.len();
@@ -125,19 +130,32 @@ fn items(found: &Found) -> Vec<Value> {
     pods.chain(found.deployments.iter().map(|d| with_kind(Kind::Deployment, d))).collect()
 }
 
+/// In Kubernetes' shape, so that `jq` and templates that know a Pod know this one: who it is under `metadata`, how it is
+/// under `status`. What Kubernetes has no place for is an annotation.
 fn with_kind(kind: Kind, status: &impl serde::Serialize) -> Value {
-    let mut whole = json!({ "kind": kind.name() });
-    if let (Some(whole), Ok(Value::Object(fields))) = (whole.as_object_mut(), serde_json::to_value(status)) {
-        whole.extend(fields);
+    let Ok(Value::Object(mut fields)) = serde_json::to_value(status) else { return Value::Null };
+    let mut take = |name: &str| fields.shift_remove(name);
+    let mut metadata = json!({ "name": take("name"), "namespace": take("namespace") });
+    for (from, to) in [("id", "uid"), ("labels", "labels")] {
+        if let Some(value) = take(from) {
+            metadata[to] = value;
+        }
     }
-    whole
+    if let Some(origin) = take("origin") {
+        let place = format!("{}:{}", origin["file"].as_str().unwrap_or_default(), origin["line"]);
+        metadata["annotations"] = json!({ "evenkeel.dev/declared-in": place });
+    }
+    if let Some(owner) = take("owner").filter(|owner| owner["kind"] != kind.name()) {
+        metadata["ownerReferences"] = json!([owner]);
+    }
+    json!({ "apiVersion": kind.api_version(), "kind": kind.name(), "metadata": metadata, "status": fields })
 }
 
 /// The object itself when one was named, else a list.
 fn data(form: Form, items: &[Value], one: bool) -> String {
     let whole = match items {
         [item] if one => item.clone(),
-        items => json!({ "kind": "List", "items": items }),
+        items => json!({ "apiVersion": "v1", "kind": "List", "items": items }),
     };
     as_data(form, &whole)
 }
@@ -212,7 +230,9 @@ pub(crate) fn describe(context: &Context, args: &Describe) -> Outcome {
     }
     let events = world::events(context)?;
     let now = now_ms();
-    let of = |object: String| -> Vec<Event> { events.iter().filter(|event| event.object == object).cloned().collect() };
+    let of = |object: String| -> Vec<Event> {
+        events.iter().filter(|event| event.object == object).cloned().collect()
+    };
     let pods = found.pods.iter().map(|pod| objects::describe_pod(pod, &of(format!("Pod/{}", pod.key)), now));
     let deployments = found.deployments.iter().map(|deployment| {
         let pods: Vec<&PodStatus> = owned(&status, deployment).collect();
@@ -242,7 +262,8 @@ pub(crate) fn events(context: &Context, args: &Events) -> Outcome {
     let filter = EventFilter::new(context, args)?;
     let client = context.client();
     if !args.watch {
-        let events: Vec<Event> = world::events(context)?.into_iter().filter(|event| filter.takes(event)).collect();
+        let events: Vec<Event> =
+            world::events(context)?.into_iter().filter(|event| filter.takes(event)).collect();
         let text = render_events(context, args, &events, !args.no_headers);
         return Ok(context.term.print(&text)?);
     }
@@ -307,7 +328,9 @@ impl EventFilter {
 
 fn render_events(context: &Context, args: &Events, events: &[Event], headers: bool) -> String {
     match args.output {
-        TextOrJson::Json => events.iter().filter_map(|e| serde_json::to_string(e).ok()).map(|line| line + "\n").collect(),
+        TextOrJson::Json => {
+            events.iter().filter_map(|e| serde_json::to_string(e).ok()).map(|line| line + "\n").collect()
+        }
         TextOrJson::Text if events.is_empty() => String::new(),
         TextOrJson::Text => objects::render_events(events, headers, context.term.color_out, now_ms()),
     }

@@ -25,7 +25,8 @@ pub(crate) fn reset(context: &Context, args: &Reset) -> Outcome {
 
 fn confirmed(context: &Context) -> Outcome<bool> {
     if !std::io::stdin().is_terminal() {
-        return Err(Failure::invalid("this removes every container of the instance").hint("add --force if that is meant"));
+        return Err(Failure::invalid("this removes every container of the instance")
+            .hint("add --force if that is meant"));
     }
     eprint!("Remove every container, pod and network of {}? [y/N] ", context.paths.root().display());
     let _ = std::io::stderr().flush();

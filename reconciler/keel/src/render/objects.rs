@@ -18,7 +18,11 @@ pub(crate) struct Columns {
     pub(crate) color: bool,
 }
 
-pub(crate) fn render_pods<'a>(pods: impl IntoIterator<Item = &'a PodStatus>, columns: Columns, now: u64) -> String {
+pub(crate) fn render_pods<'a>(
+    pods: impl IntoIterator<Item = &'a PodStatus>,
+    columns: Columns,
+    now: u64,
+) -> String {
     let mut names = vec!["NAME", "READY", "STATUS", "RESTARTS", "AGE"];
     if columns.namespace {
         names.insert(0, "NAMESPACE");
@@ -36,7 +40,8 @@ pub(crate) fn render_pods<'a>(pods: impl IntoIterator<Item = &'a PodStatus>, col
 fn pod_row(pod: &PodStatus, columns: Columns, now: u64) -> Vec<String> {
     let main = &pod.container_statuses;
     let ready = main.iter().filter(|container| container.ready).count();
-    let restarts: u32 = main.iter().chain(&pod.init_container_statuses).map(|container| container.restart_count).sum();
+    let restarts: u32 =
+        main.iter().chain(&pod.init_container_statuses).map(|container| container.restart_count).sum();
     let mut row = vec![
         pod.key.name.clone(),
         format!("{ready}/{}", main.len()),
@@ -63,7 +68,9 @@ fn tone(pod: &PodStatus, paint: Paint) -> String {
     match word.as_str() {
         _ if pod.is_ready() => paint.green(&word),
         "Completed" | "Succeeded" => paint.faint(&word),
-        "Pending" | "ContainerCreating" | "PodInitializing" | "Pulling" | "Queued" | "Running" => paint.yellow(&word),
+        "Pending" | "ContainerCreating" | "PodInitializing" | "Pulling" | "Queued" | "Running" => {
+            paint.yellow(&word)
+        }
         _ => paint.red(&word),
     }
 }
@@ -86,16 +93,23 @@ pub(crate) fn status_word(pod: &PodStatus) -> String {
     match word {
         Some(word) if word == "Completed" && running => "Running".to_owned(),
         Some(word) => word,
-        None => pod.reason.clone().filter(|_| pod.container_statuses.is_empty()).unwrap_or_else(|| pod.phase.to_string()),
+        None => pod
+            .reason
+            .clone()
+            .filter(|_| pod.container_statuses.is_empty())
+            .unwrap_or_else(|| pod.phase.to_string()),
     }
 }
 
 fn init_word(init: &[ContainerStatus]) -> Option<String> {
-    let (index, container) = init.iter().enumerate().find(|(_, container)| {
-        !matches!(container.state, State::Terminated { exit_code: 0, .. })
-    })?;
+    let (index, container) = init
+        .iter()
+        .enumerate()
+        .find(|(_, container)| !matches!(container.state, State::Terminated { exit_code: 0, .. }))?;
     Some(match &container.state {
-        State::Terminated { reason, exit_code, signal, .. } => format!("Init:{}", ended(reason, *exit_code, *signal)),
+        State::Terminated { reason, exit_code, signal, .. } => {
+            format!("Init:{}", ended(reason, *exit_code, *signal))
+        }
         State::Waiting { reason, .. } if reason != "PodInitializing" => format!("Init:{reason}"),
         _ => format!("Init:{index}/{}", init.len()),
     })
@@ -147,7 +161,10 @@ pub(crate) fn render_status(status: &Status, daemon: Option<u32>, color: bool, n
     let daemon = daemon.map_or_else(|| "not running".to_owned(), |pid| format!("running (pid {pid})"));
     let mut text = format!("daemon  {daemon}\npods    {ready} of {declared} as declared\n");
     if !status.sources_complete {
-        text.push_str(&format!("{}\n", paint.yellow("manifests have not been read completely yet: nothing is deleted")));
+        text.push_str(&format!(
+            "{}\n",
+            paint.yellow("manifests have not been read completely yet: nothing is deleted")
+        ));
     }
     for problem in &status.problems {
         let _ = writeln!(text, "{} {problem}", paint.red("problem"));
@@ -155,7 +172,12 @@ pub(crate) fn render_status(status: &Status, daemon: Option<u32>, color: bool, n
     for conflict in &status.conflicts {
         let place = |origin: &keel_plan::Origin| place(&origin.file, origin.line);
         let (kept, ignored) = (place(&conflict.kept), place(&conflict.ignored));
-        let _ = writeln!(text, "{} {}: declared twice; {kept} counts, {ignored} does not", paint.red("conflict"), conflict.object);
+        let _ = writeln!(
+            text,
+            "{} {}: declared twice; {kept} counts, {ignored} does not",
+            paint.red("conflict"),
+            conflict.object
+        );
     }
     if !status.pods.is_empty() {
         let columns = Columns { headers: true, wide: false, namespace: true, color };
@@ -215,7 +237,8 @@ pub(crate) fn describe_pod(pod: &PodStatus, events: &[Event], now: u64) -> Strin
     field(&mut text, 0, "Labels", &or_dash(&labels.join(", ")));
     field(&mut text, 0, "Up to date", if pod.up_to_date { "yes" } else { "no" });
     for waits in &pod.waiting {
-        let until = waits.until().map_or_else(String::new, |until| format!(" (for another {})", age(until, now)));
+        let until =
+            waits.until().map_or_else(String::new, |until| format!(" (for another {})", age(until, now)));
         field(&mut text, 0, "Waiting", &format!("{}: {}{until}", waits.reason(), waits.message()));
     }
     containers(&mut text, "Init containers", &pod.init_container_statuses, now);
@@ -225,7 +248,12 @@ pub(crate) fn describe_pod(pod: &PodStatus, events: &[Event], now: u64) -> Strin
     text
 }
 
-pub(crate) fn describe_deployment(deployment: &DeploymentStatus, pods: &[&PodStatus], events: &[Event], now: u64) -> String {
+pub(crate) fn describe_deployment(
+    deployment: &DeploymentStatus,
+    pods: &[&PodStatus],
+    events: &[Event],
+    now: u64,
+) -> String {
     let mut text = String::new();
     field(&mut text, 0, "Name", &deployment.key.name);
     field(&mut text, 0, "Namespace", &deployment.key.namespace);
@@ -275,11 +303,16 @@ fn containers(text: &mut String, title: &str, containers: &[ContainerStatus], no
 
 fn state(text: &mut String, title: &str, state: &State, now: u64) {
     match state {
-        State::Waiting { reason: word, message } => field(text, 4, title, &format!("Waiting: {}", reason(word, message))),
-        State::Running { started_at } => field(text, 4, title, &format!("Running since {}", when(*started_at, now))),
+        State::Waiting { reason: word, message } => {
+            field(text, 4, title, &format!("Waiting: {}", reason(word, message)))
+        }
+        State::Running { started_at } => {
+            field(text, 4, title, &format!("Running since {}", when(*started_at, now)))
+        }
         State::Terminated { exit_code, signal, reason, started_at, finished_at } => {
             field(text, 4, title, &format!("Terminated: {}", ended(reason, *exit_code, *signal)));
-            let how = if *signal == 0 { exit_code.to_string() } else { format!("{exit_code} (signal {signal})") };
+            let how =
+                if *signal == 0 { exit_code.to_string() } else { format!("{exit_code} (signal {signal})") };
             field(text, 6, "Exit code", &how);
             field(text, 6, "Started", &when(*started_at, now));
             field(text, 6, "Finished", &when(*finished_at, now));
@@ -320,7 +353,13 @@ pub(crate) fn render_events(events: &[Event], headers: bool, color: bool, now: u
     let mut table = Table::with_header(&["LAST SEEN", "TYPE", "REASON", "OBJECT", "MESSAGE"], headers);
     for event in events {
         let kind = if event.warning { Paint(color).yellow(kind(event)) } else { kind(event).to_owned() };
-        table.row(vec![age(now, event.time_ms), kind, event.reason.clone(), event.object.clone(), said(event)]);
+        table.row(vec![
+            age(now, event.time_ms),
+            kind,
+            event.reason.clone(),
+            event.object.clone(),
+            said(event),
+        ]);
     }
     table.render(0)
 }
@@ -497,7 +536,8 @@ Events:
         let bad = pod(serde_json::json!({
             "waiting": [{ "reason": "Queued" }], "upToDate": false,
         }));
-        let status = Status { pods: vec![std::sync::Arc::new(bad)], sources_complete: true, ..Status::default() };
+        let status =
+            Status { pods: vec![std::sync::Arc::new(bad)], sources_complete: true, ..Status::default() };
         assert!(!all_well(&status));
         assert_eq!(
             render_status(&status, Some(12), false, NOW),
