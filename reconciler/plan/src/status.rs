@@ -359,7 +359,10 @@ impl PodView<'_> {
         let latest = seen.and_then(|seen| seen.latest(&container.name));
         let facts = latest.and_then(|run| self.facts.containers.get(&run.id));
         let running = latest.is_some_and(|run| run.is_running());
-        let ended = latest.and_then(exit_of).or_else(|| finished_before(memory, seen));
+        let ended = latest
+            .and_then(exit_of)
+            .or_else(|| finished_before(memory, seen))
+            .or_else(|| proven_by_main(container, latest.is_some(), seen));
         let backing_off = waiting.iter().any(
             |w| matches!(w, Waiting::CrashLoopBackOff { container: name, .. } if *name == container.name),
         );
@@ -452,6 +455,14 @@ fn finished_before(memory: Option<&ContainerMemory>, seen: Option<&ObservedPod>)
         None => memory.filter(|m| m.counted.is_some()).and_then(|m| m.last_exit.clone()),
         Some(_) => None,
     }
+}
+
+/// The run of an init container is gone, but a main container has run: it had succeeded.
+fn proven_by_main(container: &DesiredContainer, has_run: bool, seen: Option<&ObservedPod>) -> Option<Exit> {
+    let seen = seen.filter(|_| container.role == Role::Init && !has_run)?;
+    let proven = seen.containers.iter().any(|run| run.role == Role::Main);
+    let at = seen.created_at;
+    proven.then_some(Exit { code: 0, signal: 0, oom: false, started_at: at, finished_at: at })
 }
 
 fn terminated(exit: &Exit) -> State {

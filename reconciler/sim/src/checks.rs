@@ -188,8 +188,8 @@ impl Checks {
         self.undeclared(pod, desired);
         let Some(seen) = world.pods.get(pod) else { return };
         let Some(run) = seen.containers.iter().find(|run| run.id == *id) else { return };
-        let Some(wanted) = desired.pods.get(pod).filter(|_| run.is_running()) else { return };
         self.backoff.remove(&(pod.clone(), run.name.clone()));
+        let Some(wanted) = desired.pods.get(pod).filter(|_| run.is_running()) else { return };
         let container = wanted.container(&run.name);
         let same =
             container.is_some_and(|c| c.hash == run.hash) && seen.pod.sandbox_hash == wanted.sandbox_hash;

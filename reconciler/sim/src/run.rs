@@ -665,6 +665,9 @@ impl Sim {
             return Err(format!("busy with {:?}", self.flights.values().map(brief).collect::<Vec<_>>()));
         }
         let status = core.status();
+        if let Some(problem) = status.problems.first() {
+            return Err(problem.clone());
+        }
         let excused: BTreeSet<&PodKey> = status
             .pods
             .iter()
