@@ -76,7 +76,7 @@ impl Layout {
                     layout.v2 = Some(Hierarchy {
                         controllers: Vec::new(),
                         mount: mount.point.into(),
-                        own: below(mount.root, own_path(cgroup, None)),
+                        own: below(mount.root, own_path(cgroup)),
                     });
                 }
                 "cgroup" => {
@@ -138,7 +138,8 @@ fn membership<'a>(cgroup: &'a str, options: &str) -> Option<(Vec<String>, &'a st
     None
 }
 
-fn own_path<'a>(cgroup: &'a str, _controller: Option<&str>) -> &'a str {
+/// The path in the v2 hierarchy.
+fn own_path(cgroup: &str) -> &str {
     cgroup.lines().find_map(|l| l.strip_prefix("0::")).unwrap_or("/")
 }
 

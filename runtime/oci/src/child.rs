@@ -101,7 +101,7 @@ const PATH_BYTES: usize = 4096;
 struct Machine<'a> {
     fds: &'a Fds,
     state: &'a StateText,
-    /// Messages for failures after the start, which nobody else can explain.
+    /// The container's root, from the bind or open on.
     root: Option<OwnedFd>,
     procfs: Option<OwnedFd>,
     /// The read-only file system that hides directories, once there is one.
