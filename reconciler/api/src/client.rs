@@ -17,7 +17,8 @@ use tokio::net::UnixStream;
 
 use crate::socket;
 use crate::types::{
-    ApplyRequest, ControlError, ControlEvent, DeleteRequest, ErrorCode, Event, ImageRequest, Snapshot, VersionInfo,
+    ApplyRequest, ControlError, ControlEvent, DeleteRequest, ErrorCode, Event, ImageRequest, Snapshot,
+    VersionInfo,
 };
 
 /// Largest answer that is read whole, and longest line of a stream: a status of 10,000 pods is some 20 MB.

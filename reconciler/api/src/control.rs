@@ -2,7 +2,9 @@ use std::future::Future;
 
 use tokio::sync::mpsc;
 
-use crate::types::{ApplyRequest, ControlError, ControlEvent, DeleteRequest, ErrorCode, Event, ImageRequest, Snapshot};
+use crate::types::{
+    ApplyRequest, ControlError, ControlEvent, DeleteRequest, ErrorCode, Event, ImageRequest, Snapshot,
+};
 
 /// Where a long operation reports. Bounded by the server; a closed channel means that nobody listens any more, which is
 /// no reason to stop half-way: the implementation finishes what it has begun and drops further reports.

@@ -20,6 +20,6 @@ pub use keel_plan::Status;
 pub use server::serve;
 pub use socket::{ListenError, Listener};
 pub use types::{
-    ActionFailure, ApplyRequest, ControlError, ControlEvent, DeleteRequest, ErrorCode, Event, ImageRequest, InputFile,
-    PlannedAction, Snapshot, VersionInfo, WaitingObject, exit,
+    ActionFailure, ApplyRequest, ControlError, ControlEvent, DeleteRequest, ErrorCode, Event, ImageRequest,
+    InputFile, PlannedAction, Snapshot, VersionInfo, WaitingObject, exit,
 };

@@ -72,12 +72,21 @@ pub struct DeleteRequest {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "do", rename_all = "camelCase")]
 pub enum ImageRequest {
-    Pull { image: String },
+    Pull {
+        image: String,
+    },
     /// `path` is absolute, on the daemon's host; `name` is how the user called it.
-    Import { path: std::path::PathBuf, name: String },
-    Remove { image: String },
+    Import {
+        path: std::path::PathBuf,
+        name: String,
+    },
+    Remove {
+        image: String,
+    },
     List,
-    Inspect { image: String },
+    Inspect {
+        image: String,
+    },
     Prune,
 }
 
@@ -171,6 +180,9 @@ pub struct ActionFailure {
     pub message: String,
     /// False: pointless until the manifest or the host changes.
     pub retry: bool,
+    /// What a person can do, one sentence.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hint: Option<String>,
 }
 
 /// `GET /keel/v1/status`.

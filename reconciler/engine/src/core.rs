@@ -448,7 +448,7 @@ impl Core {
         };
         if let Some(error) = failed {
             let reason = error.reason;
-            self.events.warning(object(&flight.action), reason, error.message.clone());
+            self.events.warning(object(&flight.action), reason, with_hint(&error));
             self.retries.failed(work, error, &self.settings, now.mono);
             self.replan = true;
         }
@@ -488,7 +488,7 @@ impl Core {
         let Action::Pull { image, .. } = action else { return false };
         let present = self.observed.as_ref().is_some_and(|observed| observed.images.contains_key(image));
         if present {
-            let message = format!("{}; the copy in the store is used", error.message);
+            let message = format!("{}; the copy in the store is used", with_hint(error));
             self.events.warning(object(action), "RefreshFailed", message);
             self.mark_refreshed(image);
         }
@@ -905,6 +905,13 @@ fn is_touched(touched: &BTreeMap<Touched, Touch>, work: &Work) -> bool {
 fn is_live(observed: &Observed, pod: &PodKey, id: &ContainerId) -> bool {
     let runs = observed.pods.get(pod).into_iter().flat_map(|seen| &seen.containers);
     runs.into_iter().any(|run| run.id == *id && run.is_running())
+}
+
+fn with_hint(error: &ActionError) -> String {
+    match &error.hint {
+        Some(hint) => format!("{} (hint: {hint})", error.message),
+        None => error.message.clone(),
+    }
 }
 
 fn object(action: &Action) -> String {

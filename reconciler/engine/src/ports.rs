@@ -40,6 +40,8 @@ pub struct ActionError {
     pub message: String,
     /// CamelCase word for events and conditions, e.g. `FailedMount`, `ErrImagePull`, `PortInUse`.
     pub reason: &'static str,
+    /// What a person can do, one sentence.
+    pub hint: Option<String>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

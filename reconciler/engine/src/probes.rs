@@ -138,7 +138,7 @@ impl Prober {
     fn first_due(&self, probe: &Probe, run: &ObservedContainer, kind: ProbeKind, now: Now) -> u64 {
         let (delay_s, period_s, _) = probe.times_s();
         let started_at = match run.state {
-            ContainerState::Running { started_at, .. } => started_at,
+            ContainerState::Running { pid: 1.., started_at } => started_at,
             _ => now.wall,
         };
         let elapsed = now.wall.saturating_sub(started_at);

@@ -58,7 +58,7 @@ impl Retries {
             return None;
         }
         let message = format!("done {times} times, and each time the host looked as before");
-        Some(ActionError { next: Next::Retry, message, reason: "NoEffect" })
+        Some(ActionError { next: Next::Retry, message, reason: "NoEffect", hint: None })
     }
 
     /// The wait that is not over, if any.

@@ -44,15 +44,18 @@ impl RealHost {
         name: &ContainerName,
         attempt: u32,
     ) -> Result<Done, HostError> {
-        let Some(record) = self.current(pod, incarnation)? else { return Ok(Done::Stale) };
+        let record = self.current(pod, incarnation)?.filter(|record| record.ready);
+        let Some(record) = record else { return Ok(Done::Stale) };
         let Some((desired, container)) = find(pod, name) else { return Ok(Done::Stale) };
         let id = ContainerId::of(&pod.id, name, attempt);
         if let Some(found) = read_json::<ContainerRecord>(&self.paths.container_record(&id))? {
             let (state, _) = observe::container_state(&self.paths, &id, found.created_at)?;
-            if matches!(state, ContainerState::Running { .. } | ContainerState::Exited(_)) {
-                return Ok(Done::Done);
+            match state {
+                ContainerState::Running { .. } => return Ok(Done::Done),
+                // This number is used up: the planner has not seen that run yet.
+                ContainerState::Exited(_) | ContainerState::Lost { .. } => return Ok(Done::Stale),
+                ContainerState::Partial => self.remove_container(&id)?,
             }
-            self.remove_container(&id)?;
         }
         match self.try_start(pod, &record, desired, container, &id, attempt) {
             Ok(()) => Ok(Done::Done),

@@ -90,6 +90,21 @@ impl HostError {
         }
     }
 
+    /// What a person can do, one sentence.
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            HostError::Locked { .. } => Some("a second one needs its own --root and --run".into()),
+            HostError::Pull { source, .. } => source.downcast_ref::<keel_registry::PullError>()?.hint(),
+            HostError::NeverPulled(image) => {
+                Some(format!("fetch it by hand: keel image pull {image}, or keel image import FILE"))
+            }
+            other if is_disk_full(other) => {
+                Some("make room on that disk: keel image prune removes images that nothing uses".into())
+            }
+            _ => None,
+        }
+    }
+
     fn next(&self) -> Next {
         match self {
             HostError::Spec(_) | HostError::User { .. } | HostError::NeverPulled(_) => Next::Blocked,
@@ -104,7 +119,7 @@ impl HostError {
 
 impl From<HostError> for ActionError {
     fn from(error: HostError) -> ActionError {
-        ActionError { next: error.next(), reason: error.reason(), message: error.chain() }
+        ActionError { next: error.next(), reason: error.reason(), message: error.chain(), hint: error.hint() }
     }
 }
 
@@ -112,6 +127,18 @@ impl From<HostError> for PortError {
     fn from(error: HostError) -> PortError {
         PortError(error.chain())
     }
+}
+
+fn is_disk_full(error: &HostError) -> bool {
+    let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(error);
+    while let Some(error) = cause {
+        let kind = error.downcast_ref::<std::io::Error>().map(std::io::Error::kind);
+        if matches!(kind, Some(std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded)) {
+            return true;
+        }
+        cause = error.source();
+    }
+    false
 }
 
 /// An error and its sources, joined by ": ", without repeating a source that the error already quotes.

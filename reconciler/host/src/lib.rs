@@ -27,7 +27,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
 use keel_engine::ports::{ActionError, Done, Host, PortError, ProbeOutcome, ProbeRequest, Progress};
-use keel_plan::{Action, ContainerId, Memory, Observed, PodId, PodMemory};
+use keel_plan::{Action, ContainerId, ContainerState, Memory, Observed, PodId, PodMemory};
 
 pub use applied::Applied;
 pub use containers::{NotRunning, Running, find_running};
@@ -168,7 +168,13 @@ impl Host for RealHost {
 }
 
 impl RealHost {
+    /// A run that lives was restarted since the plan was made, or never ended: it is not touched.
     fn remove(&self, id: &ContainerId) -> Result<Done, HostError> {
+        let created_at = 0;
+        let (state, _) = observe::container_state(&self.paths, id, created_at)?;
+        if matches!(state, ContainerState::Running { .. }) {
+            return Ok(Done::Stale);
+        }
         self.remove_container(id).map(|()| Done::Done)
     }
 }

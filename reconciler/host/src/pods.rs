@@ -49,6 +49,8 @@ impl RealHost {
             Some(record) if record.pod.sandbox_hash == pod.sandbox_hash => {
                 PodRecord { ready: false, pod: pod.clone(), ..record }
             }
+            // Somebody else's pod by now: it is deleted by name, never built over.
+            Some(record) if record.ready => return Ok(Done::Stale),
             _ => PodRecord {
                 version: RECORD_VERSION,
                 incarnation: self.new_incarnation(),
@@ -80,7 +82,7 @@ impl RealHost {
     pub(crate) fn delete_pod(&self, id: &PodId, incarnation: u64) -> Result<Done, HostError> {
         let path = self.paths.pod_record(id);
         let record = read_json::<PodRecord>(&path)?;
-        if record.as_ref().is_some_and(|record| record.incarnation != incarnation) {
+        if record.as_ref().is_some_and(|record| record.incarnation != incarnation) || self.has_runs(id)? {
             return Ok(Done::Stale);
         }
         self.remove_pod_init(id)?;
@@ -90,6 +92,11 @@ impl RealHost {
         keel_net::remove_namespaces(&ns).map_err(|source| network(&key, source))?;
         volumes::remove(&self.paths, id)?;
         self.remove_cgroup(id, &key)?;
+        // Attempt numbers start again with a new pod: a late exit record must not speak for another run.
+        let prefix = format!("{id}.");
+        for name in names(&self.paths.exits())?.iter().filter(|name| name.starts_with(&prefix)) {
+            remove_file(&self.paths.exits().join(name))?;
+        }
         // The record last: until then the next round still knows that there is something to delete.
         for name in names(&self.paths.pod(id))? {
             if name != "pod.json" {
@@ -99,6 +106,13 @@ impl RealHost {
         remove_file(&path)?;
         remove_tree(&self.paths.pod(id))?;
         Ok(Done::Done)
+    }
+
+    /// Whether any run that a planner knows of still has a directory.
+    fn has_runs(&self, id: &PodId) -> Result<bool, PathError> {
+        let prefix = format!("{id}.");
+        let runs = names(&self.paths.containers())?.into_iter().filter(|name| name.starts_with(&prefix));
+        Ok(runs.into_iter().any(|name| self.paths.container_record(&keel_plan::ContainerId(name)).exists()))
     }
 
     pub(crate) fn update_record(&self, pod: &Arc<DesiredPod>, incarnation: u64) -> Result<Done, HostError> {

@@ -293,9 +293,12 @@ impl Controller {
         let deadline = wait.timeout.map(|timeout| started + timeout);
         let mut steps = self.engine.steps();
         let mut told = Told::default();
+        // What failed actions had to say, each once.
+        let mut hints: BTreeSet<String> = BTreeSet::new();
         loop {
             while let Ok(report) = reports.try_recv() {
                 if let Some(event) = render_report(report, &targets) {
+                    hints.extend(hint_of(&event));
                     say(events, event).await;
                 }
             }
@@ -304,15 +307,15 @@ impl Controller {
             let status = self.engine.status().borrow().clone();
             told.tell(&status, &targets, started, events).await;
             if let Some(outcome) = judge(&standing, &status, &targets, wait.ready) {
-                return outcome.end(&targets, events).await;
+                return outcome.end(&targets, &hints, events).await;
             }
             tokio::select! {
                 // Cancel-safe: a step that is missed here is seen by the next `standing`.
                 changed = steps.changed() => changed.map_err(|_| ended(keel_engine::Ended))?,
                 () = until(deadline) => {
                     let message = not_ready(&standing);
-                    let hint = "see what they wait for with: keel describe, keel logs";
-                    return end(events, exit::NOT_READY, &message, &[hint]).await;
+                    let hints = with_last(&hints, "see what they wait for with: keel describe, keel logs");
+                    return end(events, exit::NOT_READY, &message, &hints).await;
                 }
             }
         }
@@ -356,6 +359,12 @@ impl Control for Controller {
         if let Some(relist) = &*self.relist.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) {
             relist();
         }
+        let mut status = self.engine.status();
+        let first = status.wait_for(|status| status.sources_complete);
+        // A directory that cannot be read is no reason to wait for ever.
+        if let Ok(Err(_)) = tokio::time::timeout(FIRST_ROUND, first).await {
+            return Err(ended(keel_engine::Ended));
+        }
         self.engine.hint();
         let mut steps = self.engine.steps();
         let before = *steps.borrow_and_update();
@@ -370,6 +379,9 @@ impl Control for Controller {
         }
     }
 }
+
+/// How long `reconcile` waits for the first reading of the directory.
+const FIRST_ROUND: Duration = Duration::from_secs(10);
 
 /// How long an operation is followed.
 struct Wait {
@@ -392,7 +404,12 @@ enum Outcome {
 }
 
 impl Outcome {
-    async fn end(self, targets: &BTreeSet<PodKey>, events: &EventSender) -> Result<(), ControlError> {
+    async fn end(
+        self,
+        targets: &BTreeSet<PodKey>,
+        hints: &BTreeSet<String>,
+        events: &EventSender,
+    ) -> Result<(), ControlError> {
         let failed = match self {
             Outcome::Done => {
                 let message = match targets.len() {
@@ -407,7 +424,19 @@ impl Outcome {
         let lines: Vec<String> =
             failed.iter().map(|(pod, message)| format!("pod {pod}: {message}")).collect();
         let code = if failed.len() == targets.len() { exit::FAILED } else { exit::PARTIAL };
-        end(events, code, &lines.join("\n"), &["see more with: keel describe, keel logs, keel events"]).await
+        let hints = with_last(hints, "see more with: keel describe, keel logs, keel events");
+        end(events, code, &lines.join("\n"), &hints).await
+    }
+}
+
+fn with_last<'a>(hints: &'a BTreeSet<String>, last: &'a str) -> Vec<&'a str> {
+    hints.iter().map(String::as_str).chain([last]).collect()
+}
+
+fn hint_of(event: &ControlEvent) -> Option<String> {
+    match event {
+        ControlEvent::ActionFinished { error: Some(failure), .. } => failure.hint.clone(),
+        _ => None,
     }
 }
 
@@ -541,6 +570,7 @@ fn render_report(report: Report, targets: &BTreeSet<PodKey>) -> Option<ControlEv
                 reason: error.reason.to_string(),
                 message: error.message.clone(),
                 retry: error.next == keel_engine::ports::Next::Retry,
+                hint: error.hint.clone(),
             });
             let duration_ms = u64::try_from(took.as_millis()).unwrap_or(u64::MAX);
             Some(ControlEvent::ActionFinished { verb: verb.into(), object, duration_ms, error })

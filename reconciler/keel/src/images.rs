@@ -51,10 +51,11 @@ async fn pull(
             layers_total: progress.layers_total,
         });
     };
-    let pulled = registry
-        .pull(store, &reference, Platform::host(), Arc::new(report))
-        .await
-        .map_err(|error| ControlError::new(ErrorCode::Internal, chain(&error)))?;
+    let pulled =
+        registry.pull(store, &reference, Platform::host(), Arc::new(report)).await.map_err(|error| {
+            let refused = ControlError::new(ErrorCode::Internal, chain(&error));
+            error.hint().into_iter().fold(refused, ControlError::hint)
+        })?;
     Ok(format!("{} {}", pulled.reference, pulled.manifest_digest))
 }
 

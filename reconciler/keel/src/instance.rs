@@ -73,11 +73,7 @@ pub(crate) fn refused(error: HostError) -> ControlError {
         HostError::NoBinary { .. } => ErrorCode::Invalid,
         _ => ErrorCode::Internal,
     };
-    let refusal = ControlError::new(code, error.chain());
-    match error {
-        HostError::Locked { .. } => refusal.hint("a second one needs its own --root and --run"),
-        _ => refusal,
-    }
+    error.hint().into_iter().fold(ControlError::new(code, error.chain()), ControlError::hint)
 }
 
 /// To the log on disk, to whoever watches it, and to the process' own log.

@@ -252,6 +252,11 @@ impl ObservedContainer {
     pub fn is_running(&self) -> bool {
         matches!(self.state, ContainerState::Running { .. })
     }
+
+    /// The process exists: the start is over.
+    pub fn has_process(&self) -> bool {
+        matches!(self.state, ContainerState::Running { pid: 1.., .. })
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -274,6 +279,7 @@ pub struct ObservedContainer {
 pub enum ContainerState {
     /// A directory without a process: a start that died half-way. To be removed.
     Partial,
+    /// `pid` 0: its monitor is still starting it.
     Running {
         pid: u32,
         started_at: Millis,

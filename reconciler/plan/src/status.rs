@@ -306,7 +306,9 @@ impl PodView<'_> {
         let seen = self.observed.pods.get(self.key);
         let waiting = self.facts.waiting.get(self.key).cloned().unwrap_or_default();
         let pod = wanted.or(seen.map(|seen| &seen.pod));
-        let declared = wanted.is_some()
+        // Until every source has been read nobody knows what is not declared.
+        let declared = !self.desired.complete
+            || wanted.is_some()
             || self.desired.unresolved.contains_key(self.key)
             || self.desired.frozen.contains(self.key);
         let of = |role| -> Vec<ContainerStatus> {
@@ -358,7 +360,7 @@ impl PodView<'_> {
         let memory = self.memory.pods.get(&pod.id).and_then(|m| m.containers.get(&container.name));
         let latest = seen.and_then(|seen| seen.latest(&container.name));
         let facts = latest.and_then(|run| self.facts.containers.get(&run.id));
-        let running = latest.is_some_and(|run| run.is_running());
+        let running = latest.is_some_and(|run| run.has_process());
         let ended = latest
             .and_then(exit_of)
             .or_else(|| finished_before(memory, seen))
@@ -367,7 +369,7 @@ impl PodView<'_> {
             |w| matches!(w, Waiting::CrashLoopBackOff { container: name, .. } if *name == container.name),
         );
         let state = match latest.map(|run| &run.state) {
-            Some(RunState::Running { started_at, .. }) => State::Running { started_at: *started_at },
+            Some(RunState::Running { pid: 1.., started_at }) => State::Running { started_at: *started_at },
             _ => match &ended {
                 Some(exit) if !backing_off => terminated(exit),
                 _ => self.waiting_state(container, seen, waiting, backing_off),
@@ -390,7 +392,7 @@ impl PodView<'_> {
             image: container.image.clone(),
             image_id: latest.map(|run| run.image_digest.clone()).unwrap_or_default(),
             container_id: latest.map(|run| format!("evenkeel://{}", run.id)).unwrap_or_default(),
-            restart_count: memory.map_or(0, |m| m.restarts),
+            restart_count: memory.map_or(0, |m| restarts_done(m, latest.map(|run| &run.id))),
             ready: match container.role {
                 Role::Main => running && facts.is_some_and(|f| f.ready),
                 Role::Init => succeeded,
@@ -399,7 +401,7 @@ impl PodView<'_> {
             last_state: last_state.as_ref().map(terminated),
             attempt: latest.map(|run| run.attempt),
             pid: latest.and_then(|run| match run.state {
-                RunState::Running { pid, .. } => Some(pid),
+                RunState::Running { pid: pid @ 1.., .. } => Some(pid),
                 _ => None,
             }),
             state,
@@ -579,6 +581,12 @@ fn deployments(
 }
 
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes references")]
+/// Kubernetes counts restarts that were made: the one that the newest exit asks for is counted in memory already.
+fn restarts_done(memory: &ContainerMemory, newest: Option<&ContainerId>) -> u32 {
+    let pending = memory.counted.is_some() && memory.counted.as_ref() == newest;
+    memory.restarts.saturating_sub(u32::from(pending))
+}
+
 fn is_zero(value: &i32) -> bool {
     *value == 0
 }

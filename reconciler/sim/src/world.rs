@@ -324,5 +324,5 @@ fn start_violation(
 }
 
 pub(crate) fn error(next: Next, reason: &'static str, message: impl Into<String>) -> ActionError {
-    ActionError { next, message: message.into(), reason }
+    ActionError { next, message: message.into(), reason, hint: None }
 }

@@ -159,8 +159,12 @@ mod tests {
 
     #[test]
     fn a_failed_action_says_what_comes_next() {
-        let error =
-            ActionFailure { reason: "ErrImagePull".into(), message: "no such image".into(), retry: true };
+        let error = ActionFailure {
+            reason: "ErrImagePull".into(),
+            message: "no such image".into(),
+            retry: true,
+            hint: None,
+        };
         assert_eq!(
             render_finished("pull", "image/x", 10, Some(&error), false),
             "failed pull image/x: ErrImagePull: no such image (tried again later)\n"
