@@ -28,6 +28,8 @@ pub fn ext4_shutdown(fd: impl AsFd, flush_log: bool) -> io::Result<()> {
     const EXT4_IOC_SHUTDOWN: libc::c_ulong = 0x8004_587d;
     let flags: u32 = if flush_log { 1 } else { 2 };
     // SAFETY: the request reads one 32-bit number, which lives for the call.
-    check(i64::from(unsafe { libc::ioctl(fd.as_fd().as_raw_fd(), EXT4_IOC_SHUTDOWN as _, &raw const flags) }))?;
+    check(i64::from(unsafe {
+        libc::ioctl(fd.as_fd().as_raw_fd(), EXT4_IOC_SHUTDOWN as _, &raw const flags)
+    }))?;
     Ok(())
 }
