@@ -93,6 +93,38 @@ impl Controller {
         self.declare(&declared)
     }
 
+    /// Once a boot: whether a power cut has damaged a layer. Damage is healed from the kept blob, or the image is set aside
+    /// and pulled again; what runs goes on. In the background, since it reads the names of every file.
+    pub(crate) fn verify_images(&self) {
+        let (store, events, engine) = (self.host.store().clone(), self.events.clone(), self.engine.clone());
+        tokio::task::spawn_blocking(move || {
+            if !store.needs_verify() {
+                return;
+            }
+            let report = match store.verify(keel_store::Depth::Quick, true) {
+                Ok(report) => report,
+                Err(error) => return tracing::warn!(%error, "images could not be verified"),
+            };
+            let record = |object: &str, reason: &str, message: &str| {
+                tracing::warn!(object, reason, "{message}");
+                if let Err(error) = events.record(keel_host::now(), true, object, reason, message) {
+                    tracing::warn!(%error, "event log");
+                }
+            };
+            for damage in report.damage.iter().filter(|damage| damage.repaired) {
+                record(&format!("Layer/{}", damage.digest), "Repaired", &damage.problem);
+            }
+            for image in &report.lost_images {
+                record(
+                    &format!("Image/{image}"),
+                    "Damaged",
+                    "damaged on disk and set aside; it is pulled again when needed",
+                );
+            }
+            engine.hint();
+        });
+    }
+
     /// The last word of this process: what probes have said is in no other place.
     pub(crate) fn flush(&self) {
         write_files(&self.files, &self.engine.status().borrow().clone());

@@ -41,6 +41,7 @@ async fn serve(context: &Context, args: &Daemon, manifests: PathBuf) -> Outcome 
     let instance = Instance::open(context, true)?;
     let controller = instance.controller.clone();
     controller.begin().await?;
+    controller.verify_images();
 
     let keep = Keep::open(&context.paths.sources()).map_err(|error| Failure::of(&error))?;
     let kept = keep.load().map_err(|error| Failure::of(&error))?;
