@@ -234,6 +234,13 @@ impl Core {
         self.status.clone()
     }
 
+    /// The status as of now, however short the last one is ago: for the last word of an operation.
+    pub fn fresh_status(&mut self, now: Now) -> Arc<Status> {
+        self.status_at_ms = 0;
+        self.report(now, &mut Vec::new());
+        self.status.clone()
+    }
+
     pub fn memory(&self) -> &Memory {
         &self.memory
     }
@@ -322,10 +329,12 @@ impl Core {
                 false => PodProgress::Done,
             };
         }
-        if let Some(wait) = waits.iter().find(|w| !w.is_progress()).or(waits.first()) {
+        let status = keel_plan::pod_status(key, desired, observed, &self.memory, facts);
+        // A failed pod waits for an init container that will never finish.
+        let failed = status.phase == keel_plan::Phase::Failed;
+        if let Some(wait) = waits.iter().find(|w| !w.is_progress()).or(waits.first()).filter(|_| !failed) {
             return PodProgress::Waiting(wait.message());
         }
-        let status = keel_plan::pod_status(key, desired, observed, &self.memory, facts);
         match status.phase {
             _ if facts.busy.contains(key) => PodProgress::Waiting("being worked on".into()),
             keel_plan::Phase::Succeeded => PodProgress::Done,
@@ -449,9 +458,18 @@ impl Core {
         if let Some(error) = failed {
             let reason = error.reason;
             self.events.warning(object(&flight.action), reason, with_hint(&error));
-            self.retries.failed(work, error, &self.settings, now.mono);
+            if !self.is_outdated(&flight.action) {
+                self.retries.failed(work, error, &self.settings, now.mono);
+            }
             self.replan = true;
         }
+    }
+
+    /// What was tried is not what is declared now: its failure says nothing about the next try.
+    fn is_outdated(&self, action: &Action) -> bool {
+        let Some(tried) = brings_up(action) else { return false };
+        let declared = self.desired.as_ref().and_then(|desired| desired.pods.get(&tried.key));
+        declared.is_some_and(|declared| !Arc::ptr_eq(declared, tried) && **declared != **tried)
     }
 
     fn note_success(&mut self, flight: &Flight, now: Now) {

@@ -68,6 +68,7 @@ enum Message {
     Hint,
     Preview { desired: Desired, reply: oneshot::Sender<Plan> },
     Standing { pods: Option<BTreeSet<PodKey>>, reply: oneshot::Sender<Standing> },
+    Status { reply: oneshot::Sender<Arc<Status>> },
     Stop,
 }
 
@@ -149,6 +150,13 @@ impl Handle {
         answer.await.map_err(|_| Ended)
     }
 
+    /// The status as of now; [`Handle::status`] may lag behind a little when many things happen at once.
+    pub async fn fresh_status(&self) -> Result<Arc<Status>, Ended> {
+        let (reply, answer) = oneshot::channel();
+        self.sender.send(Message::Status { reply }).map_err(|_| Ended)?;
+        answer.await.map_err(|_| Ended)
+    }
+
     /// Changes with each step of the core: the moment to ask again.
     pub fn steps(&self) -> watch::Receiver<u64> {
         self.steps.clone()
@@ -217,6 +225,12 @@ impl<H: Host + 'static> Loop<H> {
                 let standing =
                     Standing { convergence: self.core.converged(pods.as_ref()), idle: self.core.is_idle() };
                 let _ = reply.send(standing);
+            }
+            Message::Status { reply } => {
+                let now = self.now();
+                let status = self.core.fresh_status(now);
+                self.status.send_replace(status.clone());
+                let _ = reply.send(status);
             }
             Message::Stop => {}
         }

@@ -52,6 +52,20 @@ struct Declared {
     directory: Option<Directory>,
     /// False only between the start of a daemon and its first reading of the directory.
     complete: bool,
+    /// Whether somebody reads the directory. Otherwise it is what the last daemon knew of it: that stays in force, but
+    /// what is applied meanwhile wins.
+    watched: bool,
+}
+
+impl Declared {
+    fn with(&self, applied: BTreeMap<ObjectKey, Object>) -> Declared {
+        Declared {
+            applied,
+            directory: self.directory.clone(),
+            complete: self.complete,
+            watched: self.watched,
+        }
+    }
 }
 
 impl Controller {
@@ -73,7 +87,12 @@ impl Controller {
             host,
             engine,
             events,
-            declared: tokio::sync::Mutex::new(Declared { applied, directory: None, complete: !watches }),
+            declared: tokio::sync::Mutex::new(Declared {
+                applied,
+                directory: None,
+                complete: !watches,
+                watched: watches,
+            }),
             problems,
             snapshots,
             files,
@@ -125,9 +144,20 @@ impl Controller {
         });
     }
 
+    /// Without anybody who reads the directory: what the last daemon kept of it stays in force.
+    pub(crate) async fn restore(&self, objects: Vec<Object>) {
+        self.declared.lock().await.directory = Some(Directory { objects, ..Directory::default() });
+    }
+
     /// The last word of this process: what probes have said is in no other place.
-    pub(crate) fn flush(&self) {
-        write_files(&self.files, &self.engine.status().borrow().clone());
+    pub(crate) async fn flush(&self) {
+        let Ok(status) = self.engine.fresh_status().await else { return };
+        let problems = self.problems.borrow().clone();
+        write_files(&self.files, || {
+            let mut whole = Status::clone(&status);
+            whole.problems.extend(problems);
+            whole
+        });
     }
 
     pub(crate) async fn take_directory(&self, directory: Directory) -> Result<(), ControlError> {
@@ -136,6 +166,7 @@ impl Controller {
             problems.extend(describe_file(file, condition));
         }
         let mut declared = self.declared.lock().await;
+        self.tell_files(declared.directory.as_ref(), &directory);
         let objects_hold = directory.held.is_some() && declared.directory.is_some();
         if objects_hold {
             // Not taken at its word: what was in force stays.
@@ -151,16 +182,50 @@ impl Controller {
         Ok(())
     }
 
+    /// One event for each change of a file's condition, and of the directory's.
+    fn tell_files(&self, before: Option<&Directory>, now: &Directory) {
+        let was = |file: &String| before.and_then(|before| before.conditions.get(file));
+        for (file, condition) in now.conditions.iter().filter(|(file, now)| was(file) != Some(*now)) {
+            match describe_file(file, condition) {
+                Some(message) => self.record(true, &format!("File/{file}"), "ManifestInvalid", &message),
+                None if was(file).is_some_and(|before| !before.is_valid()) => {
+                    self.record(false, &format!("File/{file}"), "ManifestValid", &format!("{file}: in force"));
+                }
+                None => {}
+            }
+        }
+        match (before.and_then(|before| before.held.as_ref()), &now.held) {
+            (before, Some(reason)) if before != Some(reason) => {
+                self.record(true, "Host/manifests", "ManifestsHeld", reason);
+            }
+            _ => {}
+        }
+    }
+
+    fn record(&self, warning: bool, object: &str, reason: &str, message: &str) {
+        match warning {
+            true => tracing::warn!(object, reason, "{message}"),
+            false => tracing::info!(object, reason, "{message}"),
+        }
+        match self.events.record(keel_host::now(), warning, object, reason, message) {
+            Ok(event) => drop(self.recorded.send_replace(event.seq)),
+            Err(error) => tracing::warn!(%error, "event log"),
+        }
+    }
+
     fn declare(&self, declared: &Declared) -> Result<(), ControlError> {
         self.engine.input(Input::DesiredChanged(self.desired(declared))).map_err(ended)
     }
 
     fn desired(&self, declared: &Declared) -> Desired {
         let directory = declared.directory.clone().unwrap_or_default();
-        let known: BTreeSet<ObjectKey> = directory.objects.iter().map(Object::key).collect();
-        let mut objects = directory.objects;
-        objects
-            .extend(declared.applied.iter().filter(|(key, _)| !known.contains(key)).map(|(_, o)| o.clone()));
+        let applied: Vec<Object> = declared.applied.values().cloned().collect();
+        let (mut objects, others) = match declared.watched {
+            true => (directory.objects, applied),
+            false => (applied, directory.objects),
+        };
+        let known: BTreeSet<ObjectKey> = objects.iter().map(Object::key).collect();
+        objects.extend(others.into_iter().filter(|other| !known.contains(&other.key())));
         let mut desired = lower_desired(&objects, &BTreeMap::new());
         desired.complete = declared.complete;
         desired.frozen = self.frozen_pods(&directory.frozen);
@@ -198,8 +263,7 @@ impl Controller {
             Err(refusal) => return Err(refusal),
         };
         let before = self.desired(&declared);
-        let candidate =
-            Declared { applied: next, directory: declared.directory.clone(), complete: declared.complete };
+        let candidate = declared.with(next);
         let desired = self.desired(&candidate);
         let targets = changed_pods(&before, &desired, &request_keys(&request));
         let plan = self.engine.preview(desired.clone()).await.map_err(ended)?;
@@ -250,6 +314,7 @@ impl Controller {
             match directory.get(&object.key()) {
                 None => drop(next.insert(object.key(), object)),
                 Some(there) if there.kind == object.kind => {}
+                Some(_) if !declared.watched => drop(next.insert(object.key(), object)),
                 Some(there) => {
                     return Err(ControlError::new(
                         ErrorCode::Invalid,
@@ -286,14 +351,20 @@ impl Controller {
             .hint("remove it from that file"));
         }
         if !declared.applied.contains_key(&key) {
+            if let Some(owner) = self.owner_of(&declared, &key) {
+                return Err(ControlError::new(
+                    ErrorCode::Conflict,
+                    format!("{key} belongs to {owner} and would come back"),
+                )
+                .hint(format!("delete that: keel delete {owner}, or apply it with fewer replicas")));
+            }
             return Err(ControlError::new(ErrorCode::NotFound, format!("{key} does not exist"))
                 .hint("list what there is with: keel get -A"));
         }
         let before = self.desired(&declared);
         let mut next = declared.applied.clone();
         next.remove(&key);
-        let candidate =
-            Declared { applied: next, directory: declared.directory.clone(), complete: declared.complete };
+        let candidate = declared.with(next);
         let desired = self.desired(&candidate);
         let targets = changed_pods(&before, &desired, &[key].into());
         let plan = self.engine.preview(desired).await.map_err(ended)?;
@@ -311,6 +382,14 @@ impl Controller {
         self.declare(&declared)?;
         drop(declared);
         self.follow(targets, Wait { ready: request.wait, timeout: None }, reports, events).await
+    }
+
+    /// What a pod is made from, when that is not its own manifest.
+    fn owner_of(&self, declared: &Declared, key: &ObjectKey) -> Option<String> {
+        let pod = PodKey { namespace: key.namespace.clone(), name: key.name.clone() };
+        let desired = self.desired(declared);
+        let owner = &desired.pods.get(&pod).filter(|_| key.kind == "Pod")?.owner;
+        (owner.kind != key.kind).then(|| format!("{}/{}", owner.kind.to_lowercase(), owner.name))
     }
 
     /// Reports until the pods are where they should be, cannot get there, or time is over.
@@ -336,7 +415,10 @@ impl Controller {
             }
             steps.borrow_and_update();
             let standing = self.engine.standing(Some(targets.clone())).await.map_err(ended)?;
-            let status = self.engine.status().borrow().clone();
+            let status = match &standing.convergence {
+                Convergence::Waiting(_) => self.engine.status().borrow().clone(),
+                _ => self.engine.fresh_status().await.map_err(ended)?,
+            };
             told.tell(&status, &targets, started, events).await;
             if let Some(outcome) = judge(&standing, &status, &targets, wait.ready) {
                 return outcome.end(&targets, &hints, events).await;
@@ -703,11 +785,14 @@ fn ended(_: keel_engine::Ended) -> ControlError {
     ControlError::new(ErrorCode::Unavailable, "the engine is stopping")
 }
 
-fn write_files(files: &Lock<StatusFiles>, status: &Status) {
+/// Read under the lock, so that an older status never replaces a newer one.
+fn write_files(files: &Lock<StatusFiles>, read: impl FnOnce() -> Status) -> Status {
     let mut files = files.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-    if let Err(error) = files.write(status) {
+    let status = read();
+    if let Err(error) = files.write(&status) {
         tracing::warn!(%error, "status files");
     }
+    status
 }
 
 /// The engine's status with the sources' problems, numbered, and as files. Several changes in between are one.
@@ -721,10 +806,12 @@ async fn publish(
     const PAUSE: Duration = Duration::from_millis(100);
     let mut revision = 0;
     loop {
-        let mut whole = Status::clone(&status.borrow_and_update());
-        whole.problems.extend(problems.borrow_and_update().iter().cloned());
         revision += 1;
-        write_files(&files, &whole);
+        let whole = write_files(&files, || {
+            let mut whole = Status::clone(&status.borrow_and_update());
+            whole.problems.extend(problems.borrow_and_update().iter().cloned());
+            whole
+        });
         snapshots.send_replace(Snapshot { revision, status: Arc::new(whole) });
         tokio::time::sleep(PAUSE).await;
         let changed = tokio::select! {

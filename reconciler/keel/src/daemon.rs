@@ -31,7 +31,10 @@ pub(crate) fn run(context: &Context, args: &Daemon) -> Outcome {
         .enable_all()
         .build()
         .map_err(|error| Failure::io("start", "the runtime of the daemon", &error))?;
-    runtime.block_on(serve(context, args, manifests))
+    let served = runtime.block_on(serve(context, args, manifests));
+    // A stop that is under way blocks a thread for the whole grace period; its shim carries it through without us.
+    runtime.shutdown_background();
+    served
 }
 
 async fn serve(context: &Context, args: &Daemon, manifests: PathBuf) -> Outcome {
@@ -43,11 +46,7 @@ async fn serve(context: &Context, args: &Daemon, manifests: PathBuf) -> Outcome 
     controller.begin().await?;
     controller.verify_images();
 
-    let keep = Keep::open(&context.paths.sources()).map_err(|error| Failure::of(&error))?;
-    let kept = keep.load().map_err(|error| Failure::of(&error))?;
-    for problem in &kept.problems {
-        tracing::warn!(problem, "last good manifests");
-    }
+    let (keep, kept) = open_keep(context)?;
     let options =
         Options { allow_empty: args.allow_empty, had_files: !kept.files.is_empty(), ..Options::default() };
     let watcher = Watcher::new(&manifests, options)
@@ -86,9 +85,24 @@ async fn serve(context: &Context, args: &Daemon, manifests: PathBuf) -> Outcome 
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
     stop_sender.send_replace(true);
     let _ = server.await;
-    let _ = tokio::task::spawn_blocking(move || instance.close()).await;
+    instance.close().await;
     let _ = std::fs::remove_file(context.paths.socket());
     Ok(())
+}
+
+fn open_keep(context: &Context) -> Outcome<(Keep, keel_source::Kept)> {
+    let keep = Keep::open(&context.paths.sources()).map_err(|error| Failure::of(&error))?;
+    let kept = keep.load().map_err(|error| Failure::of(&error))?;
+    for problem in &kept.problems {
+        tracing::warn!(problem, "last good manifests");
+    }
+    Ok((keep, kept))
+}
+
+/// What the directory declared when the last daemon ended.
+pub(crate) fn last_declared(context: &Context) -> Outcome<Vec<keel_manifest::Object>> {
+    let (keep, kept) = open_keep(context)?;
+    Ok(Source::new(Path::new(""), keep, kept.files).restored.objects)
 }
 
 fn listen_for(kind: SignalKind) -> Outcome<tokio::signal::unix::Signal> {
@@ -245,9 +259,6 @@ async fn follow_directory(
         });
         let Ok((back, directory)) = taken.await else { return };
         source = back;
-        if let Some(reason) = &directory.held {
-            tracing::warn!("{reason}");
-        }
         if controller.take_directory(directory).await.is_err() {
             return;
         }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use keel_api::{ControlError, ErrorCode};
 use keel_engine::{Engine, EventKind, Settings};
-use keel_host::{EventLog, ExitWatch, HostConfig, HostError, Lock, RealHost};
+use keel_host::{EventLog, ExitWatch, FilterWatch, HostConfig, HostError, Lock, RealHost};
 use tokio::sync::watch;
 
 use crate::context::Context;
@@ -23,6 +23,7 @@ impl Instance {
         let runtime = tokio::runtime::Handle::current();
         let host = RealHost::open(context.paths.clone(), host_config(context), runtime.clone());
         let host = Arc::new(host.map_err(refused)?);
+        host.sweep();
         let events = Arc::new(EventLog::open(&context.paths));
         let recorded = Arc::new(watch::channel(0).0);
         let sink = event_sink(events.clone(), recorded.clone());
@@ -30,8 +31,14 @@ impl Instance {
             .map_err(|e| ControlError::new(ErrorCode::Internal, format!("start the engine: {e}")))?;
         let controller =
             Controller::new(host, engine.handle(), events, recorded, watches).map_err(refused)?;
-        let exits = ExitWatch::new(&context.paths).map_err(refused)?;
-        watch_exits(exits, engine.handle())?;
+        let mut exits = ExitWatch::new(&context.paths).map_err(refused)?;
+        let hints = engine.handle();
+        watch("exits", "exits", hints, move || exits.wait())?;
+        if watches {
+            // A command is over before somebody else's change matters.
+            let mut filter = FilterWatch::new().map_err(refused)?;
+            watch("filter", "changes of the packet filter", engine.handle(), move || filter.wait())?;
+        }
         Ok(Instance { controller, engine, _lock: lock })
     }
 
@@ -40,9 +47,10 @@ impl Instance {
     }
 
     /// Containers go on.
-    pub(crate) fn close(self) {
-        self.controller.flush();
-        self.engine.stop();
+    pub(crate) async fn close(self) {
+        self.controller.flush().await;
+        // The thread is joined where waiting is allowed.
+        let _ = tokio::task::spawn_blocking(move || self.engine.stop()).await;
     }
 }
 
@@ -94,13 +102,18 @@ fn event_sink(log: Arc<EventLog>, recorded: Arc<watch::Sender<u64>>) -> keel_eng
 }
 
 /// A thread that sleeps in the kernel; it ends with the process.
-fn watch_exits(mut exits: ExitWatch, engine: keel_engine::Handle) -> Result<(), ControlError> {
+fn watch(
+    name: &str,
+    what: &'static str,
+    engine: keel_engine::Handle,
+    mut wait: impl FnMut() -> Result<(), HostError> + Send + 'static,
+) -> Result<(), ControlError> {
     let run = move || {
-        while exits.wait().is_ok() {
+        while wait().is_ok() {
             engine.hint();
         }
-        tracing::warn!("the watch for exits is lost; they are noticed by the periodic look only");
+        tracing::warn!("the watch for {what} is lost; they are noticed by the periodic look only");
     };
-    let thread = std::thread::Builder::new().name("exits".into()).spawn(run);
+    let thread = std::thread::Builder::new().name(name.into()).spawn(run);
     thread.map(drop).map_err(|e| ControlError::new(ErrorCode::Internal, format!("start a thread: {e}")))
 }

@@ -66,7 +66,7 @@ fn run(cli: &Cli) -> Outcome<u8> {
     }
     let context = Context::new(&cli.global)?;
     let base =
-        if matches!(cli.command, Command::Daemon(_)) { tracing::Level::INFO } else { tracing::Level::WARN };
+        if matches!(cli.command, Command::Daemon(_)) { tracing::Level::INFO } else { tracing::Level::ERROR };
     context.start_logging(base);
     dispatch(&context, &cli.command)
 }

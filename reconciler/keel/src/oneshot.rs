@@ -1,6 +1,6 @@
 //! Acting without a daemon: the same controller and engine, for as long as the command lives.
 
-use keel_api::{ApplyRequest, Control, ControlError, DeleteRequest, EventSender};
+use keel_api::{ApplyRequest, Control, ControlError, DeleteRequest, ErrorCode, EventSender};
 
 use crate::context::Context;
 use crate::instance::Instance;
@@ -10,10 +10,9 @@ pub(crate) async fn apply(
     request: ApplyRequest,
     events: EventSender,
 ) -> Result<(), ControlError> {
-    let instance = Instance::open(context, false)?;
-    instance.controller.begin().await?;
+    let instance = open(context).await?;
     let result = instance.controller.apply(request, events).await;
-    leave(instance).await;
+    instance.close().await;
     result
 }
 
@@ -22,14 +21,17 @@ pub(crate) async fn delete(
     request: DeleteRequest,
     events: EventSender,
 ) -> Result<(), ControlError> {
-    let instance = Instance::open(context, false)?;
-    instance.controller.begin().await?;
+    let instance = open(context).await?;
     let result = instance.controller.delete(request, events).await;
-    leave(instance).await;
+    instance.close().await;
     result
 }
 
-/// The engine's thread is joined where waiting is allowed.
-async fn leave(instance: Instance) {
-    let _ = tokio::task::spawn_blocking(move || instance.close()).await;
+async fn open(context: &Context) -> Result<Instance, ControlError> {
+    let instance = Instance::open(context, false)?;
+    let declared = crate::daemon::last_declared(context)
+        .map_err(|failure| ControlError::new(ErrorCode::Internal, failure.message))?;
+    instance.controller.restore(declared).await;
+    instance.controller.begin().await?;
+    Ok(instance)
 }
