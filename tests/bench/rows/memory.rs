@@ -1,0 +1,177 @@
+//! What stays in memory while nothing happens.
+
+use std::time::Duration;
+
+use crate::engines::{Engine, engine, present};
+use crate::failure::{Doing, Failure, Outcome};
+use crate::host::Work;
+use crate::keel::Keel;
+use crate::measure::{Footprint, footprint, parent, sleeps};
+use crate::report::{Aim, Measure};
+
+const PODS: usize = 50;
+const MONITORS: usize = 10;
+/// Long enough that a poll once a second shows.
+const IDLE: Duration = Duration::from_secs(10);
+/// What was started must have come to rest.
+const REST: Duration = Duration::from_secs(3);
+
+pub(crate) fn memory(work: &Work, count: usize) -> Outcome<Vec<Measure>> {
+    let archive = keel_tests::image::busybox_archive_in(work.path());
+    let mut table = Table::new();
+    ours(work, &archive, count, &mut table)?;
+    let peers = work.state("peers-memory")?;
+    for (name, monitor) in [("podman", "conmon"), ("ctr", "containerd-shim-runc-v2")] {
+        let Some(engine) = present(name, engine(name, work, &peers)) else { continue };
+        engine.load(&archive)?;
+        let names = start(engine.as_ref(), "mon", MONITORS)?;
+        table.monitors(monitor, &monitors_of(monitor)?)?;
+        engine.remove(&names)?;
+    }
+    if let Some(docker) = present("docker", engine("docker", work, &peers)) {
+        docker.load(&archive)?;
+        let names = start(docker.as_ref(), "idle", PODS)?;
+        std::thread::sleep(REST);
+        table.daemon("dockerd + containerd", &docker.daemons(), count)?;
+        docker.remove(&names)?;
+    }
+    Ok(table.measures())
+}
+
+fn ours(work: &Work, archive: &std::path::Path, count: usize, table: &mut Table) -> Outcome {
+    let keel = Keel::new(work, "memory")?;
+    keel.import(archive)?;
+    for n in 0..PODS {
+        keel.declare(&format!("idle-{n}"))?;
+    }
+    let daemon = keel.daemon()?;
+    keel.await_count(PODS)?;
+    std::thread::sleep(REST);
+    table.daemon("keel daemon", &[daemon.pid()], count)?;
+    for n in MONITORS..PODS {
+        keel.retract(&format!("idle-{n}"))?;
+    }
+    keel.await_count(MONITORS)?;
+    let shims: Vec<u32> = keel.running().into_iter().map(|(_, shim)| shim).collect();
+    table.monitors("keel-shim", &shims)
+}
+
+fn start(engine: &dyn Engine, prefix: &str, count: usize) -> Outcome<Vec<String>> {
+    let names: Vec<String> = (0..count).map(|n| format!("{prefix}-{n}")).collect();
+    for name in &names {
+        engine.start(name)?;
+    }
+    Ok(names)
+}
+
+/// The monitors that are ours to look at: this namespace's, by the name of their program and the containers below them.
+fn monitors_of(program: &str) -> Outcome<Vec<u32>> {
+    let own = std::fs::read_link("/proc/self/ns/mnt").doing("read the own mount namespace")?;
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir("/proc").doing("read /proc")?.flatten() {
+        let Ok(pid) = entry.file_name().to_string_lossy().parse::<u32>() else { continue };
+        let is_it = std::fs::read_link(entry.path().join("exe"))
+            .is_ok_and(|exe| exe.file_name() == Some(program.as_ref()));
+        let is_here = std::fs::read_link(entry.path().join("ns/mnt")).is_ok_and(|ns| ns == own);
+        // One that a monitor has just forked is no monitor.
+        let is_child = parent(pid).is_some_and(|parent| found.contains(&parent));
+        if is_it && is_here && !is_child {
+            found.push(pid);
+        }
+    }
+    if found.len() < MONITORS {
+        return Err(Failure::new(format!("{} of {MONITORS} {program} found", found.len())));
+    }
+    Ok(found)
+}
+
+struct Table {
+    daemon_rss: Measure,
+    daemon_pss: Measure,
+    daemon_uss: Measure,
+    daemon_threads: Measure,
+    daemon_sleeps: Measure,
+    rss: Measure,
+    pss: Measure,
+    uss: Measure,
+    threads: Measure,
+    fds: Measure,
+    sleeps: Measure,
+}
+
+impl Table {
+    fn new() -> Table {
+        let daemon =
+            |what: &str, unit| Measure::new("memory", format!("daemon with {PODS} pods: {what}"), unit);
+        let monitor = |what: &str, unit| {
+            Measure::new("memory", format!("monitor, {MONITORS} containers: {what}"), unit)
+        };
+        Table {
+            daemon_rss: daemon("RSS", "MB").aim(Aim::AtMost(15.0)),
+            daemon_pss: daemon("PSS", "MB"),
+            daemon_uss: daemon("USS", "MB"),
+            daemon_threads: daemon("threads", ""),
+            daemon_sleeps: daemon("wake-ups in 10 s", ""),
+            rss: monitor("RSS", "kB"),
+            pss: monitor("PSS", "kB"),
+            uss: monitor("USS", "kB").aim(Aim::AtMost(150.0)),
+            threads: monitor("threads", ""),
+            fds: monitor("descriptors", ""),
+            sleeps: monitor("wake-ups in 10 s", "").aim(Aim::AtMost(0.0)),
+        }
+    }
+
+    /// Looks `count` times during the idle period; several processes of one engine are added up.
+    fn daemon(&mut self, name: &str, pids: &[u32], count: usize) -> Outcome {
+        let before: f64 = pids.iter().copied().map(sleeps).sum();
+        for _ in 0..count {
+            std::thread::sleep(IDLE / u32::try_from(count).unwrap_or(1));
+            let mut sum = Footprint::default();
+            for &pid in pids {
+                let one = footprint(pid)?;
+                sum.rss_kb += one.rss_kb;
+                sum.pss_kb += one.pss_kb;
+                sum.uss_kb += one.uss_kb;
+                sum.threads += one.threads;
+            }
+            self.daemon_rss.sample(name, sum.rss_kb / 1024.0);
+            self.daemon_pss.sample(name, sum.pss_kb / 1024.0);
+            self.daemon_uss.sample(name, sum.uss_kb / 1024.0);
+            self.daemon_threads.sample(name, sum.threads);
+        }
+        self.daemon_sleeps.sample(name, pids.iter().copied().map(sleeps).sum::<f64>() - before);
+        Ok(())
+    }
+
+    fn monitors(&mut self, name: &str, pids: &[u32]) -> Outcome {
+        std::thread::sleep(REST);
+        let before: Vec<f64> = pids.iter().copied().map(sleeps).collect();
+        std::thread::sleep(IDLE);
+        for (&pid, before) in pids.iter().zip(before) {
+            self.sleeps.sample(name, sleeps(pid) - before);
+            let one = footprint(pid)?;
+            self.rss.sample(name, one.rss_kb);
+            self.pss.sample(name, one.pss_kb);
+            self.uss.sample(name, one.uss_kb);
+            self.threads.sample(name, one.threads);
+            self.fds.sample(name, one.fds);
+        }
+        Ok(())
+    }
+
+    fn measures(self) -> Vec<Measure> {
+        vec![
+            self.daemon_rss,
+            self.daemon_pss,
+            self.daemon_uss,
+            self.daemon_threads,
+            self.daemon_sleeps,
+            self.rss,
+            self.pss,
+            self.uss,
+            self.threads,
+            self.fds,
+            self.sleeps,
+        ]
+    }
+}
