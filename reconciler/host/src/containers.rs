@@ -23,7 +23,10 @@ use crate::observe::{self, Orphan};
 use crate::paths::Paths;
 use crate::records::{ContainerRecord, PodRecord, RECORD_VERSION};
 use crate::spec::{Context, ImageDefaults, User, lower_spec};
-use crate::state::{At, Keep, PathError, names, read_json, remove_file, remove_tree, write_file, write_json};
+use crate::state::{
+    At, Keep, PathError, names, read_json, remove_file, remove_tree, remove_tree_or_file, write_file,
+    write_json,
+};
 use crate::volumes;
 
 /// A runtime that has not started a container by then will not.
@@ -107,13 +110,15 @@ impl RealHost {
             container,
             ip: record.ip,
             node_name: &self.facts.node_name,
+            host: self.facts.resources(),
+            seccomp_profiles: &self.paths.seccomp_profiles(),
             hostname: &self.hostname(pod),
             image: defaults,
             user,
             cgroup: self.paths.container_cgroup(&pod.id, id),
             root_path: "rootfs",
             namespaces: &self.paths.pod_namespaces(&pod.id),
-            pid_namespace: self.shared_pid_namespace(pod),
+            pid_namespace: self.shared_pid_namespace(pod)?,
             volume_mounts: volumes::bind_mounts(&self.paths, pod, container, id)?,
             shm: if pod.spec.host_ipc { PathBuf::from("/dev/shm") } else { self.paths.pod_shm(&pod.id) },
             hosts: self.paths.pod_file(&pod.id, "hosts"),
@@ -122,7 +127,6 @@ impl RealHost {
             nofile: self.facts.nofile,
             host_devices: if is_privileged(container) { crate::facts::host_devices() } else { Vec::new() },
             available_capabilities: self.facts.capabilities.clone(),
-            host_memory_bytes: self.facts.memory_bytes,
         })?;
         let config =
             serde_json::to_vec(&spec).map_err(io::Error::other).at("encode", dir.join("config.json"))?;
@@ -301,9 +305,15 @@ impl RealHost {
             .map_err(|source| HostError::RootFs { container: id.to_string(), source: Box::new(source) })?;
         volumes::unpin(&self.paths, id)?;
         remove_tree(&self.paths.container_state(id))?;
-        remove_tree(&dir)?;
+        // The record last: until then the next round still knows that there is something to remove. And the exit before
+        // it: the number of this run comes again once the pod is forgotten.
+        let record = self.paths.container_record(id);
+        for path in names(&dir)?.into_iter().map(|name| dir.join(name)).filter(|path| *path != record) {
+            remove_tree_or_file(&path)?;
+        }
         remove_file(&self.paths.exit_record(id))?;
-        Ok(())
+        remove_file(&record)?;
+        Ok(remove_tree(&dir)?)
     }
 
     /// `delete --force` ends whatever still runs and removes the runtime's own state.

@@ -52,6 +52,12 @@ pub enum HostError {
     },
     #[error("published ports and hosts files")]
     Publish(#[source] Box<dyn std::error::Error + Send + Sync>),
+    #[error("pod {pod}")]
+    Port {
+        pod: String,
+        #[source]
+        source: Box<keel_net::NetPortError>,
+    },
     #[error("cgroup of pod {pod}")]
     Cgroup {
         pod: String,
@@ -79,6 +85,7 @@ impl HostError {
             HostError::Spec(_) | HostError::User { .. } => "CreateContainerConfigError",
             HostError::Volume(_) => "FailedMount",
             HostError::Network { .. } | HostError::Publish(_) => "FailedNetwork",
+            HostError::Port { .. } => "PortInUse",
             HostError::RootFs { .. } | HostError::Cgroup { .. } | HostError::Start { .. } => {
                 "CreateContainerError"
             }
@@ -98,6 +105,12 @@ impl HostError {
             HostError::NeverPulled(image) => {
                 Some(format!("fetch it by hand: keel image pull {image}, or keel image import FILE"))
             }
+            HostError::Port { source, .. } => match **source {
+                keel_net::NetPortError::Port(keel_net::PortError::NoSuchAddress { .. }) => {
+                    Some("hostIP must be an address of this host: ip -4 addr shows them".into())
+                }
+                _ => Some("stop what has the port, or choose another hostPort in the manifest".into()),
+            },
             other if is_disk_full(other) => {
                 Some("make room on that disk: keel image prune removes images that nothing uses".into())
             }

@@ -2,12 +2,13 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::net::{IpAddr, Ipv4Addr, UdpSocket};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 
 use nix::sys::resource::{Resource, getrlimit};
 
-use crate::spec::HostDevice;
+use crate::spec::{HostDevice, HostResources};
 
 /// In the order of their numbers (capabilities(7)).
 const CAPABILITY_NAMES: &[&str] = &[
@@ -64,7 +65,8 @@ const MAX_NOFILE: u64 = 1 << 20;
 pub(crate) struct Facts {
     pub(crate) node_name: String,
     pub(crate) nofile: u64,
-    pub(crate) memory_bytes: u64,
+    memory_bytes: u64,
+    cores: u64,
     pub(crate) capabilities: BTreeSet<String>,
 }
 
@@ -75,8 +77,30 @@ impl Facts {
             node_name: node_name(),
             nofile,
             memory_bytes: memory_bytes().unwrap_or(1 << 30),
+            cores: std::thread::available_parallelism().map_or(1, |n| n.get() as u64),
             capabilities: bounding_set(),
         }
+    }
+
+    /// The address is asked for each time: a host may get one long after the start.
+    pub(crate) fn resources(&self) -> HostResources {
+        HostResources { ip: host_ip(), cores: self.cores, memory_bytes: self.memory_bytes }
+    }
+}
+
+/// The address that the host reaches others by: that of its default route. Nothing is sent for it, since connecting a
+/// datagram socket only looks the route up. Without a route to anywhere it is the loopback.
+fn host_ip() -> Ipv4Addr {
+    /// TEST-NET-1 (RFC 5737): never a host, so only the default route can lead there.
+    const NOWHERE: (Ipv4Addr, u16) = (Ipv4Addr::new(192, 0, 2, 1), 9);
+    let ask = || {
+        let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
+        socket.connect(NOWHERE)?;
+        socket.local_addr()
+    };
+    match ask().map(|address: std::net::SocketAddr| address.ip()) {
+        Ok(IpAddr::V4(ip)) if !ip.is_unspecified() => ip,
+        _ => Ipv4Addr::LOCALHOST,
     }
 }
 

@@ -19,6 +19,7 @@ mod reset;
 mod seccomp;
 mod spec;
 pub mod state;
+mod sweep;
 mod views;
 mod volumes;
 mod watch;
@@ -38,8 +39,8 @@ pub use observe::now;
 pub use paths::{DEFAULT_ROOT, DEFAULT_RUN, Paths};
 pub use pods::purge_network;
 pub use reset::Removed;
-pub use views::{StatusFiles, offline_status};
-pub use watch::{ExitWatch, Lock};
+pub use views::{StatusFiles, declared_pod, offline_status};
+pub use watch::{ExitWatch, FilterWatch, Lock};
 
 /// What an operator may set.
 #[derive(Clone, Debug)]

@@ -9,6 +9,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use keel_plan::{ContainerId, ContainerState, Exit, Millis, ObservedContainer, ObservedPod, PodId, PodKey};
 
 use crate::paths::Paths;
+use crate::podinit;
 use crate::records::{ContainerRecord, PodRecord};
 use crate::state::{At, PathError, names, read_json};
 
@@ -166,11 +167,12 @@ pub(crate) fn is_alive(mark: ProcessMark) -> bool {
 fn pod_is_whole(paths: &Paths, record: &PodRecord) -> bool {
     let pinned = paths.pod_namespaces(&record.pod.id);
     let on_network = record.pod.spec.host_network || is_namespace(&pinned.join("net"));
-    on_network && (record.pod.spec.host_ipc || is_namespace(&pinned.join("ipc")))
+    let has_init = podinit::is_whole(paths, &record.pod);
+    on_network && has_init && (record.pod.spec.host_ipc || is_namespace(&pinned.join("ipc")))
 }
 
 /// A pinned namespace is a file of nsfs; what is left after an unmount is an empty regular file.
-fn is_namespace(path: &Path) -> bool {
+pub(crate) fn is_namespace(path: &Path) -> bool {
     nix::sys::statfs::statfs(path).is_ok_and(|fs| fs.filesystem_type() == nix::sys::statfs::NSFS_MAGIC)
 }
 

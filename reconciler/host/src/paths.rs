@@ -148,6 +148,11 @@ impl Paths {
         self.container_states().join(&id.0)
     }
 
+    /// Profiles that `seccompProfile.localhostProfile` names, put there by the host's owner.
+    pub fn seccomp_profiles(&self) -> PathBuf {
+        self.root.join("seccomp")
+    }
+
     pub fn exits(&self) -> PathBuf {
         self.root.join("exits")
     }

@@ -13,7 +13,8 @@ use serde_json::json;
 use crate::RealHost;
 use crate::containers::private_dir;
 use crate::error::HostError;
-use crate::observe;
+use crate::observe::{self, ProcessMark};
+use crate::paths::Paths;
 use crate::state::{At, Keep, write_file};
 
 /// Not a DNS label, so no declared container can have it.
@@ -22,22 +23,23 @@ const NAME: &str = "pod_init";
 const STOP_GRACE: Duration = Duration::from_secs(2);
 
 impl RealHost {
-    /// Where the namespace of the pod's first process is, for pods that share one.
-    pub(crate) fn shared_pid_namespace(&self, pod: &DesiredPod) -> Option<PathBuf> {
+    /// Where the namespace of the pod's first process is, for pods that share one. Without that process nothing starts:
+    /// the next observation finds the pod incomplete and it is made whole.
+    pub(crate) fn shared_pid_namespace(&self, pod: &DesiredPod) -> Result<Option<PathBuf>, HostError> {
         if !pod.spec.share_process_namespace || pod.spec.host_pid {
-            return None;
+            return Ok(None);
         }
-        let mark = observe::read_mark(&self.paths.container(&id_of(&pod.id)).join("pid")).ok().flatten()?;
-        Some(PathBuf::from(format!("/proc/{}/ns/pid", mark.pid)))
-    }
-
-    pub(crate) fn pod_init_lives(&self, pod: &PodId) -> bool {
-        let mark = observe::read_mark(&self.paths.container(&id_of(pod)).join("pid")).ok().flatten();
-        mark.is_some_and(observe::is_alive)
+        match mark(&self.paths, &pod.id).filter(|mark| observe::is_alive(*mark)) {
+            Some(mark) => Ok(Some(PathBuf::from(format!("/proc/{}/ns/pid", mark.pid)))),
+            None => Err(HostError::Start {
+                container: pod.key.to_string(),
+                message: "the first process of the shared process namespace is gone".into(),
+            }),
+        }
     }
 
     pub(crate) fn start_pod_init(&self, pod: &DesiredPod) -> Result<(), HostError> {
-        if self.pod_init_lives(&pod.id) {
+        if is_whole(&self.paths, pod) {
             return Ok(());
         }
         self.remove_pod_init(&pod.id)?;
@@ -46,6 +48,7 @@ impl RealHost {
         let rootfs = self.paths.rootfs(&id);
         private_dir(&rootfs)?;
         fs::write(rootfs.join("init"), b"").at("create", rootfs.join("init"))?;
+        private_dir(&rootfs.join("proc"))?;
         let config = self.pod_init_spec(pod, &id).to_string();
         write_file(&dir.join("config.json"), config.as_bytes(), Keep::Boot)?;
         let log = self.paths.log(&pod.id, NAME, 0);
@@ -90,12 +93,21 @@ impl RealHost {
                 "capabilities": {},
                 "noNewPrivileges": true,
             },
-            "mounts": [{
-                "destination": "/init",
-                "type": "bind",
-                "source": self.config.shim,
-                "options": ["rbind", "rprivate", "ro", "nosuid", "nodev"],
-            }],
+            "mounts": [
+                // Not for the process itself: runc looks at its own descriptors there before it starts one.
+                {
+                    "destination": "/proc",
+                    "type": "proc",
+                    "source": "proc",
+                    "options": ["nosuid", "noexec", "nodev"],
+                },
+                {
+                    "destination": "/init",
+                    "type": "bind",
+                    "source": self.config.shim,
+                    "options": ["rbind", "rprivate", "ro", "nosuid", "nodev"],
+                },
+            ],
             "linux": {
                 "cgroupsPath": self.paths.container_cgroup(&pod.id, id),
                 "namespaces": namespaces,
@@ -103,6 +115,23 @@ impl RealHost {
             },
         })
     }
+}
+
+/// The pod whose first process that is, if it is one.
+pub(crate) fn pod_of(id: &ContainerId) -> Option<PodId> {
+    let pod = id.0.strip_suffix(".0")?.strip_suffix(NAME)?.strip_suffix('.')?;
+    Some(PodId(pod.to_string()))
+}
+
+/// The pod has the first process that it needs, or needs none.
+pub(crate) fn is_whole(paths: &Paths, pod: &DesiredPod) -> bool {
+    !pod.spec.share_process_namespace
+        || pod.spec.host_pid
+        || mark(paths, &pod.id).is_some_and(observe::is_alive)
+}
+
+fn mark(paths: &Paths, pod: &PodId) -> Option<ProcessMark> {
+    observe::read_mark(&paths.container(&id_of(pod)).join("pid")).ok().flatten()
 }
 
 pub(crate) fn id_of(pod: &PodId) -> ContainerId {

@@ -1,11 +1,12 @@
 //! Pods: record, namespaces, network, volumes, cgroup; and the network as all of them see it.
 
 use std::collections::BTreeMap;
-use std::fs::{self, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::net::{IpAddr, Ipv4Addr};
+use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use keel_cgroup::{Cpu, Memory, Resources};
@@ -21,7 +22,10 @@ use crate::error::HostError;
 use crate::observe;
 use crate::paths::Paths;
 use crate::records::{PodRecord, RECORD_VERSION};
-use crate::state::{At, Keep, PathError, names, read_json, remove_file, remove_tree, write_file, write_json};
+use crate::state::{
+    At, Keep, PathError, names, read_json, remove_file, remove_tree, remove_tree_or_file, write_file,
+    write_json,
+};
 use crate::volumes;
 
 /// What pods have to share before any of them exists: the subnet. And what was last made of all of them.
@@ -31,6 +35,9 @@ pub(crate) struct NetworkRecord {
     pub(crate) applied: Option<SpecHash>,
     #[serde(default)]
     pub(crate) endpoints: Vec<Endpoint>,
+    /// The bridge that every pod was attached to.
+    #[serde(default)]
+    pub(crate) bridge: Option<u32>,
 }
 
 impl RealHost {
@@ -67,6 +74,9 @@ impl RealHost {
         write_json(&path, &record, Keep::Boot)?;
         drop(_one_at_a_time);
 
+        if let Some(ip) = record.ip {
+            self.check_ports(pod, ip)?;
+        }
         self.create_namespaces(pod, record.ip)?;
         volumes::create(&self.paths, pod)?;
         self.write_network_files(pod, record.ip)?;
@@ -132,21 +142,104 @@ impl RealHost {
 
     /// The packet filter as a whole, then every pod's hosts file. The record last: it claims that both are done.
     pub(crate) fn sync_network(&self, endpoints: &[Endpoint], hash: &SpecHash) -> Result<Done, HostError> {
-        let publish = lower_publish(endpoints);
-        if !endpoints.is_empty() || self.network_record()?.subnet.is_some() {
-            self.net()?.apply(&publish).map_err(|source| HostError::Publish(Box::new(source)))?;
-        }
         let mut record = self.network_record()?;
+        let mut refused = None;
+        let mut bridge = record.bridge;
+        if !endpoints.is_empty() || record.subnet.is_some() {
+            let net = self.net()?;
+            let publish = |e: keel_net::NetError| HostError::Publish(Box::new(e));
+            let there = net.ensure_bridge().map_err(publish)?.index;
+            if bridge != Some(there) {
+                self.attach_all(net)?;
+                bridge = Some(there);
+            }
+            let (free, taken) = self.free_ports(net, endpoints, &record.endpoints);
+            refused = taken;
+            net.apply(&free).map_err(publish)?;
+            record = self.network_record()?;
+        }
         record.endpoints = endpoints.to_vec();
+        record.bridge = bridge;
         for id in names(&self.paths.pods())? {
             let id = PodId(id);
             if let Some(found) = read_json::<PodRecord>(&self.paths.pod_record(&id))? {
                 self.write_hosts(&found.pod, found.ip, &record.endpoints)?;
             }
         }
-        record.applied = Some(hash.clone());
+        record.applied = refused.is_none().then(|| hash.clone());
+        if refused.is_some() {
+            // What was refused is looked at again the next time.
+            record.endpoints.iter_mut().for_each(|endpoint| endpoint.ports.clear());
+        }
         write_json(&self.paths.network_record(), &record, Keep::Boot)?;
-        Ok(Done::Done)
+        refused.map_or(Ok(Done::Done), Err)
+    }
+
+    /// Published over a socket of the host, a port would take the clients of that socket away.
+    fn check_ports(&self, pod: &DesiredPod, ip: Ipv4Addr) -> Result<(), HostError> {
+        let wanted = pod.spec.containers.iter().flat_map(|container| &container.ports);
+        for port in wanted {
+            let Some(host_port) = port.host_port else { continue };
+            let publish = Publish {
+                host_ip: port.host_ip.as_deref().and_then(|ip| ip.parse().ok()),
+                host_port,
+                ip,
+                container_port: port.container_port,
+                protocol: port
+                    .protocol
+                    .unwrap_or_default()
+                    .as_str()
+                    .parse()
+                    .unwrap_or(keel_net::Protocol::Tcp),
+            };
+            let checked = self.net()?.check_port(&publish);
+            checked
+                .map_err(|source| HostError::Port { pod: pod.key.to_string(), source: Box::new(source) })?;
+        }
+        Ok(())
+    }
+
+    /// Ports that are published already, or whose place on the host is free; and why another one is left out.
+    fn free_ports(
+        &self,
+        net: &Net,
+        endpoints: &[Endpoint],
+        before: &[Endpoint],
+    ) -> (Vec<Publish>, Option<HostError>) {
+        let published = lower_publish(before);
+        let has = |publish: &Publish| {
+            published.iter().any(|p| {
+                (p.host_ip, p.host_port, p.protocol) == (publish.host_ip, publish.host_port, publish.protocol)
+            })
+        };
+        let (mut free, mut refused) = (Vec::new(), None);
+        for endpoint in endpoints {
+            for publish in lower_publish(std::slice::from_ref(endpoint)) {
+                match if has(&publish) { Ok(()) } else { net.check_port(&publish) } {
+                    Ok(()) => free.push(publish),
+                    Err(source) => {
+                        let pod = endpoint.pod.to_string();
+                        refused = Some(HostError::Port { pod, source: Box::new(source) });
+                    }
+                }
+            }
+        }
+        (free, refused)
+    }
+
+    /// After somebody has removed the bridge: the pods' links are still there, and lead nowhere.
+    fn attach_all(&self, net: &Net) -> Result<(), HostError> {
+        for id in names(&self.paths.pods())? {
+            let id = PodId(id);
+            let record = read_json::<PodRecord>(&self.paths.pod_record(&id))?.filter(|record| record.ready);
+            let netns = self.paths.pod_namespaces(&id).join("net");
+            if let Some(PodRecord { pod, ip: Some(ip), .. }) = record
+                && observe::is_namespace(&netns)
+            {
+                net.attach(&id.0, &netns, ip).map_err(|source| network(&pod.key.to_string(), source))?;
+            }
+        }
+        Ok(())
     }
 
     /// What the packet filter was last made from; nothing when somebody has flushed it since.
@@ -156,7 +249,11 @@ impl RealHost {
             return Ok(record.applied);
         }
         let publish = lower_publish(&record.endpoints);
-        let intact = self.net()?.in_sync(&publish).map_err(|source| HostError::Publish(Box::new(source)))?;
+        let failed = |source: keel_net::NetError| HostError::Publish(Box::new(source));
+        let net = self.net()?;
+        let intact = net.bridge_index().map_err(failed)? == record.bridge
+            && record.bridge.is_some()
+            && net.in_sync(&publish).map_err(failed)?;
         Ok(record.applied.filter(|_| intact))
     }
 
@@ -184,6 +281,16 @@ impl RealHost {
             write_json(&self.paths.network_record(), &record, Keep::Boot)?;
             let net = Net::open(NetConfig::new(&tag, subnet)).map_err(|e| failed(Box::new(e)))?;
             net.ensure_bridge().map_err(|e| failed(Box::new(e)))?;
+            // Links of pods that are gone, whose namespace a stray process keeps.
+            let live = names(&self.paths.pods())?.into_iter().collect();
+            net.sweep(&live).map_err(|e| failed(Box::new(e)))?;
+            for chain in net.forward_drops().map_err(|e| failed(Box::new(e)))? {
+                tracing::warn!(
+                    "the packet-filter chain {chain} drops forwarded packets: published ports and the pods' way out may not \
+                     work (hint: {})",
+                    chain.remedy(&net.config().bridge)
+                );
+            }
             Ok(net)
         })
     }
@@ -216,6 +323,10 @@ impl RealHost {
         if !pod.spec.host_ipc {
             kinds.push(NamespaceKind::Ipc);
         }
+        if let Some(process) = self.living_process(&pod.id)? {
+            keel_net::pin_namespaces_of(&dir, &kinds, process.as_fd())
+                .map_err(|source| network(&key, source))?;
+        }
         keel_net::create_namespaces(&dir, &kinds, &self.hostname(pod))
             .map_err(|source| network(&key, source))?;
         match ip {
@@ -227,6 +338,21 @@ impl RealHost {
             }
             None => Ok(()),
         }
+    }
+
+    /// A process that lives in the pod's namespaces, as its directory in `/proc`.
+    fn living_process(&self, id: &PodId) -> Result<Option<File>, PathError> {
+        let prefix = format!("{id}.");
+        for run in names(&self.paths.containers())?.iter().filter(|name| name.starts_with(&prefix)) {
+            let path = self.paths.container(&keel_plan::ContainerId(run.clone())).join("pid");
+            let Some(mark) = observe::read_mark(&path)? else { continue };
+            let Ok(process) = File::open(format!("/proc/{}", mark.pid)) else { continue };
+            // Asked after the directory was opened: it is that process, or nothing any more.
+            if observe::is_alive(mark) {
+                return Ok(Some(process));
+            }
+        }
+        Ok(None)
     }
 
     fn create_cgroup(&self, pod: &DesiredPod) -> Result<(), HostError> {
@@ -417,13 +543,6 @@ fn rewrite_in_place(path: &Path, contents: &[u8]) -> Result<(), PathError> {
     let file = OpenOptions::new().write(true).open(path).at("open", path)?;
     file.write_all_at(contents, 0).at("write", path)?;
     file.set_len(contents.len() as u64).at("truncate", path)
-}
-
-fn remove_tree_or_file(path: &PathBuf) -> Result<(), PathError> {
-    match fs::symlink_metadata(path) {
-        Ok(meta) if meta.is_dir() => remove_tree(path),
-        _ => remove_file(path),
-    }
 }
 
 /// Everything that this instance has in the kernel and on tmpfs, undone. Containers must be gone already.

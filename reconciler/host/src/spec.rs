@@ -105,6 +105,9 @@ pub(crate) struct Context<'a> {
     pub(crate) container: &'a Container,
     pub(crate) ip: Option<Ipv4Addr>,
     pub(crate) node_name: &'a str,
+    pub(crate) host: HostResources,
+    /// Where `seccompProfile.localhostProfile` is looked up.
+    pub(crate) seccomp_profiles: &'a Path,
     pub(crate) hostname: &'a str,
     pub(crate) image: ImageDefaults,
     /// User as resolved inside the image.
@@ -128,8 +131,14 @@ pub(crate) struct Context<'a> {
     pub(crate) host_devices: Vec<HostDevice>,
     /// Bounding set of this host: a capability outside it cannot be given.
     pub(crate) available_capabilities: BTreeSet<String>,
-    /// Memory and cores of the host, for `resourceFieldRef` and quality of service.
-    pub(crate) host_memory_bytes: u64,
+}
+
+/// What `fieldRef`, `resourceFieldRef` and quality of service ask about the host.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct HostResources {
+    pub(crate) ip: Ipv4Addr,
+    pub(crate) cores: u64,
+    pub(crate) memory_bytes: u64,
 }
 
 #[derive(Clone, Debug, Default)]
@@ -220,8 +229,8 @@ fn lower_process(
     capabilities: &[String],
 ) -> Result<Value, SpecError> {
     let container = context.container;
-    let env = environment(context);
-    let args = command_line(context, &env)?;
+    let Environment { all: env, declared } = environment(context);
+    let args = command_line(context, &declared)?;
     if run_as_non_root(&context.pod.spec, container) && context.user.uid == 0 {
         return Err(SpecError::RunsAsRoot(container.name.clone()));
     }
@@ -249,11 +258,13 @@ fn lower_process(
 }
 
 /// `command` replaces the entrypoint and drops the image's arguments; `args` replaces the arguments.
-fn command_line(context: &Context<'_>, env: &[(String, String)]) -> Result<Vec<String>, SpecError> {
+fn command_line(
+    context: &Context<'_>,
+    variables: &BTreeMap<String, String>,
+) -> Result<Vec<String>, SpecError> {
     let container = context.container;
-    let variables: BTreeMap<String, String> = env.iter().cloned().collect();
     let expand =
-        |words: &[String]| words.iter().map(|word| keel_plan::expand(word, &variables)).collect::<Vec<_>>();
+        |words: &[String]| words.iter().map(|word| keel_plan::expand(word, variables)).collect::<Vec<_>>();
     let mut line = Vec::new();
     if container.command.is_empty() {
         line.extend(context.image.entrypoint.clone());
@@ -268,8 +279,14 @@ fn command_line(context: &Context<'_>, env: &[(String, String)]) -> Result<Vec<S
     if line.is_empty() { Err(SpecError::NoCommand(container.name.clone())) } else { Ok(line) }
 }
 
+struct Environment {
+    all: Vec<(String, String)>,
+    /// Those of the manifest: what `$(NAME)` in a command line may name. The image's variables are not its author's.
+    declared: BTreeMap<String, String>,
+}
+
 /// Image environment first, then the manifest's; later names win and keep their first place.
-fn environment(context: &Context<'_>) -> Vec<(String, String)> {
+fn environment(context: &Context<'_>) -> Environment {
     let mut env: Vec<(String, String)> = Vec::new();
     let mut set = |name: &str, value: String| match env.iter_mut().find(|(n, _)| n == name) {
         Some(entry) => entry.1 = value,
@@ -283,8 +300,13 @@ fn environment(context: &Context<'_>) -> Vec<(String, String)> {
     }
     let name = ContainerName(context.container.name.clone());
     let declared = context.pod.resolved.env.get(&name).map(Vec::as_slice).unwrap_or_default();
-    for (name, value) in keel_plan::expand_env(declared, &|field| field_value(context, field)) {
-        set(&name, value);
+    let host_millis = |resource: &str| match resource {
+        "limits.cpu" => context.host.cores.saturating_mul(1000),
+        _ => context.host.memory_bytes.saturating_mul(1000),
+    };
+    let declared = keel_plan::expand_env(declared, &|field| field_value(context, field), &host_millis);
+    for (name, value) in &declared {
+        set(name, value.clone());
     }
     if !env.iter().any(|(name, _)| name == "HOME") {
         env.push(("HOME".into(), context.user.home.clone().unwrap_or_else(|| "/".into())));
@@ -292,13 +314,15 @@ fn environment(context: &Context<'_>) -> Vec<(String, String)> {
     if context.container.tty && !env.iter().any(|(name, _)| name == "TERM") {
         env.push(("TERM".into(), "xterm".into()));
     }
-    env
+    Environment { all: env, declared: declared.into_iter().collect() }
 }
 
 /// `fieldRef` paths of the downward API. Unknown ones were refused when the manifest was read.
 fn field_value(context: &Context<'_>, field: &str) -> String {
     let pod = context.pod;
-    let ip = || context.ip.map(|ip| ip.to_string()).unwrap_or_default();
+    let host_ip = || context.host.ip.to_string();
+    // On the host's network the pod has the host's address.
+    let ip = || context.ip.map_or_else(host_ip, |ip| ip.to_string());
     match field {
         "metadata.name" => pod.key.name.clone(),
         "metadata.namespace" => pod.key.namespace.clone(),
@@ -306,7 +330,7 @@ fn field_value(context: &Context<'_>, field: &str) -> String {
         "spec.nodeName" => context.node_name.to_string(),
         "spec.serviceAccountName" => "default".to_string(),
         "status.podIP" | "status.podIPs" => ip(),
-        "status.hostIP" | "status.hostIPs" => ip(),
+        "status.hostIP" | "status.hostIPs" => host_ip(),
         _ => {
             let keyed = |prefix: &str| field.strip_prefix(prefix)?.strip_suffix("']").map(str::to_string);
             if let Some(key) = keyed("metadata.labels['") {
@@ -396,13 +420,19 @@ fn lower_seccomp(
         Some(SeccompProfile { kind, localhost_profile }) => match kind {
             SeccompType::Unconfined => Ok(None),
             SeccompType::Localhost => {
-                let path = localhost_profile.clone().unwrap_or_default();
+                let name = localhost_profile.clone().unwrap_or_default();
                 let error = |message: String| SpecError::Seccomp {
                     container: context.container.name.clone(),
-                    profile: path.clone(),
+                    profile: name.clone(),
                     message,
                 };
-                let text = std::fs::read(&path).map_err(|e| error(e.to_string()))?;
+                let relative = Path::new(&name);
+                if !relative.components().all(|part| matches!(part, std::path::Component::Normal(_))) {
+                    return Err(error("it must be a relative path without `..`".into()));
+                }
+                let path = context.seccomp_profiles.join(relative);
+                let text =
+                    std::fs::read(&path).map_err(|e| error(format!("read {}: {e}", path.display())))?;
                 serde_json::from_slice(&text).map(Some).map_err(|e| error(e.to_string()))
             }
             SeccompType::RuntimeDefault => Ok(Some(seccomp::default_profile(capabilities))),
@@ -548,6 +578,6 @@ fn oom_score_adj(context: &Context<'_>) -> i64 {
         return 0;
     }
     let request = Wanted::of(context.container).memory_request.unwrap_or(0);
-    let share = 1000u64.saturating_sub(request.saturating_mul(1000) / context.host_memory_bytes.max(1));
+    let share = 1000u64.saturating_sub(request.saturating_mul(1000) / context.host.memory_bytes.max(1));
     i64::try_from(share.clamp(2, 999)).unwrap_or(999)
 }

@@ -127,6 +127,14 @@ pub(crate) fn remove_tree(path: &Path) -> Result<(), PathError> {
     }
 }
 
+/// Whatever it is.
+pub(crate) fn remove_tree_or_file(path: &Path) -> Result<(), PathError> {
+    match fs::symlink_metadata(path) {
+        Ok(meta) if meta.is_dir() => remove_tree(path),
+        _ => remove_file(path),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -91,6 +91,12 @@ pub fn offline_status(paths: &Paths) -> Result<Status, HostError> {
     Ok(status(&desired, &observed, &memory, &facts, &Status::default(), observe::now()))
 }
 
+/// The pod as it was declared when it was created or last changed; nothing while there is no such pod.
+pub fn declared_pod(paths: &Paths, id: &keel_plan::PodId) -> Option<Arc<keel_plan::DesiredPod>> {
+    let record = read_json::<crate::records::PodRecord>(&paths.pod_record(id)).ok()??;
+    Some(record.pod)
+}
+
 fn verdict(last: Option<&PodStatus>, id: &ContainerId, unprobed: impl Fn() -> bool) -> ContainerFacts {
     let wanted = format!("evenkeel://{id}");
     let before = last.and_then(|pod| pod.container_statuses.iter().find(|c| c.container_id == wanted));
@@ -103,7 +109,9 @@ fn verdict(last: Option<&PodStatus>, id: &ContainerId, unprobed: impl Fn() -> bo
 fn last_status(dir: &Path) -> BTreeMap<PodKey, PodStatus> {
     let mut found = BTreeMap::new();
     for name in names(dir).unwrap_or_default() {
+        // Beside them lie files that are being written.
         if name.starts_with("pod_")
+            && name.ends_with(".json")
             && let Ok(Some(pod)) = read_json::<PodStatus>(&dir.join(name))
         {
             found.insert(pod.key.clone(), pod);

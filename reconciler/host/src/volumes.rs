@@ -19,11 +19,9 @@ use nix::sys::stat::Mode;
 use nix::sys::statfs::{TMPFS_MAGIC, statfs};
 
 use crate::paths::Paths;
-use crate::spec::BindMount;
+use crate::spec::{BindMount, Wanted};
 use crate::state::{At, PathError, names, remove_file, remove_tree};
 
-/// The kernel's own default would be half of memory for each volume.
-const MEMORY_VOLUME_DEFAULT_BYTES: u64 = 64 << 20;
 /// Kubernetes' and Docker's size of `/dev/shm`.
 const SHM_BYTES: u64 = 64 << 20;
 
@@ -159,10 +157,20 @@ fn create_empty_dir(
     let dir = empty_dir_path(paths, pod, name, empty);
     make_dir(&dir)?;
     if empty.medium == Some(StorageMedium::Memory) && !is_mount_point(&dir)? {
-        let limit = empty.size_limit.as_ref().and_then(|q| q.bytes().ok());
-        mount_tmpfs(&dir, limit.unwrap_or(MEMORY_VOLUME_DEFAULT_BYTES), 0o777)?;
+        let bound = [size_limit(empty), memory_limit(pod)].into_iter().flatten().min();
+        mount_tmpfs(&dir, bound, 0o777)?;
     }
     share(&dir, 0o777, group)
+}
+
+/// Zero means "no limit", as in Kubernetes.
+pub(crate) fn size_limit(empty: &EmptyDirVolume) -> Option<u64> {
+    empty.size_limit.as_ref().and_then(|limit| limit.bytes().ok()).filter(|bytes| *bytes > 0)
+}
+
+/// What all containers together may have, where each has a limit: what they write to a tmpfs counts as theirs.
+fn memory_limit(pod: &DesiredPod) -> Option<u64> {
+    pod.spec.containers.iter().map(|container| Wanted::of(container).memory_limit).sum()
 }
 
 fn create_shm(paths: &Paths, pod: &DesiredPod) -> Result<(), PathError> {
@@ -171,11 +179,13 @@ fn create_shm(paths: &Paths, pod: &DesiredPod) -> Result<(), PathError> {
     }
     let dir = paths.pod_shm(&pod.id);
     make_dir(&dir)?;
-    if is_mount_point(&dir)? { Ok(()) } else { mount_tmpfs(&dir, SHM_BYTES, 0o1777) }
+    if is_mount_point(&dir)? { Ok(()) } else { mount_tmpfs(&dir, Some(SHM_BYTES), 0o1777) }
 }
 
-fn mount_tmpfs(dir: &Path, bytes: u64, mode: u32) -> Result<(), PathError> {
-    let options = format!("mode={mode:o},size={bytes}");
+/// Without a size the kernel's own bound holds: half of the host's memory.
+fn mount_tmpfs(dir: &Path, bytes: Option<u64>, mode: u32) -> Result<(), PathError> {
+    let size = bytes.map(|bytes| format!(",size={bytes}")).unwrap_or_default();
+    let options = format!("mode={mode:o}{size}");
     let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
     mount(Some("tmpfs"), dir, Some("tmpfs"), flags, Some(options.as_str())).at("mount tmpfs on", dir)
 }
@@ -190,7 +200,8 @@ fn check_host_path(volume: &str, host: &HostPathVolume) -> Result<(), VolumeErro
     };
     let Some(found) = found else {
         return match kind {
-            HostPathType::DirectoryOrCreate => {
+            // Kubernetes checks nothing here, and its runtimes make what is missing.
+            HostPathType::DirectoryOrCreate | HostPathType::Unset => {
                 DirBuilder::new().recursive(true).mode(0o755).create(path).at("create directory", path)
             }
             HostPathType::FileOrCreate => OpenOptions::new()
@@ -229,14 +240,14 @@ fn check_host_path(volume: &str, host: &HostPathVolume) -> Result<(), VolumeErro
 /// programs which watch for that rename work unchanged. Equal contents change nothing.
 fn write_files(dir: &Path, files: &VolumeFiles, group: Option<u32>) -> Result<(), PathError> {
     make_dir(dir)?;
-    if files.secret && !on_tmpfs(dir)? {
-        mount_tmpfs(dir, secret_bytes(files), 0o755)?;
+    if files.secret {
+        give_memory(dir, secret_bytes(files))?;
     }
     share(dir, 0o755, group)?;
     let link = dir.join("..data");
     let current = fs::read_link(&link).ok();
     if let Some(current) = &current
-        && holds(&dir.join(current), files)
+        && holds(&dir.join(current), files, group)
     {
         return link_names(dir, files);
     }
@@ -274,9 +285,8 @@ fn write_one(
     }
     let mut file = File::create(&path).at("create", &path)?;
     file.write_all(contents).at("write", &path)?;
-    let mode = if group.is_some() { mode | 0o440 } else { mode };
     chown(&path, None, group).at("change owner of", &path)?;
-    fs::set_permissions(&path, Permissions::from_mode(mode)).at("change mode of", &path)
+    fs::set_permissions(&path, Permissions::from_mode(file_mode(mode, group))).at("change mode of", &path)
 }
 
 /// Top-level names are links through `..data`; names that are gone from the source go too.
@@ -297,15 +307,23 @@ fn link_names(dir: &Path, files: &VolumeFiles) -> Result<(), PathError> {
     Ok(())
 }
 
-fn holds(dir: &Path, files: &VolumeFiles) -> bool {
+fn holds(dir: &Path, files: &VolumeFiles, group: Option<u32>) -> bool {
     let mut count = 0;
-    for (name, (contents, _)) in &files.files {
-        match fs::read(dir.join(name)) {
-            Ok(found) if found[..] == contents[..] => count += 1,
+    for (name, (contents, mode)) in &files.files {
+        let path = dir.join(name);
+        let same_mode =
+            fs::metadata(&path).is_ok_and(|found| found.mode() & 0o7777 == file_mode(*mode, group));
+        match fs::read(&path) {
+            Ok(found) if same_mode && found[..] == contents[..] => count += 1,
             _ => return false,
         }
     }
     count == count_files(dir)
+}
+
+/// The group of the pod reads its volumes, whatever the manifest's bits for others say.
+fn file_mode(mode: u32, group: Option<u32>) -> u32 {
+    if group.is_some() { mode | 0o440 } else { mode }
 }
 
 fn count_files(dir: &Path) -> usize {
@@ -412,6 +430,24 @@ fn share(dir: &Path, mode: u32, group: Option<u32>) -> Result<(), PathError> {
 
 fn make_dir(dir: &Path) -> Result<(), PathError> {
     DirBuilder::new().recursive(true).mode(0o755).create(dir).at("create directory", dir)
+}
+
+/// A tmpfs of its own that holds so many bytes, unless the directory is in memory already. One that is there grows.
+fn give_memory(dir: &Path, bytes: u64) -> Result<(), PathError> {
+    if !on_tmpfs(dir)? {
+        return mount_tmpfs(dir, Some(bytes), 0o755);
+    }
+    if !is_mount_point(dir)? {
+        return Ok(());
+    }
+    let found = statfs(dir).at("stat file system of", dir)?;
+    let size = u64::try_from(found.block_size()).unwrap_or(0).saturating_mul(found.blocks());
+    if size >= bytes {
+        return Ok(());
+    }
+    let flags = MsFlags::MS_REMOUNT | MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
+    let options = format!("size={bytes}");
+    mount(None::<&str>, dir, None::<&str>, flags, Some(options.as_str())).at("resize tmpfs on", dir)
 }
 
 fn on_tmpfs(dir: &Path) -> Result<bool, PathError> {

@@ -2,11 +2,13 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
+use std::os::fd::AsFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::time::Duration;
 
 use inotify::{Inotify, WatchMask};
 use nix::fcntl::{Flock, FlockArg};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::error::HostError;
 use crate::paths::Paths;
@@ -73,5 +75,27 @@ impl ExitWatch {
         std::thread::sleep(SETTLE);
         while self.inotify.read_events(&mut buffer).is_ok_and(|events| events.count() > 0) {}
         Ok(())
+    }
+}
+
+/// Wakes when the packet filter of the host changes, whoever changed it. A hint only: the table is compared in every round.
+pub struct FilterWatch(keel_net::FilterWatch);
+
+impl FilterWatch {
+    pub fn new() -> Result<FilterWatch, HostError> {
+        keel_net::FilterWatch::open().map(FilterWatch).map_err(|error| HostError::Publish(Box::new(error)))
+    }
+
+    /// Blocks until there was at least one change, then drains what else is queued.
+    pub fn wait(&mut self) -> Result<(), HostError> {
+        /// A reload is many changes; and our own replacement of the table is one too.
+        const SETTLE: Duration = Duration::from_millis(100);
+        let mut waited = [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)];
+        match poll(&mut waited, PollTimeout::NONE) {
+            Err(nix::Error::EINTR) | Ok(_) => {}
+            Err(error) => Err(error).at("wait for changes of", "the packet filter")?,
+        }
+        std::thread::sleep(SETTLE);
+        self.0.changed().map(drop).map_err(|error| HostError::Publish(Box::new(error)))
     }
 }

@@ -189,7 +189,12 @@ impl Controller {
             match describe_file(file, condition) {
                 Some(message) => self.record(true, &format!("File/{file}"), "ManifestInvalid", &message),
                 None if was(file).is_some_and(|before| !before.is_valid()) => {
-                    self.record(false, &format!("File/{file}"), "ManifestValid", &format!("{file}: in force"));
+                    self.record(
+                        false,
+                        &format!("File/{file}"),
+                        "ManifestValid",
+                        &format!("{file}: in force"),
+                    );
                 }
                 None => {}
             }
@@ -416,7 +421,7 @@ impl Controller {
             steps.borrow_and_update();
             let standing = self.engine.standing(Some(targets.clone())).await.map_err(ended)?;
             let status = match &standing.convergence {
-                Convergence::Waiting(_) => self.engine.status().borrow().clone(),
+                Convergence::Waiting(_) if !standing.idle => self.engine.status().borrow().clone(),
                 _ => self.engine.fresh_status().await.map_err(ended)?,
             };
             told.tell(&status, &targets, started, events).await;

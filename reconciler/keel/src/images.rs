@@ -107,7 +107,9 @@ fn blocking(
                 });
             };
             let images = store.import(&path, &ImportOptions::default(), &report).map_err(|error| {
-                ControlError::new(ErrorCode::Invalid, format!("import {name}: {}", chain(&error)))
+                ControlError::new(ErrorCode::Invalid, format!("import {name}: {}", chain(&error))).hint(
+                    "an archive is made by: skopeo copy SOURCE oci-archive:FILE:NAME, docker save or podman save",
+                )
             })?;
             for image in &images {
                 note(events, format!("imported {} {}", image.reference, image.manifest_digest));

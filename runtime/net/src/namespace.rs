@@ -1,8 +1,8 @@
 //! A pod's net, ipc and uts namespaces, kept alive by bind mounts and not by a process.
 
-use std::ffi::CString;
 use std::fs::{self, File, OpenOptions};
 use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::thread;
@@ -100,6 +100,20 @@ pub fn create_namespaces(dir: &Path, kinds: &[NamespaceKind], hostname: &str) ->
     })
 }
 
+/// Pins those namespaces of a living process that `dir` lacks: somebody has unmounted them, and whoever is inside goes on
+/// in them. `process` is the directory `/proc/<pid>`, held open so that it cannot become another process.
+pub fn pin_namespaces_of(
+    dir: &Path,
+    kinds: &[NamespaceKind],
+    process: BorrowedFd<'_>,
+) -> Result<(), NamespaceError> {
+    for kind in kinds.iter().filter(|kind| !is_pinned(&dir.join(kind.name()))) {
+        let source = format!("/proc/self/fd/{}/ns/{}", process.as_raw_fd(), kind.name());
+        pin(&dir.join(kind.name()), &source)?;
+    }
+    Ok(())
+}
+
 /// Lets go of the namespaces. The kernel removes them, and the links in them, when their last process is gone. Copies of
 /// the mounts in other mount namespaces do not keep them: the kernel drops those with the file. Absence is fine.
 pub fn remove_namespaces(dir: &Path) -> Result<(), NamespaceError> {
@@ -164,7 +178,9 @@ fn build(dir: &Path, kinds: &[NamespaceKind], hostname: &str) -> Result<(), Name
         }
         link::apply_ops(&mut Netlink::open(NetlinkProtocol::Route)?, &[link::lower_loopback()])?;
     }
-    missing.into_iter().try_for_each(|kind| pin(&dir.join(kind.name()), kind))
+    missing
+        .into_iter()
+        .try_for_each(|kind| pin(&dir.join(kind.name()), &format!("/proc/thread-self/ns/{}", kind.name())))
 }
 
 fn enter(path: &Path, kind: NamespaceKind) -> Result<(), NamespaceError> {
@@ -173,7 +189,7 @@ fn enter(path: &Path, kind: NamespaceKind) -> Result<(), NamespaceError> {
     setns(&file, kind.flag()).map_err(|errno| failed(errno.into()))
 }
 
-fn pin(path: &Path, kind: NamespaceKind) -> Result<(), NamespaceError> {
+fn pin(path: &Path, source: &str) -> Result<(), NamespaceError> {
     let failed = |source| NamespaceError::Pin { path: path.to_owned(), source };
     OpenOptions::new()
         .write(true)
@@ -183,9 +199,7 @@ fn pin(path: &Path, kind: NamespaceKind) -> Result<(), NamespaceError> {
         .custom_flags(nix::libc::O_NOFOLLOW)
         .open(path)
         .map_err(failed)?;
-    let source = CString::new(format!("/proc/thread-self/ns/{}", kind.name()))
-        .expect("a kind's name has no zero byte");
-    mount(Some(source.as_c_str()), path, None::<&str>, MsFlags::MS_BIND, None::<&str>)
+    mount(Some(source), path, None::<&str>, MsFlags::MS_BIND, None::<&str>)
         .map_err(|errno| failed(errno.into()))
 }
 

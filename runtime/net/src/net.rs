@@ -64,6 +64,8 @@ pub enum NetPortError {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BridgeReport {
     pub created: bool,
+    /// A bridge that was removed and made again has another one; no link is attached to it then.
+    pub index: u32,
     pub mtu: u32,
     /// IPv4 forwarding was off on this host and is on now.
     pub forwarding_enabled: bool,
@@ -159,7 +161,12 @@ impl Net {
         // Lets connections to 127.0.0.1 of the host leave for the bridge.
         sysctl::ensure(&format!("ipv4/conf/{name}/route_localnet"), "1")?;
         let forwarding_enabled = sysctl::ensure("ipv4/ip_forward", "1")? == Some(true);
-        Ok(BridgeReport { created, mtu, forwarding_enabled })
+        Ok(BridgeReport { created, index: bridge.index, mtu, forwarding_enabled })
+    }
+
+    /// The index of the bridge; `None` when somebody has removed it.
+    pub fn bridge_index(&self) -> Result<Option<u32>, NetError> {
+        Ok(self.own_bridge(&mut self.route())?.map(|bridge| bridge.index))
     }
 
     /// Connects the namespace at `netns` to the bridge as `ip`. Done twice, or begun by a predecessor that died,
