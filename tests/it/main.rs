@@ -2,7 +2,9 @@
 
 mod apply;
 mod daemon;
+mod images;
 mod manifests;
+mod network;
 mod runtime;
 mod shim;
 mod walls;

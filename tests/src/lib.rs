@@ -13,6 +13,7 @@ use tempfile::TempDir;
 
 pub mod census;
 pub mod image;
+pub mod layout;
 pub mod manifest;
 pub mod registry;
 
