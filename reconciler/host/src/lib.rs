@@ -24,8 +24,10 @@ mod views;
 mod volumes;
 mod watch;
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use keel_engine::ports::{ActionError, Done, Host, PortError, ProbeOutcome, ProbeRequest, Progress};
 use keel_plan::{Action, ContainerId, ContainerState, Memory, Observed, PodId, PodMemory};
@@ -41,6 +43,9 @@ pub use pods::purge_network;
 pub use reset::Removed;
 pub use views::{StatusFiles, declared_pod, offline_status};
 pub use watch::{ExitWatch, FilterWatch, Lock};
+
+/// Time between two tries to adopt a container.
+const ADOPT_AGAIN: Duration = Duration::from_secs(10);
 
 /// What an operator may set.
 #[derive(Clone, Debug)]
@@ -64,6 +69,8 @@ pub struct RealHost {
     net: once::OnceLock<keel_net::Net>,
     /// Held while an address is chosen and recorded: two pods must not choose the same one.
     addresses: Mutex<()>,
+    /// Containers that could not be adopted, and when that was tried last.
+    refused: Mutex<BTreeMap<ContainerId, Instant>>,
     runtime: tokio::runtime::Handle,
 }
 
@@ -96,6 +103,7 @@ impl RealHost {
             cgroups,
             net: once::OnceLock::new(),
             addresses: Mutex::new(()),
+            refused: Mutex::new(BTreeMap::new()),
             runtime,
             paths,
             config,
@@ -118,13 +126,7 @@ impl RealHost {
 impl Host for RealHost {
     fn observe(&self) -> Result<Observed, PortError> {
         let (pods, orphans) = observe::pods(&self.paths).map_err(HostError::from)?;
-        for orphan in orphans {
-            // Not a choice: a container without a monitor gets one, whatever the manifests say.
-            tracing::warn!(container = %orphan.id, "its shim is gone; adopting it");
-            if let Err(error) = self.adopt(&orphan) {
-                tracing::warn!(container = %orphan.id, error = %error.chain(), "adoption failed");
-            }
-        }
+        self.adopt_all(&orphans);
         Ok(Observed { pods, images: self.image_digests()?, network: self.observed_network()? })
     }
 
@@ -169,6 +171,23 @@ impl Host for RealHost {
 }
 
 impl RealHost {
+    /// Not a choice: a container without a monitor gets one, whatever the manifests say. One that could not be adopted is
+    /// left alone for a while, since the host is read after every action.
+    fn adopt_all(&self, orphans: &[observe::Orphan]) {
+        let mut refused = self.refused.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        refused.retain(|id, at| at.elapsed() < ADOPT_AGAIN && orphans.iter().any(|orphan| orphan.id == *id));
+        for orphan in orphans {
+            if refused.contains_key(&orphan.id) {
+                continue;
+            }
+            tracing::warn!(container = %orphan.id, "its shim is gone; adopting it");
+            if let Err(error) = self.adopt(orphan) {
+                tracing::warn!(container = %orphan.id, error = %error.chain(), "adoption failed");
+                refused.insert(orphan.id.clone(), Instant::now());
+            }
+        }
+    }
+
     /// A run that lives was restarted since the plan was made, or never ended: it is not touched.
     fn remove(&self, id: &ContainerId) -> Result<Done, HostError> {
         let created_at = 0;
