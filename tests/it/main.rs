@@ -1,6 +1,8 @@
 //! The one integration-test binary: real binaries, real kernel, real registry.
 
 mod apply;
+mod cli;
+mod crash;
 mod daemon;
 mod images;
 mod manifests;

@@ -28,6 +28,67 @@ impl Census {
     }
 }
 
+/// What one instance has now, wherever it may be: the same as [`Census`], but blind to every other instance of the host.
+/// A bridge, a packet filter table and a parent cgroup belong to the instance and go with `keel system reset`; everything
+/// else belongs to pods and goes with them.
+pub fn of(instance: &crate::Instance) -> Vec<String> {
+    let tag = tag(instance);
+    let dir = instance.path().display().to_string();
+    let ours = |found: &String| found.contains(&dir) || found.contains(&tag);
+    let mut found: Vec<String> = Census::take().found.into_iter().filter(ours).collect();
+    found.extend(veths(&format!("ek{tag}")));
+    let lists = [
+        instance.run_dir().join("pods"),
+        instance.run_dir().join("containers"),
+        instance.run_dir().join("runtime"),
+        instance.root().join("containers"),
+        instance.root().join("exits"),
+        instance.root().join("pods"),
+        instance.root().join("logs"),
+    ];
+    for list in &lists {
+        let entries = fs::read_dir(list).into_iter().flatten().flatten();
+        found.extend(entries.map(|entry| format!("file {}", entry.path().display())));
+    }
+    for cgroup in found.clone().iter().filter_map(|line| line.strip_prefix("cgroup ")) {
+        let children = fs::read_dir(cgroup).into_iter().flatten().flatten();
+        let dirs = children.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
+        found.extend(dirs.map(|entry| format!("pod cgroup {}", entry.path().display())));
+    }
+    found.sort();
+    found
+}
+
+/// Of [`of`], what belongs to pods.
+pub fn of_pods(instance: &crate::Instance) -> Vec<String> {
+    let own = |found: &String| {
+        ["cgroup ", "table ", "link "].iter().any(|kind| found.starts_with(kind))
+            || *found == format!("file {}", instance.path().display())
+            || found.starts_with("process ") && found.contains(" daemon ")
+    };
+    of(instance).into_iter().filter(|found| !own(found)).collect()
+}
+
+/// What the engine names bridge, table and cgroup of this root after.
+fn tag(instance: &crate::Instance) -> String {
+    let root = instance.root().canonicalize().expect("the root of an instance exists");
+    let mut child = Command::new("sha256sum")
+        .stdin(std::process::Stdio::piped())
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .expect("sha256sum runs");
+    let mut input = child.stdin.take().expect("piped");
+    std::io::Write::write_all(&mut input, root.as_os_str().as_encoded_bytes()).expect("sha256sum reads");
+    drop(input);
+    let output = child.wait_with_output().expect("sha256sum ends");
+    String::from_utf8_lossy(&output.stdout).chars().take(6).collect()
+}
+
+fn veths(bridge: &str) -> Vec<String> {
+    let entries = fs::read_dir(format!("/sys/class/net/{bridge}/brif")).into_iter().flatten().flatten();
+    entries.map(|entry| format!("veth {}", entry.file_name().to_string_lossy())).collect()
+}
+
 fn mounts() -> Vec<String> {
     let text = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
     text.lines()

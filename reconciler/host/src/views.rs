@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use keel_plan::{
-    ContainerFacts, ContainerId, ContainerState, Desired, Facts, Memory, Observed, PodKey, PodStatus, Role,
-    Status, status,
+    ContainerFacts, ContainerId, ContainerState, Desired, DesiredDeployment, Facts, Memory, Observed, PodKey,
+    PodStatus, Role, Status, status,
 };
 
 use crate::containers::private_dir;
@@ -63,11 +63,15 @@ const WHOLE: &str = "status.json";
 
 /// The status as the last engine left it, with states read anew: for a host whose daemon is away or was never there.
 /// Probes do not run then: a container whose probe had spoken keeps its verdict as long as the same run lives.
-pub fn offline_status(paths: &Paths) -> Result<Status, HostError> {
+pub fn offline_status(
+    paths: &Paths,
+    deployments: BTreeMap<PodKey, DesiredDeployment>,
+) -> Result<Status, HostError> {
     let (pods, _) = observe::pods(paths)?;
     let last = last_status(&paths.status_dir());
     let desired = Desired {
         pods: pods.iter().map(|(key, pod)| (key.clone(), pod.pod.clone())).collect(),
+        deployments,
         complete: true,
         ..Desired::default()
     };

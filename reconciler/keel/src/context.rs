@@ -47,7 +47,7 @@ impl Context {
         let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
         // A second start in one process is refused, which leaves the first: nothing to do about it.
         let _ = match self.log_format {
-            LogFormat::Text => builder.with_ansi(self.term.color_err).with_target(false).try_init(),
+            LogFormat::Text => builder.with_ansi(false).with_target(false).try_init(),
             LogFormat::Json => builder.json().flatten_event(true).try_init(),
         };
     }

@@ -44,6 +44,9 @@ pub(crate) struct Controller {
     files: Arc<Lock<StatusFiles>>,
     recorded: Arc<watch::Sender<u64>>,
     relist: Lock<Option<Box<dyn Fn() + Send>>>,
+    /// True from the first status on that knows both the host and what is declared. An earlier one would say that
+    /// nothing is there.
+    known: Arc<watch::Sender<bool>>,
 }
 
 struct Declared {
@@ -82,7 +85,9 @@ impl Controller {
         let (snapshot_sender, snapshots) = watch::channel(Snapshot { revision: 0, status: Arc::default() });
         let files = StatusFiles::open(host.paths())?;
         let files = Arc::new(Lock::new(files));
-        tokio::spawn(publish(engine.status(), problem_receiver, snapshot_sender, files.clone()));
+        let known = Arc::new(watch::channel(false).0);
+        let first = known.subscribe();
+        tokio::spawn(publish(first, engine.status(), problem_receiver, snapshot_sender, files.clone()));
         Ok(Arc::new(Controller {
             host,
             engine,
@@ -98,6 +103,7 @@ impl Controller {
             files,
             recorded,
             relist: Lock::new(None),
+            known,
         }))
     }
 
@@ -109,7 +115,24 @@ impl Controller {
     /// Tells the engine what is declared now: at the start, with what was applied earlier.
     pub(crate) async fn begin(&self) -> Result<(), ControlError> {
         let declared = self.declared.lock().await;
-        self.declare(&declared)
+        self.declare(&declared)?;
+        if declared.complete {
+            self.await_first_status(self.desired(&declared));
+        }
+        Ok(())
+    }
+
+    /// A preview waits for the first observation; when it is answered, the status has been made from it.
+    fn await_first_status(&self, desired: Desired) {
+        if *self.known.borrow() {
+            return;
+        }
+        let (engine, known) = (self.engine.clone(), self.known.clone());
+        tokio::spawn(async move {
+            let _ = tokio::time::timeout(FIRST_LOOK, engine.preview(desired)).await;
+            let _ = engine.standing(None).await;
+            known.send_replace(true);
+        });
     }
 
     /// Once a boot: whether a power cut has damaged a layer. Damage is healed from the kept blob, or the image is set aside
@@ -177,6 +200,7 @@ impl Controller {
             declared.complete = directory.held.is_none();
             declared.directory = Some(directory);
             self.declare(&declared)?;
+            self.await_first_status(self.desired(&declared));
         }
         self.problems.send_replace(problems);
         Ok(())
@@ -284,7 +308,8 @@ impl Controller {
         let reports = self.engine.reports();
         self.declare(&declared)?;
         drop(declared);
-        let wait = Wait { ready: request.wait, timeout: request.timeout_ms.map(Duration::from_millis) };
+        let timeout = request.timeout_ms.map(Duration::from_millis);
+        let wait = Wait { ready: request.wait, timeout, announce: true };
         self.follow(targets, wait, reports, events).await
     }
 
@@ -386,7 +411,8 @@ impl Controller {
         }
         self.declare(&declared)?;
         drop(declared);
-        self.follow(targets, Wait { ready: request.wait, timeout: None }, reports, events).await
+        let wait = Wait { ready: request.wait, timeout: None, announce: false };
+        self.follow(targets, wait, reports, events).await
     }
 
     /// What a pod is made from, when that is not its own manifest.
@@ -424,7 +450,9 @@ impl Controller {
                 Convergence::Waiting(_) if !standing.idle => self.engine.status().borrow().clone(),
                 _ => self.engine.fresh_status().await.map_err(ended)?,
             };
-            told.tell(&status, &targets, started, events).await;
+            if wait.announce {
+                told.tell(&status, &targets, started, events).await;
+            }
             if let Some(outcome) = judge(&standing, &status, &targets, wait.ready) {
                 return outcome.end(&targets, &hints, events).await;
             }
@@ -457,8 +485,8 @@ impl Control for Controller {
 
     async fn status(&self, after: Option<u64>) -> Result<Snapshot, ControlError> {
         let mut snapshots = self.snapshots.clone();
-        let newer =
-            snapshots.wait_for(|snapshot| after.is_none_or(|revision| snapshot.revision != revision)).await;
+        let wanted = |snapshot: &Snapshot| snapshot.revision > 0 && after != Some(snapshot.revision);
+        let newer = snapshots.wait_for(wanted).await;
         newer.map(|snapshot| snapshot.clone()).map_err(|_| ended(keel_engine::Ended))
     }
 
@@ -502,11 +530,16 @@ impl Control for Controller {
 /// How long `reconcile` waits for the first reading of the directory.
 const FIRST_ROUND: Duration = Duration::from_secs(10);
 
+/// A host that cannot be observed for so long has a status all the same: the one that says so.
+const FIRST_LOOK: Duration = Duration::from_secs(5);
+
 /// How long an operation is followed.
 struct Wait {
     /// Until ready; otherwise until everything was begun.
     ready: bool,
     timeout: Option<Duration>,
+    /// Whether to say how pods come up: nothing of a pod that is to go.
+    announce: bool,
 }
 
 async fn until(deadline: Option<Instant>) {
@@ -802,6 +835,7 @@ fn write_files(files: &Lock<StatusFiles>, read: impl FnOnce() -> Status) -> Stat
 
 /// The engine's status with the sources' problems, numbered, and as files. Several changes in between are one.
 async fn publish(
+    mut known: watch::Receiver<bool>,
     mut status: watch::Receiver<Arc<Status>>,
     mut problems: watch::Receiver<Vec<String>>,
     snapshots: watch::Sender<Snapshot>,
@@ -809,6 +843,9 @@ async fn publish(
 ) {
     /// Files are for people and slow tools.
     const PAUSE: Duration = Duration::from_millis(100);
+    if known.wait_for(|known| *known).await.is_err() {
+        return;
+    }
     let mut revision = 0;
     loop {
         revision += 1;

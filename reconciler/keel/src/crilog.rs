@@ -134,7 +134,7 @@ impl Reader {
         if let Some(lines) = tail {
             let mut left = lines;
             for index in 0..newest_first.len() {
-                let (start, found) = tail_start(&newest_first[index], left)?;
+                let (start, found) = tail_start(&newest_first[index], left, index == 0)?;
                 left -= found;
                 if left == 0 {
                     newest_first.truncate(index + 1);
@@ -241,9 +241,13 @@ fn numbered(path: &Path, number: u32) -> PathBuf {
     name.into()
 }
 
-/// Where the last `lines` lines start, and how many of them are in this file. Reads from the end.
-fn tail_start(file: &File, lines: u64) -> io::Result<(u64, u64)> {
+/// Where the last `lines` lines start, and how many of them are in this file. Reads from the end. In the newest part the
+/// last line may have no end yet, and counts.
+fn tail_start(file: &File, lines: u64, newest: bool) -> io::Result<(u64, u64)> {
     let length = file.metadata()?.len();
+    if lines == 0 {
+        return Ok((length, 0));
+    }
     let mut newlines = Backward { file, buffer: Vec::new(), from: length, at: 0 };
     let mut found = 0;
     let mut end = length;
@@ -254,7 +258,10 @@ fn tail_start(file: &File, lines: u64) -> io::Result<(u64, u64)> {
             Some(newline) => newline + 1,
             None => 0,
         };
-        if ends_line(file, start)? {
+        let open = newest && end == length && !ends_line(file, start)?;
+        if open {
+            found = 1;
+        } else if ends_line(file, start)? {
             if found == lines {
                 return Ok((end, found));
             }

@@ -101,6 +101,9 @@ fn open_keep(context: &Context) -> Outcome<(Keep, keel_source::Kept)> {
 
 /// What the directory declared when the last daemon ended.
 pub(crate) fn last_declared(context: &Context) -> Outcome<Vec<keel_manifest::Object>> {
+    if !context.paths.sources().exists() {
+        return Ok(Vec::new());
+    }
     let (keep, kept) = open_keep(context)?;
     Ok(Source::new(Path::new(""), keep, kept.files).restored.objects)
 }

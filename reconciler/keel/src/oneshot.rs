@@ -3,6 +3,7 @@
 use keel_api::{ApplyRequest, Control, ControlError, DeleteRequest, ErrorCode, EventSender};
 
 use crate::context::Context;
+use crate::failure::{Failure, Outcome};
 use crate::instance::Instance;
 
 pub(crate) async fn apply(
@@ -34,4 +35,14 @@ async fn open(context: &Context) -> Result<Instance, ControlError> {
     instance.controller.restore(declared).await;
     instance.controller.begin().await?;
     Ok(instance)
+}
+
+/// Everything that is declared while nobody reads a directory.
+pub(crate) fn declared(context: &Context) -> Outcome<Vec<keel_manifest::Object>> {
+    let applied = keel_host::Applied::open(&context.paths).load();
+    let mut objects = applied.map_err(|error| Failure::failed(error.chain()))?;
+    for object in crate::daemon::last_declared(context)? {
+        objects.entry(object.key()).or_insert(object);
+    }
+    Ok(objects.into_values().collect())
 }

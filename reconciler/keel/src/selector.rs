@@ -70,7 +70,12 @@ fn rule(part: &str) -> Result<Rule, String> {
         (part, Test::Exists)
     };
     let key = key.trim();
-    if key.is_empty() || key.contains(|c: char| c.is_whitespace() || "()=!".contains(c)) {
+    let odd = |text: &str| text.contains(|c: char| c.is_whitespace() || "()=!".contains(c));
+    let values: &[String] = match &test {
+        Test::In(values) | Test::NotIn(values) => values,
+        Test::Exists | Test::Missing => &[],
+    };
+    if key.is_empty() || odd(key) || values.iter().any(|value| odd(value)) {
         return Err(format!(
             "`{part}` is not a label rule; write app=web, app!=web, app in (a,b), app or !app"
         ));

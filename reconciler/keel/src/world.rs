@@ -1,10 +1,11 @@
 //! The only module that knows where the host keeps things and asks who knows: everything else of the command line asks
 //! here.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use keel_api::{ClientError, ControlError, Event, EventSender, ImageRequest, Status};
-use keel_plan::{ContainerId, ContainerName, PodId, PodKey, PodStatus};
+use keel_plan::{ContainerId, ContainerName, PodId, PodKey, PodStatus, lower_desired};
 
 use crate::commands::apply::client_runtime;
 use crate::context::Context;
@@ -21,10 +22,18 @@ pub(crate) fn status(context: &Context) -> Outcome<Status> {
             Ok(std::sync::Arc::unwrap_or_clone(snapshot.status))
         }
         Err(ClientError::NoDaemon { .. }) => {
-            keel_host::offline_status(&context.paths).map_err(|error| Failure::failed(error.chain()))
+            let deployments =
+                lower_desired(&crate::oneshot::declared(context)?, &BTreeMap::new()).deployments;
+            keel_host::offline_status(&context.paths, deployments)
+                .map_err(|error| Failure::failed(error.chain()))
         }
         Err(error) => Err(error.into()),
     }
+}
+
+/// What a pod was made from. Not part of the status: it is on disk, whoever acts.
+pub(crate) fn declared(context: &Context, key: &PodKey) -> Option<std::sync::Arc<keel_plan::DesiredPod>> {
+    keel_host::declared_pod(&context.paths, &PodId::of(key))
 }
 
 /// The daemon's process, when one answers.
@@ -67,7 +76,8 @@ pub(crate) async fn images(
     let lock = keel_host::Lock::take(&context.paths).map_err(crate::instance::refused)?;
     let store = keel_host::open_store(&context.paths).map_err(crate::instance::refused)?;
     let registry = keel_host::registry_client(&crate::instance::registries(context));
-    let status = keel_host::offline_status(&context.paths).map_err(crate::instance::refused)?;
+    let status =
+        keel_host::offline_status(&context.paths, BTreeMap::new()).map_err(crate::instance::refused)?;
     let result = crate::images::run(&store, &registry, &status, request, &events).await;
     drop(lock);
     result

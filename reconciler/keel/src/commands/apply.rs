@@ -106,7 +106,7 @@ pub(crate) fn one_shot(context: &Context, operation: Operation, reporter: &mut R
         .enable_all()
         .build()
         .map_err(|error| Failure::io("start", "the runtime of the command", &error))?;
-    runtime.block_on(async {
+    let outcome = runtime.block_on(async {
         let (sender, mut receiver) = mpsc::channel(EVENT_QUEUE);
         let acting = act(context, operation, sender);
         let printing = async {
@@ -121,7 +121,10 @@ pub(crate) fn one_shot(context: &Context, operation: Operation, reporter: &mut R
         let (acted, printed) = tokio::join!(acting, printing);
         acted?;
         printed
-    })
+    });
+    // A stop that was begun and is not waited for goes on without us.
+    runtime.shutdown_background();
+    outcome
 }
 
 async fn act(context: &Context, operation: Operation, events: EventSender) -> Result<(), ControlError> {

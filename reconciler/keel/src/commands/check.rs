@@ -46,7 +46,7 @@ fn with_warnings(problems: &[Diagnostic]) -> String {
 pub(crate) fn schema(context: &Context, args: &Schema) -> Outcome {
     let Some(schema) = keel_manifest::schema(args.kind.as_deref()) else {
         let kind = args.kind.as_deref().unwrap_or_default();
-        return Err(Failure::not_found(format!("no kind `{kind}`"))
+        return Err(Failure::invalid(format!("no kind `{kind}`"))
             .hint(format!("kinds: {}", keel_manifest::kinds().join(", "))));
     };
     Ok(context.term.print(&format!("{schema:#}\n"))?)

@@ -98,7 +98,8 @@ fn lower_process(
         process["cwd"] = json!(dir);
     }
     if let Some(name) = &args.user {
-        set_user(&mut process, &find(name)?);
+        let user = find(name).map_err(|failure| failure.code(NOT_TRIED))?;
+        set_user(&mut process, &user);
     }
     let mut env: Vec<String> = serde_json::from_value(process["env"].take()).unwrap_or_default();
     if tty && !env.iter().any(|entry| entry.starts_with("TERM=")) {

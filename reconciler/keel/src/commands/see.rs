@@ -121,12 +121,24 @@ fn render(context: &Context, args: &Get, found: &Found, one: bool) -> String {
             let pods = found.pods.iter().map(|pod| format!("pod/{}\n", pod.key.name));
             pods.chain(found.deployments.iter().map(|d| format!("deployment/{}\n", d.key.name))).collect()
         }
-        Form::Json | Form::Yaml => data(args.output, &items(found), one),
+        Form::Json | Form::Yaml => data(args.output, &items(context, found), one),
     }
 }
 
-fn items(found: &Found) -> Vec<Value> {
-    let pods = found.pods.iter().map(|pod| with_kind(Kind::Pod, &**pod));
+fn items(context: &Context, found: &Found) -> Vec<Value> {
+    let pod = |pod: &Arc<PodStatus>| {
+        let mut item = with_kind(Kind::Pod, &**pod);
+        if let (Some(declared), Some(fields)) = (world::declared(context, &pod.key), item.as_object_mut()) {
+            let status = fields.shift_remove("status").unwrap_or_default();
+            fields.insert("spec".into(), serde_json::to_value(&declared.spec).unwrap_or_default());
+            fields.insert("status".into(), status);
+            for (name, value) in &declared.annotations {
+                fields["metadata"]["annotations"][name] = json!(value);
+            }
+        }
+        item
+    };
+    let pods = found.pods.iter().map(pod);
     pods.chain(found.deployments.iter().map(|d| with_kind(Kind::Deployment, d))).collect()
 }
 
@@ -185,7 +197,7 @@ fn watch(context: &Context, args: &Get, wanted: &[Wanted]) -> Outcome {
                 color: context.term.color_out,
             };
             let text = match args.output {
-                Form::Json => items(&found).iter().map(|item| format!("{item}\n")).collect(),
+                Form::Json => items(context, &found).iter().map(|item| format!("{item}\n")).collect(),
                 Form::Table | Form::Wide if !found.pods.is_empty() && found.deployments.is_empty() => {
                     objects::render_pods(found.pods.iter().map(AsRef::as_ref), columns, now_ms())
                 }
@@ -225,7 +237,7 @@ pub(crate) fn describe(context: &Context, args: &Describe) -> Outcome {
     let found = find(context, &status, &look, &wanted);
     if matches!(args.output, Form::Json | Form::Yaml) {
         let one = matches!(&wanted[..], [Wanted { name: Some(_), .. }]);
-        context.term.print(&data(args.output, &items(&found), one))?;
+        context.term.print(&data(args.output, &items(context, &found), one))?;
         return missing(context, found.missing, false);
     }
     let events = world::events(context)?;
@@ -233,7 +245,11 @@ pub(crate) fn describe(context: &Context, args: &Describe) -> Outcome {
     let of = |object: String| -> Vec<Event> {
         events.iter().filter(|event| event.object == object).cloned().collect()
     };
-    let pods = found.pods.iter().map(|pod| objects::describe_pod(pod, &of(format!("Pod/{}", pod.key)), now));
+    let pods = found.pods.iter().map(|pod| {
+        let declared = world::declared(context, &pod.key);
+        let spec = declared.as_ref().map(|pod| &pod.spec);
+        objects::describe_pod(pod, spec, &of(format!("Pod/{}", pod.key)), now)
+    });
     let deployments = found.deployments.iter().map(|deployment| {
         let pods: Vec<&PodStatus> = owned(&status, deployment).collect();
         objects::describe_deployment(deployment, &pods, &of(format!("Deployment/{}", deployment.key)), now)

@@ -3,4 +3,5 @@
 pub(crate) mod objects;
 pub(crate) mod progress;
 pub(crate) mod report;
+mod spec;
 pub(crate) mod table;

@@ -3,8 +3,10 @@
 use std::fmt::Write as _;
 
 use keel_api::{Event, Status};
+use keel_manifest::model::{Container, PodSpec};
 use keel_plan::{Condition, ContainerStatus, DeploymentStatus, PodStatus, State};
 
+use crate::render::spec;
 use crate::render::table::Table;
 use crate::term::Paint;
 use crate::text::age;
@@ -219,7 +221,12 @@ pub(crate) fn all_well(status: &Status) -> bool {
         && status.deployments.iter().all(|d| d.available_replicas >= d.replicas)
 }
 
-pub(crate) fn describe_pod(pod: &PodStatus, events: &[Event], now: u64) -> String {
+pub(crate) fn describe_pod(
+    pod: &PodStatus,
+    declared: Option<&PodSpec>,
+    events: &[Event],
+    now: u64,
+) -> String {
     let mut text = String::new();
     field(&mut text, 0, "Name", &pod.key.name);
     field(&mut text, 0, "Namespace", &pod.key.namespace);
@@ -241,8 +248,13 @@ pub(crate) fn describe_pod(pod: &PodStatus, events: &[Event], now: u64) -> Strin
             waits.until().map_or_else(String::new, |until| format!(" (for another {})", age(until, now)));
         field(&mut text, 0, "Waiting", &format!("{}: {}{until}", waits.reason(), waits.message()));
     }
-    containers(&mut text, "Init containers", &pod.init_container_statuses, now);
-    containers(&mut text, "Containers", &pod.container_statuses, now);
+    let specs = declared.map(|spec| (spec.init_containers.as_slice(), spec.containers.as_slice()));
+    let (init, main) = specs.unwrap_or_default();
+    containers(&mut text, "Init containers", &pod.init_container_statuses, init, now);
+    containers(&mut text, "Containers", &pod.container_statuses, main, now);
+    if let Some(declared) = declared {
+        spec::volumes(&mut text, &declared.volumes);
+    }
     conditions(&mut text, &pod.conditions, now);
     events_section(&mut text, events, now);
     text
@@ -279,7 +291,13 @@ pub(crate) fn describe_deployment(
     text
 }
 
-fn containers(text: &mut String, title: &str, containers: &[ContainerStatus], now: u64) {
+fn containers(
+    text: &mut String,
+    title: &str,
+    containers: &[ContainerStatus],
+    declared: &[Container],
+    now: u64,
+) {
     if containers.is_empty() {
         return;
     }
@@ -298,6 +316,9 @@ fn containers(text: &mut String, title: &str, containers: &[ContainerStatus], no
         }
         field(text, 4, "Ready", if container.ready { "yes" } else { "no" });
         field(text, 4, "Restarts", &container.restart_count.to_string());
+        if let Some(declared) = declared.iter().find(|declared| declared.name == container.name) {
+            spec::container(text, declared);
+        }
     }
 }
 
@@ -375,7 +396,7 @@ fn said(event: &Event) -> String {
     }
 }
 
-fn field(text: &mut String, indent: usize, name: &str, value: &str) {
+pub(super) fn field(text: &mut String, indent: usize, name: &str, value: &str) {
     let label = format!("{name}:");
     let _ = writeln!(text, "{:indent$}{label:14} {value}", "");
 }
@@ -501,7 +522,7 @@ mod tests {
             count: 3,
         };
         assert_eq!(
-            describe_pod(&described, &[event], NOW),
+            describe_pod(&described, None, &[event], NOW),
             "\
 Name:          web
 Namespace:     default
