@@ -7,6 +7,7 @@ mod daemon;
 mod images;
 mod manifests;
 mod network;
+mod podspec;
 mod runtime;
 mod shim;
 mod walls;

@@ -647,6 +647,9 @@ impl Core {
             Action::StartContainer { pod, container, attempt, .. } => {
                 self.remember_attempt(pod, container, *attempt);
             }
+            Action::StopContainer { .. } if matches!(reason, Reason::Evicted { .. }) => {
+                self.events.warning(object(&action), "Evicted", reason.to_string());
+            }
             Action::StopContainer { id, .. } => {
                 self.events.normal(object(&action), "Killing", format!("stopping container {id}: {reason}"));
             }

@@ -81,7 +81,7 @@ impl Prober {
         let mut kept = BTreeMap::new();
         for seen in observed.pods.values() {
             let declared = desired.pods.get(&seen.pod.key);
-            for run in seen.containers.iter().filter(|run| run.is_running() && run.role == Role::Main) {
+            for run in seen.containers.iter().filter(|run| run.has_process() && run.role == Role::Main) {
                 // An old run is probed by its own spec until it is replaced.
                 let pod = declared.filter(|pod| pod.container(&run.name).is_some_and(|c| c.hash == run.hash));
                 let pod = pod.unwrap_or(&seen.pod);
@@ -368,6 +368,7 @@ mod tests {
                 ready: true,
                 ip: None,
                 containers: vec![run],
+                over_limit: None,
             };
             self.observed.pods.insert(pod.key.clone(), seen);
         }

@@ -270,7 +270,11 @@ impl RealHost {
             }
             match keel_proto::Client::connect(&self.paths.container(id)) {
                 Ok(mut client) => {
-                    let signal = u8::try_from(record.stop_signal).unwrap_or(DEFAULT_STOP_SIGNAL as u8);
+                    // Without a grace there is nothing that a signal could be used for.
+                    let signal = match grace_ms {
+                        0 => Signal::SIGKILL as u8,
+                        _ => u8::try_from(record.stop_signal).unwrap_or(DEFAULT_STOP_SIGNAL as u8),
+                    };
                     client.stop(signal, grace).map_err(|e| stop(e.to_string()))?;
                     let left = deadline.saturating_duration_since(Instant::now());
                     if client.wait(Some(left)).is_ok() {

@@ -20,6 +20,7 @@ mod seccomp;
 mod spec;
 pub mod state;
 mod sweep;
+mod usage;
 mod views;
 mod volumes;
 mod watch;
@@ -30,7 +31,9 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use keel_engine::ports::{ActionError, Done, Host, PortError, ProbeOutcome, ProbeRequest, Progress};
-use keel_plan::{Action, ContainerId, ContainerState, Memory, Observed, PodId, PodMemory};
+use keel_plan::{
+    Action, ContainerId, ContainerState, Memory, Observed, ObservedPod, PodId, PodKey, PodMemory,
+};
 
 pub use applied::Applied;
 pub use containers::{NotRunning, Running, find_running};
@@ -41,6 +44,7 @@ pub use observe::now;
 pub use paths::{DEFAULT_ROOT, DEFAULT_RUN, Paths};
 pub use pods::purge_network;
 pub use reset::Removed;
+pub use usage::UsageWatch;
 pub use views::{StatusFiles, declared_pod, offline_status};
 pub use watch::{ExitWatch, FilterWatch, Lock};
 
@@ -67,6 +71,8 @@ pub struct RealHost {
     registry: keel_registry::Client,
     cgroups: keel_cgroup::Layout,
     net: once::OnceLock<keel_net::Net>,
+    /// Written by whoever measures, see [`UsageWatch`].
+    over_limit: usage::OverLimit,
     /// Held while an address is chosen and recorded: two pods must not choose the same one.
     addresses: Mutex<()>,
     /// Containers that could not be adopted, and when that was tried last.
@@ -102,6 +108,7 @@ impl RealHost {
             registry,
             cgroups,
             net: once::OnceLock::new(),
+            over_limit: usage::OverLimit::default(),
             addresses: Mutex::new(()),
             refused: Mutex::new(BTreeMap::new()),
             runtime,
@@ -125,7 +132,8 @@ impl RealHost {
 
 impl Host for RealHost {
     fn observe(&self) -> Result<Observed, PortError> {
-        let (pods, orphans) = observe::pods(&self.paths).map_err(HostError::from)?;
+        let (mut pods, orphans) = observe::pods(&self.paths).map_err(HostError::from)?;
+        self.note_over_limit(&mut pods);
         self.adopt_all(&orphans);
         Ok(Observed { pods, images: self.image_digests()?, network: self.observed_network()? })
     }
@@ -196,6 +204,20 @@ impl RealHost {
             return Ok(Done::Stale);
         }
         self.remove_container(id).map(|()| Done::Done)
+    }
+}
+
+impl RealHost {
+    /// For a thread of its own: `emptyDir` volumes on disk against their limits.
+    pub fn usage_watch(&self) -> UsageWatch {
+        UsageWatch::new(self.paths.clone(), self.over_limit.clone())
+    }
+
+    fn note_over_limit(&self, pods: &mut BTreeMap<PodKey, ObservedPod>) {
+        let over = self.over_limit.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        for pod in pods.values_mut() {
+            pod.over_limit = over.get(&(pod.pod.id.clone(), pod.incarnation)).cloned();
+        }
     }
 }
 

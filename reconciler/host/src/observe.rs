@@ -44,6 +44,7 @@ pub(crate) fn pods(paths: &Paths) -> Result<(BTreeMap<PodKey, ObservedPod>, Vec<
                     ready: record.ready && pod_is_whole(paths, &record),
                     ip: record.ip,
                     containers: Vec::new(),
+                    over_limit: None,
                     pod: record.pod,
                 },
             );

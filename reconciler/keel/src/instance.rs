@@ -29,6 +29,7 @@ impl Instance {
         let sink = event_sink(events.clone(), recorded.clone());
         let engine = Engine::start(host.clone(), Settings::default(), runtime, sink)
             .map_err(|e| ControlError::new(ErrorCode::Internal, format!("start the engine: {e}")))?;
+        let mut usage = host.usage_watch();
         let controller =
             Controller::new(host, engine.handle(), events, recorded, watches).map_err(refused)?;
         let mut exits = ExitWatch::new(&context.paths).map_err(refused)?;
@@ -37,6 +38,7 @@ impl Instance {
         if watches {
             // A command is over before somebody else's change matters.
             let mut filter = FilterWatch::new().map_err(refused)?;
+            watch("usage", "volumes over their limit", engine.handle(), move || usage.wait())?;
             watch("filter", "changes of the packet filter", engine.handle(), move || filter.wait())?;
         }
         Ok(Instance { controller, engine, _lock: lock })

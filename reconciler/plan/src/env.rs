@@ -6,7 +6,13 @@ use crate::model::{EnvEntry, EnvValue};
 
 /// The environment in order; a later entry of the same name replaces an earlier one in its place. Values written in
 /// the manifest may name earlier variables; values from ConfigMaps, Secrets and fields are taken as they are.
-pub fn expand_env(entries: &[EnvEntry], field: &dyn Fn(&str) -> String) -> Vec<(String, String)> {
+///
+/// `field` gives the value of a pod's field, `host_millis` thousandths of a resource that the host has.
+pub fn expand_env(
+    entries: &[EnvEntry],
+    field: &dyn Fn(&str) -> String,
+    host_millis: &dyn Fn(&str) -> u64,
+) -> Vec<(String, String)> {
     let mut known = BTreeMap::new();
     let mut order: Vec<&str> = Vec::with_capacity(entries.len());
     for entry in entries {
@@ -14,6 +20,9 @@ pub fn expand_env(entries: &[EnvEntry], field: &dyn Fn(&str) -> String) -> Vec<(
             EnvValue::Literal(text) => expand(text, &known),
             EnvValue::Verbatim(text) | EnvValue::Resource(text) => text.clone(),
             EnvValue::Field(path) => field(path),
+            EnvValue::Host { resource, divisor_millis } => {
+                host_millis(resource).div_ceil((*divisor_millis).max(1)).to_string()
+            }
         };
         if known.insert(entry.name.clone(), value).is_none() {
             order.push(&entry.name);
@@ -82,12 +91,20 @@ mod tests {
                 entry("X", EnvValue::Literal("1".into())),
                 entry("LATE", EnvValue::Literal("$(X)$(FROM)".into())),
                 entry("IP", EnvValue::Field("status.podIP".into())),
+                entry("CORES", EnvValue::Host { resource: "limits.cpu".into(), divisor_millis: 1000 }),
                 entry("X", EnvValue::Literal("$(X)2".into())),
             ],
             &|path| format!("<{path}>"),
+            &|_| 3500,
         );
-        let expected =
-            [("FROM", "$(X)"), ("EARLY", "$(X)"), ("X", "12"), ("LATE", "1$(X)"), ("IP", "<status.podIP>")];
+        let expected = [
+            ("FROM", "$(X)"),
+            ("EARLY", "$(X)"),
+            ("X", "12"),
+            ("LATE", "1$(X)"),
+            ("IP", "<status.podIP>"),
+            ("CORES", "4"),
+        ];
         assert_eq!(env, expected.map(|(k, v)| (k.to_owned(), v.to_owned())));
     }
 }

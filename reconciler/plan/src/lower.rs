@@ -230,6 +230,10 @@ impl Template<'_> {
                     ("=", text.as_str())
                 }
                 EnvValue::Field(path) => ("@", self.metadata_field(path).unwrap_or(path)),
+                EnvValue::Host { resource, divisor_millis } => {
+                    hasher.number(*divisor_millis);
+                    ("#", resource.as_str())
+                }
             };
             hasher.text(&entry.name).text(kind).text(text);
         }
@@ -478,14 +482,19 @@ fn resolve_source(
     } else if let Some(field) = &source.field_ref {
         Some(EnvValue::Field(field.field_path.clone()))
     } else if let Some(resource) = &source.resource_field_ref {
-        Some(EnvValue::Resource(resource_value(spec, container, resource)?))
+        Some(resource_value(spec, container, resource)?)
     } else {
         Some(EnvValue::Literal(String::new()))
     })
 }
 
-/// Amount divided by the divisor, rounded up. A request defaults to the limit.
-fn resource_value(spec: &PodSpec, container: &Container, field: &ResourceFieldRef) -> Result<String, String> {
+/// Amount divided by the divisor, rounded up. A request defaults to the limit and then to nothing, a limit to what the
+/// host has.
+fn resource_value(
+    spec: &PodSpec,
+    container: &Container,
+    field: &ResourceFieldRef,
+) -> Result<EnvValue, String> {
     let of = match &field.container_name {
         None => container,
         Some(name) => spec
@@ -501,11 +510,17 @@ fn resource_value(spec: &PodSpec, container: &Container, field: &ResourceFieldRe
             _ => None,
         }
     };
-    let amount = amount(&field.resource)
-        .ok_or_else(|| format!("resourceFieldRef: container {:?} sets no {}", of.name, field.resource))?;
     let bad = |error| format!("resourceFieldRef {}: {error}", field.resource);
     let one = Quantity("1".into());
+    let divisor_millis = field.divisor.as_ref().unwrap_or(&one).millis().map_err(bad)?.max(1).unsigned_abs();
+    let Some(amount) = amount(&field.resource) else {
+        return Ok(match field.resource.as_str() {
+            "limits.cpu" | "limits.memory" => {
+                EnvValue::Host { resource: field.resource.clone(), divisor_millis }
+            }
+            _ => EnvValue::Resource("0".into()),
+        });
+    };
     let amount = amount.millis().map_err(bad)?.max(0).unsigned_abs();
-    let divisor = field.divisor.as_ref().unwrap_or(&one).millis().map_err(bad)?.max(1).unsigned_abs();
-    Ok(amount.div_ceil(divisor).to_string())
+    Ok(EnvValue::Resource(amount.div_ceil(divisor_millis).to_string()))
 }

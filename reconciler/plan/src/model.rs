@@ -208,6 +208,9 @@ pub enum EnvValue {
     Field(String),
     /// `resourceFieldRef`: the number, already divided and rounded up.
     Resource(String),
+    /// `resourceFieldRef` of a limit that is not set, `limits.cpu` or `limits.memory`: what the host has, divided by
+    /// so many thousandths and rounded up.
+    Host { resource: String, divisor_millis: u64 },
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -239,6 +242,9 @@ pub struct ObservedPod {
     pub ip: Option<Ipv4Addr>,
     /// Every run that still has a directory, oldest first.
     pub containers: Vec<ObservedContainer>,
+    /// A volume holds more than it may, in words: the pod is stopped and made anew.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub over_limit: Option<String>,
 }
 
 impl ObservedPod {

@@ -4,7 +4,7 @@
 //!
 //! ```text
 //! pod      absent -> created -> init containers one after the other -> main containers side by side
-//!          sandbox changed, not declared: runs stopped (last started first) -> runs removed -> pod deleted
+//!          sandbox changed, not declared, volume over its limit: runs stopped (last started first) -> runs removed -> pod deleted
 //! run      running --spec changed, new image present--> stopped -> next attempt
 //!          ended --policy and back-off--> next attempt; the newest ended runs stay to be looked at
 //! ```
@@ -22,6 +22,10 @@ use crate::model::{
     Millis, Observed, ObservedContainer, ObservedPod, PodKey, Role, Waiting,
 };
 use crate::reason::Reason;
+
+/// None, which means the kill at once: whoever fills the disk must not go on, and a program that ends well at a stop
+/// signal would count as one that has done its work.
+const EVICTION_GRACE_MS: u64 = 0;
 
 #[derive(Clone, Debug, PartialEq)]
 pub struct Settings {
@@ -139,6 +143,10 @@ impl<'a> Planner<'a> {
         match self.observed.pods.get(&pod.key) {
             None => self.absent_pod(pod),
             Some(seen) if seen.pod.sandbox_hash != pod.sandbox_hash => self.changed_pod(pod, seen),
+            Some(seen) if seen.over_limit.is_some() => {
+                let message = seen.over_limit.clone().unwrap_or_default();
+                self.tear_down(seen, EVICTION_GRACE_MS, Reason::Evicted { message });
+            }
             Some(seen) if !seen.ready => {
                 self.images(pod, Some(seen), pod.containers.iter());
                 self.act(Action::CreatePod { pod: pod.clone() }, Reason::Interrupted);
@@ -340,7 +348,14 @@ impl<'a> Planner<'a> {
         latest: Option<&ObservedContainer>,
     ) {
         let memory = self.container_memory(pod, container);
+        let until = memory.map_or(0, |m| m.backoff_until);
         let reason = match latest {
+            // Earlier runs went with a pod that was evicted, or with the last boot; their back-off holds.
+            None if until > self.now => {
+                let name = container.name.clone();
+                self.wait(&pod.key, Waiting::CrashLoopBackOff { container: name, until });
+                return;
+            }
             None => Reason::FirstStart,
             // Removed first; the next observation decides on.
             Some(ObservedContainer { state: ContainerState::Partial, .. }) => return,
@@ -350,7 +365,6 @@ impl<'a> Planner<'a> {
                 if !wants_restart(container.restart, &exit) {
                     return;
                 }
-                let until = memory.map_or(0, |m| m.backoff_until);
                 if until > self.now {
                     let name = container.name.clone();
                     self.wait(&pod.key, Waiting::CrashLoopBackOff { container: name, until });

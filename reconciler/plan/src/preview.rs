@@ -66,6 +66,7 @@ pub(crate) fn follow(
                 ready: true,
                 ip: None,
                 containers: Vec::new(),
+                over_limit: None,
             };
             let kept = observed.pods.insert(pod.key.clone(), made);
             if let (Some(kept), Some(made)) = (kept, observed.pods.get_mut(&pod.key)) {

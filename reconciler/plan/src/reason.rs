@@ -46,6 +46,8 @@ pub enum Reason {
     Requested { by: String },
     /// An old pod of the same owner must be gone before new ones start.
     Recreate { changes: Vec<FieldChange> },
+    /// One of its volumes holds more than it may.
+    Evicted { message: String },
     /// Its container is not part of the pod any more.
     ContainerGone { container: ContainerName },
 }
@@ -78,6 +80,7 @@ impl fmt::Display for Reason {
             Reason::Network => f.write_str("addresses, names or published ports changed"),
             Reason::ProbeFailed { probe, message } => write!(f, "{probe} probe failed: {message}"),
             Reason::Requested { by } => write!(f, "asked for by {by}"),
+            Reason::Evicted { message } => f.write_str(message),
             Reason::ContainerGone { container } => write!(f, "container {container} is no longer declared"),
         }
     }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use keel_manifest::model::RestartPolicy;
 use serde::{Deserialize, Serialize};
 
-use crate::account::exit_of;
+use crate::account::{exit_of, wants_restart};
 use crate::model::{
     ContainerId, ContainerMemory, ContainerState as RunState, Desired, DesiredContainer, DesiredPod, Exit,
     Memory, Millis, Observed, ObservedPod, Origin, Owner, PodId, PodKey, Role, Waiting,
@@ -322,8 +322,10 @@ impl PodView<'_> {
         let policy = pod.and_then(|pod| pod.spec.restart_policy).unwrap_or_default();
         let phase = if pod.is_some() { phase(policy, &init, &main) } else { Phase::Pending };
         let blocker = waiting.iter().find(|w| !w.is_progress()).or(waiting.first());
+        let over_limit = seen.and_then(|seen| seen.over_limit.clone());
         let (reason, message) = match (declared, blocker) {
             (false, _) => (Some("Terminating".into()), Some("no longer declared".into())),
+            (true, _) if over_limit.is_some() => (Some("Evicted".into()), over_limit),
             (true, Some(waiting)) => (Some(waiting.reason().into()), Some(waiting.message())),
             (true, None) => (None, None),
         };
@@ -392,7 +394,7 @@ impl PodView<'_> {
             image: container.image.clone(),
             image_id: latest.map(|run| run.image_digest.clone()).unwrap_or_default(),
             container_id: latest.map(|run| format!("evenkeel://{}", run.id)).unwrap_or_default(),
-            restart_count: memory.map_or(0, |m| restarts_done(m, latest.map(|run| &run.id))),
+            restart_count: memory.map_or(0, |m| restarts_done(m, container, latest.map(|run| &run.id))),
             ready: match container.role {
                 Role::Main => running && facts.is_some_and(|f| f.ready),
                 Role::Init => succeeded,
@@ -580,10 +582,15 @@ fn deployments(
     all.collect()
 }
 
-#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes references")]
 /// Kubernetes counts restarts that were made: the one that the newest exit asks for is counted in memory already.
-fn restarts_done(memory: &ContainerMemory, newest: Option<&ContainerId>) -> u32 {
-    let pending = memory.counted.is_some() && memory.counted.as_ref() == newest;
+fn restarts_done(
+    memory: &ContainerMemory,
+    container: &DesiredContainer,
+    newest: Option<&ContainerId>,
+) -> u32 {
+    let counted = memory.counted.is_some() && memory.counted.as_ref() == newest;
+    let wanted = |exit: &Exit| wants_restart(container.restart, exit);
+    let pending = counted && memory.last_exit.as_ref().is_some_and(wanted);
     memory.restarts.saturating_sub(u32::from(pending))
 }
 

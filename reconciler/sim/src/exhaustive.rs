@@ -71,7 +71,15 @@ fn run(pod: &DesiredPod, name: &str, attempt: u32, state: &ContainerState) -> Ob
 }
 
 fn seen(pod: &Arc<DesiredPod>, ready: bool, containers: Vec<ObservedContainer>) -> ObservedPod {
-    ObservedPod { pod: pod.clone(), incarnation: 99, created_at: NOW, ready, ip: None, containers }
+    ObservedPod {
+        pod: pod.clone(),
+        incarnation: 99,
+        created_at: NOW,
+        ready,
+        ip: None,
+        containers,
+        over_limit: None,
+    }
 }
 
 /// Follows plans until nothing is left to do.

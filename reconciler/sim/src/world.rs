@@ -161,6 +161,7 @@ impl World {
                     ready: false,
                     ip: None,
                     containers: Vec::new(),
+                    over_limit: None,
                 };
                 self.pods.insert(pod.key.clone(), seen);
                 Ok(Done::Done)

@@ -129,5 +129,6 @@ fn observed_pod(pod: &std::sync::Arc<keel_plan::DesiredPod>) -> keel_plan::Obser
         created_at: NOW - 1000,
         ready: true,
         ip: None,
+        over_limit: None,
     }
 }
