@@ -868,6 +868,75 @@ fn the_status_is_in_files_too() {
     );
 }
 
+#[test]
+fn a_daemon_that_ends_while_a_command_waits_is_said_with_code_5() {
+    let mut instance = Instance::new();
+    instance.import_busybox();
+    instance.write("keep.yaml", &sleeper("keep"));
+    for kill in [true, false] {
+        instance.start_daemon();
+        instance.await_ready("keep");
+        let mut command = instance.command(&["get", "-w"]);
+        command.stderr(Stdio::piped());
+        let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
+        let mut first = [0; 4];
+        child.stdout.as_mut().unwrap().read_exact(&mut first).unwrap();
+        if kill {
+            instance.kill_daemon();
+        } else {
+            instance.stop_daemon();
+        }
+        let ran: keel_tests::Ran = child.wait_with_output().unwrap().into();
+        assert_eq!(ran.code(), 5, "{}", ran.all());
+        assert!(ran.stderr.contains("gone away") && ran.stderr.contains("hint:"), "{}", ran.stderr);
+    }
+}
+
+#[test]
+fn an_apply_whose_command_is_killed_is_carried_through_by_the_daemon() {
+    let mut instance = Instance::new();
+    instance.import_busybox();
+    instance.start_daemon();
+    let file = instance.path().join("m.yaml");
+    fs::write(&file, sleeper("web")).unwrap();
+    let mut apply = Running::start(instance.command(&["apply", "-f", file.to_str().unwrap(), "--wait"]));
+    apply.line_with("plan:");
+    apply.child.kill().unwrap();
+    apply.child.wait().unwrap();
+    instance.await_ready("web");
+}
+
+#[test]
+fn a_followed_log_ends_when_its_pod_is_deleted() {
+    let instance = Instance::new();
+    instance.import_busybox();
+    let text = "    command: [sh, -c, 'echo here; trap \"echo bye; exit 0\" TERM; sleep 100000 & wait']\n";
+    instance.apply(&pod("web", text)).expect_code(0);
+    let mut follow = Running::start(instance.command(&["logs", "-f", "web"]));
+    follow.line_with("here");
+    instance.keel(&["delete", "pod/web"]).expect_code(0);
+    let (left, code) = follow.end();
+    assert_eq!((left, code), (vec!["bye".to_string()], 0));
+}
+
+#[test]
+fn a_failing_probe_is_one_line_of_the_log_however_often_it_fails() {
+    let mut instance = Instance::new();
+    instance.import_busybox();
+    let never = format!("{SLEEP}    readinessProbe: {{exec: {{command: ['false']}}, periodSeconds: 1}}\n");
+    instance.write("bad.yaml", &pod("bad", &never));
+    instance.start_daemon();
+    eventually("it fails three times", || {
+        let text = instance.keel(&["events", "--for", "pod/bad", "-o", "json"]).stdout;
+        let all = text.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+        all.filter(|event| event["reason"] == "Unhealthy")
+            .any(|event| event["count"].as_u64() >= Some(3))
+            .then_some(())
+    });
+    let log = instance.daemon_log();
+    assert_eq!(log.lines().filter(|line| line.contains("Unhealthy")).count(), 1, "{log}");
+}
+
 /// The daemon may be stopped for an upgrade, say: its pods are not the command's.
 #[test]
 fn a_command_without_the_daemon_leaves_the_directorys_pods_alone() {

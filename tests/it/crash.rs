@@ -582,3 +582,38 @@ fn a_state_file_that_does_not_parse_stops_nothing() {
     delete_everything(&mut instance);
     a_reset_leaves_nothing(&instance);
 }
+
+/// The daemon dies right after it has called a shim, which takes its time: the next daemon has given the run up by then.
+#[test]
+fn a_shim_that_comes_late_starts_nothing_and_leaves_nothing() {
+    let instance = Instance::new();
+    instance.import_busybox();
+    let path = instance.path().join("late-shim");
+    let (real, seen, done) = (bin("keel-shim"), instance.path().join("seen"), instance.path().join("done"));
+    let script = format!(
+        "#!/bin/sh\ncase \" $* \" in *' run '*) ;; *) exec {real} \"$@\" ;; esac\n\
+         test -e {seen} && exec {real} \"$@\"\ntouch {seen}\nsleep 2\n{real} \"$@\"\ntouch {done}\n",
+        real = real.display(),
+        seen = seen.display(),
+        done = done.display()
+    );
+    fs::write(&path, script).unwrap();
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+    let mut instance = instance.with(&["--shim", path.to_str().unwrap()]);
+    instance.write("web.yaml", &sleeper("web"));
+    instance.start_daemon();
+    eventually("the shim is called", || seen.exists().then_some(()));
+    instance.kill_daemon();
+    instance.start_daemon();
+    instance.await_ready("web");
+    eventually("the late one is done", || done.exists().then_some(()));
+    instance.keel(&["reconcile"]).expect_code(0);
+    eventually_or(
+        || format!("one run: {:?}", live(&instance)),
+        || (live(&instance).len() == 1 && live(&instance).values().all(|p| p.len() == 1)).then_some(()),
+    );
+    assert!(is_ready(&instance.pod("web")));
+    instance.kill_daemon();
+    delete_everything(&mut instance);
+    a_reset_leaves_nothing(&instance);
+}

@@ -39,6 +39,8 @@ pub enum ClientError {
     Connect { socket: PathBuf, source: io::Error },
     #[error("talk to the daemon")]
     Http { source: hyper::Error },
+    #[error("the daemon has gone away in the middle of its answer")]
+    Gone { source: hyper::Error },
     #[error("encode the request")]
     Encode { source: serde_json::Error },
     #[error("the daemon's answer is longer than {MAX_ANSWER_BYTES} bytes")]
@@ -177,7 +179,7 @@ impl<T: DeserializeOwned> Lines<T> {
                 }
                 None => return Ok(None),
                 Some(frame) => {
-                    if let Ok(data) = frame.map_err(http)?.into_data() {
+                    if let Ok(data) = frame.map_err(|source| ClientError::Gone { source })?.into_data() {
                         self.buffer.extend_from_slice(&data);
                     }
                 }

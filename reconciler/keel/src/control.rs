@@ -174,13 +174,9 @@ impl Controller {
 
     /// The last word of this process: what probes have said is in no other place.
     pub(crate) async fn flush(&self) {
-        let Ok(status) = self.engine.fresh_status().await else { return };
-        let problems = self.problems.borrow().clone();
-        write_files(&self.files, || {
-            let mut whole = Status::clone(&status);
-            whole.problems.extend(problems);
-            whole
-        });
+        if self.engine.fresh_status().await.is_ok() {
+            write_files(&self.files, || self.whole_status());
+        }
     }
 
     pub(crate) async fn take_directory(&self, directory: Directory) -> Result<(), ControlError> {
@@ -232,14 +228,7 @@ impl Controller {
     }
 
     fn record(&self, warning: bool, object: &str, reason: &str, message: &str) {
-        match warning {
-            true => tracing::warn!(object, reason, "{message}"),
-            false => tracing::info!(object, reason, "{message}"),
-        }
-        match self.events.record(keel_host::now(), warning, object, reason, message) {
-            Ok(event) => drop(self.recorded.send_replace(event.seq)),
-            Err(error) => tracing::warn!(%error, "event log"),
-        }
+        record(&self.events, &self.recorded, warning, object, reason, message);
     }
 
     fn declare(&self, declared: &Declared) -> Result<(), ControlError> {
@@ -415,6 +404,12 @@ impl Controller {
         self.follow(targets, wait, reports, events).await
     }
 
+    fn whole_status(&self) -> Status {
+        let mut whole = Status::clone(&self.engine.status().borrow());
+        whole.problems.extend(self.problems.borrow().iter().cloned());
+        whole
+    }
+
     /// What a pod is made from, when that is not its own manifest.
     fn owner_of(&self, declared: &Declared, key: &ObjectKey) -> Option<String> {
         let pod = PodKey { namespace: key.namespace.clone(), name: key.name.clone() };
@@ -486,8 +481,13 @@ impl Control for Controller {
     async fn status(&self, after: Option<u64>) -> Result<Snapshot, ControlError> {
         let mut snapshots = self.snapshots.clone();
         let wanted = |snapshot: &Snapshot| snapshot.revision > 0 && after != Some(snapshot.revision);
-        let newer = snapshots.wait_for(wanted).await;
-        newer.map(|snapshot| snapshot.clone()).map_err(|_| ended(keel_engine::Ended))
+        let newer = snapshots.wait_for(wanted).await.map_err(|_| ended(keel_engine::Ended))?.clone();
+        if after.is_some() {
+            return Ok(newer);
+        }
+        // What is published lags a little: whoever has just deleted a pod must not be shown it.
+        let status = Arc::new(self.whole_status());
+        Ok(Snapshot { status, ..newer })
     }
 
     async fn events_since(&self, after: u64, wait: bool) -> Result<Vec<keel_api::Event>, ControlError> {
@@ -821,6 +821,33 @@ async fn end(events: &EventSender, exit_code: u8, message: &str, hints: &[&str])
 
 fn ended(_: keel_engine::Ended) -> ControlError {
     ControlError::new(ErrorCode::Unavailable, "the engine is stopping")
+}
+
+/// One event: to the log on disk, to whoever watches it, and to the process' own log, which hears of repetitions only
+/// when it is asked for everything.
+pub(crate) fn record(
+    log: &EventLog,
+    recorded: &watch::Sender<u64>,
+    warning: bool,
+    object: &str,
+    reason: &str,
+    message: &str,
+) {
+    let again = match log.record(keel_host::now(), warning, object, reason, message) {
+        Ok(event) => {
+            recorded.send_replace(event.seq);
+            event.count > 1
+        }
+        Err(error) => {
+            tracing::warn!(%error, "event log");
+            false
+        }
+    };
+    match (again, warning) {
+        (true, _) => tracing::debug!(object, reason, "{message}"),
+        (false, true) => tracing::warn!(object, reason, "{message}"),
+        (false, false) => tracing::info!(object, reason, "{message}"),
+    }
 }
 
 /// Read under the lock, so that an older status never replaces a newer one.

@@ -105,6 +105,11 @@ impl From<ClientError> for Failure {
                     .code(exit::UNAVAILABLE)
                     .hint("the daemon talks to root and to its own user; try sudo")
             }
+            ClientError::Gone { .. } => {
+                let failure = Failure::failed(error.to_string()).code(exit::UNAVAILABLE);
+                failure
+                    .hint("containers go on, and the next daemon ends what this one has begun: keel status")
+            }
             _ => Failure::of(&error).code(exit::UNAVAILABLE),
         }
     }

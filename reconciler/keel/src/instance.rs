@@ -86,20 +86,10 @@ pub(crate) fn refused(error: HostError) -> ControlError {
     error.hint().into_iter().fold(ControlError::new(code, error.chain()), ControlError::hint)
 }
 
-/// To the log on disk, to whoever watches it, and to the process' own log.
 fn event_sink(log: Arc<EventLog>, recorded: Arc<watch::Sender<u64>>) -> keel_engine::EventSink {
     Box::new(move |event| {
         let warning = event.kind == EventKind::Warning;
-        match warning {
-            true => tracing::warn!(object = event.object, reason = event.reason, "{}", event.message),
-            false => tracing::info!(object = event.object, reason = event.reason, "{}", event.message),
-        }
-        match log.record(keel_host::now(), warning, &event.object, &event.reason, &event.message) {
-            Ok(recorded_event) => {
-                recorded.send_replace(recorded_event.seq);
-            }
-            Err(error) => tracing::warn!(%error, "event log"),
-        }
+        crate::control::record(&log, &recorded, warning, &event.object, &event.reason, &event.message);
     })
 }
 

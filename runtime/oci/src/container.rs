@@ -208,6 +208,8 @@ impl Runtime {
             socket::send_fd(&socket, b"pidfd", &launched.pidfd).map_err(sys_error("send the pidfd"))?;
         }
         self.until_ready(&launched, spec, lowered, state)?;
+        state.ready = true;
+        dir.save(state)?;
         Ok(launched)
     }
 

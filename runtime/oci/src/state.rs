@@ -34,6 +34,10 @@ pub struct State {
     /// 0 while the container is being created.
     #[serde(default)]
     pub pid: i32,
+    /// The process has its root and its namespaces, and whoever joins it sees what it sees. Before, it is half-way between
+    /// the host and the container.
+    #[serde(default = "yes")]
+    pub ready: bool,
     /// Field 22 of `/proc/PID/stat`: with the pid it names one process for ever.
     #[serde(default)]
     pub start_time: u64,
@@ -48,6 +52,11 @@ pub struct State {
     pub own_pid_namespace: bool,
     #[serde(default)]
     pub annotations: BTreeMap<String, String>,
+}
+
+/// Earlier versions wrote no such field.
+fn yes() -> bool {
+    true
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -232,6 +241,9 @@ impl ContainerDir {
         if !is_alive(state.pid, state.start_time) {
             return Ok(Status::Stopped);
         }
+        if !state.ready {
+            return Ok(Status::Creating);
+        }
         if self.file(START_SOCKET).exists() {
             return Ok(Status::Created);
         }
@@ -295,6 +307,7 @@ impl State {
                 })
                 .collect(),
             own_pid_namespace: false,
+            ready: false,
             annotations: spec.annotations.clone(),
         }
     }
