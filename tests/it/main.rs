@@ -9,5 +9,7 @@ mod manifests;
 mod network;
 mod podspec;
 mod runtime;
+mod seccomp;
 mod shim;
+mod vm;
 mod walls;

@@ -1,7 +1,7 @@
 //! One cgroup in every hierarchy of the host.
 
 use crate::devices::{DeviceRule, device_program};
-use crate::layout::{Hierarchy, Layout, Mode};
+use crate::layout::{Hierarchy, Layout, Mode, Roots};
 use crate::resources::Resources;
 use crate::write::{Setting, lower_v1, lower_v2};
 use keel_sys::{bpf, file};
@@ -233,6 +233,25 @@ impl Cgroup {
     /// The v2 directory, for a clone into the cgroup.
     pub fn open_v2(&self) -> Result<Option<OwnedFd>, CgroupError> {
         self.v2().map(|e| open_dir(&e.dir)).transpose()
+    }
+
+    /// The v2 directory for one more process beside `pid`. A cgroup that passes controllers on may have no processes
+    /// itself: a container that makes cgroups of its own moves its processes down, and the new one has to go there.
+    pub fn open_v2_beside(&self, pid: i32, roots: &Roots) -> Result<Option<OwnedFd>, CgroupError> {
+        let Some(entry) = self.v2() else { return Ok(None) };
+        let passed_on = fs::read_to_string(entry.dir.join("cgroup.subtree_control")).unwrap_or_default();
+        if !passed_on.trim().is_empty() {
+            let path = roots.proc.join(format!("{pid}/cgroup"));
+            let text = fs::read_to_string(&path).map_err(|source| CgroupError::Read { path, source })?;
+            let below = text.lines().find_map(|l| l.strip_prefix("0::")).map(|own| {
+                let dir = entry.mount.join(own.trim_start_matches('/'));
+                (dir.starts_with(&entry.dir) && !own.contains("..")).then_some(dir)
+            });
+            if let Some(Some(dir)) = below {
+                return open_dir(&dir).map(Some);
+            }
+        }
+        open_dir(&entry.dir).map(Some)
     }
 
     /// Moves another process in, the slow way (see the crate's head).
@@ -559,7 +578,6 @@ fn remove_tree(dir: &Path, deadline: Instant) -> Result<(), CgroupError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::layout::Roots;
     use crate::resources::{Memory, Pids};
     use std::process::{Command, Stdio};
 

@@ -10,6 +10,7 @@ use crate::names;
 use crate::op::{NsKind, Op};
 use crate::spec::{Capabilities, Process, Spec};
 use crate::state::{State, Status};
+use keel_cgroup::Roots;
 use keel_sys::{file, process, socket};
 use std::fs;
 use std::os::fd::OwnedFd;
@@ -86,7 +87,7 @@ impl Runtime {
         };
         let mut warnings = Vec::new();
         let ops = exec_ops(process, flags, lower_process(process, &context, &mut warnings)?);
-        let (tasks, cgroup) = open_cgroup(&state, options)?;
+        let (tasks, cgroup) = open_cgroup(&state, options, &self.roots)?;
         let mut fds = Fds { tasks, console, ..Fds::default() };
         if let Some(path) = &options.console_socket {
             let socket = socket::connect(path, libc::SOCK_STREAM);
@@ -187,6 +188,7 @@ fn foreign_namespaces(pid: i32) -> Result<i32, RuntimeError> {
 fn open_cgroup(
     state: &State,
     options: &ExecOptions,
+    roots: &Roots,
 ) -> Result<(Vec<OwnedFd>, Option<OwnedFd>), RuntimeError> {
     let mut cgroup = state.cgroup();
     if let Some(sub) = &options.sub_cgroup {
@@ -200,7 +202,11 @@ fn open_cgroup(
             }
         }
     }
-    Ok((cgroup.open_tasks()?, cgroup.open_v2()?))
+    let v2 = match options.sub_cgroup {
+        Some(_) => cgroup.open_v2()?,
+        None => cgroup.open_v2_beside(state.pid, roots)?,
+    };
+    Ok((cgroup.open_tasks()?, v2))
 }
 
 fn exec_process(spec: &Spec, options: &ExecOptions) -> Result<Process, RuntimeError> {

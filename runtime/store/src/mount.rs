@@ -166,7 +166,11 @@ fn apply_by_context(stack: &Stack, target: &Path) -> Result<(), Attempt> {
         mount::fsconfig(&context, key, Some(value)).map_err(|e| failed("set an option", e))?;
     }
     mount::fsconfig(&context, c"source", Some(c"overlay")).map_err(|e| failed("set the source", e))?;
-    let mounted = mount::fsmount(&context, 0).map_err(|e| failed("create the file system", e))?;
+    let mounted = match mount::fsmount(&context, 0) {
+        // Before 6.5 a context takes any option, and finds out here which it does not know.
+        Err(e) if e.raw_os_error() == Some(libc::EINVAL) => return Err(Attempt::Unsupported),
+        other => other.map_err(|e| failed("create the file system", e))?,
+    };
     let path = file::c_path(target).map_err(|e| failed("open the target", e))?;
     let flags = libc::O_PATH | libc::O_DIRECTORY | libc::O_NOFOLLOW;
     let at = file::openat(file::cwd(), &path, flags, 0).map_err(|e| failed("open the target", e))?;

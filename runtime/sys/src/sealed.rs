@@ -49,12 +49,17 @@ fn is_sealed() -> io::Result<bool> {
 fn overlay() -> io::Result<OwnedFd> {
     let exe = std::env::current_exe()?;
     let missing = || io::Error::from_raw_os_error(libc::ENOENT);
-    let dir = file::c_path(exe.parent().unwrap_or(Path::new("/")))?;
+    let dir = exe.parent().unwrap_or(Path::new("/")).as_os_str().as_bytes();
+    if dir.iter().any(|c| b":\\,".contains(c)) {
+        // They have a meaning in the option below; such a path is rare enough for the copy.
+        return Err(io::Error::from_raw_os_error(libc::EINVAL));
+    }
+    // An overlay without an upper needs two lowers; the second only has to exist. Both in one option, which kernels
+    // before 6.7 (`lowerdir+`) know too.
+    let lowers = CString::new([dir, b":/sys/kernel"].concat())?;
     let name = file::c_path(exe.file_name().ok_or_else(missing)?)?;
     let fs = mount::fsopen(c"overlay")?;
-    // An overlay without an upper needs two lowers; the second only has to exist.
-    mount::fsconfig(&fs, c"lowerdir+", Some(&dir))?;
-    mount::fsconfig(&fs, c"lowerdir+", Some(c"/sys/kernel"))?;
+    mount::fsconfig(&fs, c"lowerdir", Some(&lowers))?;
     let attr = mount::ATTR_RDONLY | mount::ATTR_NODEV | mount::ATTR_NOSUID;
     let tree = mount::fsmount(&fs, attr)?;
     let original = file::fstatat(file::cwd(), c"/proc/self/exe", 0)?;

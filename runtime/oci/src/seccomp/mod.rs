@@ -10,7 +10,7 @@ use crate::lower::{SpecError, invalid, unsupported};
 use crate::spec::{Seccomp, Syscall, SyscallArg};
 use keel_sys::seccomp::{FLAG_LOG, FLAG_NEW_LISTENER, FLAG_SPEC_ALLOW, FLAG_WAIT_KILLABLE_RECV, Insn};
 use std::collections::BTreeMap;
-use table::{NONE, SYSCALLS};
+use table::{NONE, SYSCALLS, X32_ONLY, X86_64_ONLY};
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Filter {
@@ -66,6 +66,14 @@ impl Arch {
     }
 
     fn number(self, name: &str) -> Option<u32> {
+        if self == Arch::X32 {
+            if X86_64_ONLY.contains(&name) {
+                return None;
+            }
+            if let Ok(row) = X32_ONLY.binary_search_by(|(n, _)| (*n).cmp(name)) {
+                return Some(u32::from(X32_ONLY[row].1) | X32_BIT);
+            }
+        }
         let row = SYSCALLS.binary_search_by(|(n, _)| (*n).cmp(name)).ok()?;
         let numbers = SYSCALLS[row].1;
         let number = match self {
@@ -363,7 +371,8 @@ fn emit_condition(c: &Condition, out: &mut Vec<Insn>) {
             out.extend([load_low, insn(last, FAILS, 0, low)]);
         }
         Compare::MaskedEq => {
-            let wanted = c.second;
+            // seccomp_rule_add(3): "equal to the masked datum value".
+            let wanted = c.second & c.value;
             let (want_high, want_low) = ((wanted >> 32) as u32, wanted as u32);
             out.extend([load_high, insn(AND, 0, 0, high), insn(JEQ, 0, FAILS, want_high)]);
             out.extend([load_low, insn(AND, 0, 0, low), insn(JEQ, 0, FAILS, want_low)]);

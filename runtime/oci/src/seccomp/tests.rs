@@ -84,7 +84,7 @@ fn holds(c: &Condition, value: u64) -> bool {
         Compare::Eq => value == c.value,
         Compare::Ge => value >= c.value,
         Compare::Gt => value > c.value,
-        Compare::MaskedEq => value & c.value == c.second,
+        Compare::MaskedEq => value & c.value == c.second & c.value,
     }
 }
 
@@ -127,6 +127,12 @@ fn spec(json: &str) -> Seccomp {
 #[test]
 fn table_is_sorted_and_right_where_it_can_be_checked() {
     assert!(SYSCALLS.windows(2).all(|w| w[0].0 < w[1].0));
+    assert!(X32_ONLY.windows(2).all(|w| w[0].0 < w[1].0));
+    assert!(X32_ONLY.iter().all(|(name, _)| Arch::X86_64.number(name).is_some()));
+    if Arch::native() == Arch::X86_64 {
+        assert_eq!(Arch::X32.number("execve"), Some(X32_BIT | 520));
+        assert_eq!(Arch::X32.number("read"), Some(X32_BIT));
+    }
     let known = [
         ("read", libc::SYS_read),
         ("clone3", libc::SYS_clone3),

@@ -1,0 +1,265 @@
+//! A kernel whose only cgroup hierarchy is v2, in an emulator: what this host may not have, or may have given up.
+//!
+//! One boot runs all cases of `tests/vm/cases`; each test here looks for the result of one of them. `tests/vm/fetch` gets
+//! the emulator and the kernel. `KEEL_VM_KERNEL` names another directory with `boot/vmlinuz-*` and `lib/modules/`.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::{self, Read};
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::OnceLock;
+use std::time::Duration;
+
+use keel_tests::bin;
+use keel_tests::image::{busybox_archive_in, busybox_rootfs, run};
+
+/// An emulated boot with all cases takes half a minute on a quiet machine.
+const DEADLINE: Duration = Duration::from_secs(300);
+/// Of the root disk; a sparse file.
+const DISK: &str = "384M";
+/// What containers, overlays and a bridge with a packet filter load.
+const MODULES: &[&str] = &["net", "lib", "crypto", "fs/overlayfs", "drivers/net/veth.ko"];
+/// Built as modules too, but needed before there is a disk.
+const DISK_MODULES: &[&str] = &[
+    "virtio/virtio_ring",
+    "virtio/virtio",
+    "virtio/virtio_pci_legacy_dev",
+    "virtio/virtio_pci_modern_dev",
+    "virtio/virtio_pci",
+    "block/virtio_blk",
+];
+
+/// Result of each case: `Err` with what it printed.
+type Results = BTreeMap<String, Result<(), String>>;
+
+macro_rules! cases {
+    ($($name:ident)*) => {
+        $(#[test]
+        fn $name() {
+            check(stringify!($name));
+        })*
+
+        #[test]
+        fn every_case_has_a_test() {
+            if let Some((results, console)) = results() {
+                let names: Vec<&String> = results.keys().collect();
+                let mut known = vec![$(stringify!($name)),*];
+                known.sort_unstable();
+                assert_eq!(names, known, "{console}");
+            }
+        }
+    };
+}
+
+cases! {
+    limits_are_in_the_files
+    update_changes_the_files
+    exec_starts_in_the_containers_cgroup
+    exec_follows_a_container_that_made_cgroups_of_its_own
+    pause_freezes_and_resume_thaws
+    a_paused_container_can_be_deleted_by_force
+    kill_all_reaches_what_left_the_session
+    a_signal_reaches_the_first_process
+    a_device_can_be_made_but_not_opened
+    device_rules_decide_about_open
+    a_later_device_rule_wins
+    device_rules_hold_for_exec_too
+    capabilities_are_as_declared
+    ambient_capabilities_reach_an_ordinary_user
+    rlimits_can_be_raised
+    oom_score_and_priority_can_be_lowered
+    memory_beyond_the_limit_kills
+    forks_beyond_the_limit_fail
+    stats_come_from_the_files
+    a_missing_controller_file_is_named
+    a_populated_cgroup_is_refused
+    nothing_of_the_runtime_is_left
+    pod_comes_up_with_its_limits
+    pod_can_be_looked_into
+    pod_killed_for_memory_says_so
+    pods_go_without_a_trace
+}
+
+fn check(name: &str) {
+    let Some((results, console)) = results() else { return };
+    match results.get(name) {
+        Some(Ok(())) => {}
+        Some(Err(output)) => panic!("{name} failed in the virtual machine:\n{output}"),
+        None => panic!("{name} has no result; the console said:\n{console}"),
+    }
+}
+
+/// Boots at the first call; `None` where the emulator or the kernel is missing.
+fn results() -> Option<&'static (Results, String)> {
+    static RESULTS: OnceLock<Option<(Results, String)>> = OnceLock::new();
+    RESULTS
+        .get_or_init(|| {
+            let kernel = match kernel() {
+                Ok(kernel) => kernel,
+                Err(reason) => {
+                    eprintln!("skipped: {reason}; tests/vm/fetch gets it");
+                    return None;
+                }
+            };
+            let console = boot(&kernel);
+            if let Some(path) = std::env::var_os("KEEL_VM_CONSOLE") {
+                fs::write(path, &console).expect("write the console's text");
+            }
+            Some((parse(&console), console))
+        })
+        .as_ref()
+}
+
+struct Kernel {
+    image: PathBuf,
+    modules: PathBuf,
+}
+
+fn kernel() -> Result<Kernel, String> {
+    for tool in ["qemu-system-x86_64", "cpio", "mke2fs"] {
+        Command::new(tool)
+            .arg("--version")
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .status()
+            .map_err(|e| format!("{tool} does not start ({e})"))?;
+    }
+    let dir = std::env::var_os("KEEL_VM_KERNEL")
+        .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/vm/kernel"), PathBuf::from);
+    let entry = |sub: &str, prefix: &str| {
+        let entries = fs::read_dir(dir.join(sub)).into_iter().flatten().flatten();
+        let mut found = entries.filter(|e| e.file_name().to_string_lossy().starts_with(prefix));
+        found.next().map(|e| e.path()).ok_or(format!("no {sub}/{prefix}* in {}", dir.display()))
+    };
+    Ok(Kernel { image: entry("boot", "vmlinuz-")?, modules: entry("lib/modules", "")? })
+}
+
+/// Everything the machine printed until it switched itself off.
+fn boot(kernel: &Kernel) -> String {
+    let work = tempfile::Builder::new().prefix("keel-vm-").tempdir().expect("a temporary directory");
+    let initrd = make_initrd(work.path(), kernel);
+    let disk = make_disk(work.path(), kernel);
+    let mut child = Command::new("timeout")
+        .arg(DEADLINE.as_secs().to_string())
+        .args(["qemu-system-x86_64", "-accel", "tcg", "-M", "pc", "-cpu", "qemu64", "-smp", "1", "-m", "1G"])
+        .args(["-display", "none", "-nodefaults", "-no-reboot", "-serial", "stdio"])
+        .args(["-append", "console=ttyS0 loglevel=1 panic=-1 mitigations=off"])
+        .arg("-kernel")
+        .arg(&kernel.image)
+        .arg("-initrd")
+        .arg(&initrd)
+        .arg("-drive")
+        .arg(format!("id=disk,file={},format=raw,if=none,cache=unsafe", disk.display()))
+        .args(["-device", "virtio-blk-pci,drive=disk"])
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("the emulator starts");
+    let (mut out, mut err) = (child.stdout.take().expect("piped"), child.stderr.take().expect("piped"));
+    let mut text = Vec::new();
+    out.read_to_end(&mut text).expect("read the console");
+    let mut errors = String::new();
+    err.read_to_string(&mut errors).expect("read the emulator's messages");
+    child.wait().expect("the emulator ends");
+    String::from_utf8_lossy(&text).replace('\r', "") + &errors
+}
+
+fn make_initrd(work: &Path, kernel: &Kernel) -> PathBuf {
+    let dir = work.join("initrd");
+    for sub in ["bin", "dev", "proc", "mnt", "modules"] {
+        fs::create_dir_all(dir.join(sub)).expect("a directory of the first disk");
+    }
+    install(Path::new("/bin/busybox"), &dir.join("bin/busybox"));
+    for applet in ["sh", "mount", "insmod", "usleep", "poweroff", "switch_root"] {
+        symlink("busybox", dir.join("bin").join(applet)).expect("a link");
+    }
+    install(&sources().join("initrd-init"), &dir.join("init"));
+    for module in DISK_MODULES {
+        let from = kernel.modules.join("kernel/drivers").join(module).with_extension("ko");
+        install(&from, &dir.join("modules").join(from.file_name().expect("a name")));
+    }
+    let path = work.join("initrd.img");
+    run(Command::new("sh")
+        .current_dir(&dir)
+        .args(["-c", "find . | cpio -o -H newc --quiet > ../initrd.img"]));
+    path
+}
+
+fn make_disk(work: &Path, kernel: &Kernel) -> PathBuf {
+    let root = work.join("root");
+    for sub in ["bin", "dev", "proc", "sys", "run", "tmp", "etc", "root", "var", "b"] {
+        fs::create_dir_all(root.join(sub)).expect("a directory of the disk");
+    }
+    install(Path::new("/bin/busybox"), &root.join("bin/busybox"));
+    for name in ["keel", "keel-shim", "keel-runtime"] {
+        let to = root.join("bin").join(name);
+        // Symbols are most of a debug build.
+        run(Command::new("strip").arg("-o").arg(&to).arg(bin(name)));
+    }
+    for name in ["init", "cases"] {
+        install(&sources().join(name), &root.join(name));
+    }
+    copy_modules(kernel, &root);
+    busybox_rootfs(&root.join("rootfs"));
+    for sub in ["proc", "sys", "dev"] {
+        fs::create_dir_all(root.join("rootfs").join(sub)).expect("a directory of the container");
+    }
+    busybox_archive_in(&root);
+    let disk = work.join("disk.ext4");
+    run(Command::new("mke2fs")
+        .args(["-q", "-t", "ext4", "-O", "^has_journal", "-d"])
+        .arg(&root)
+        .arg(&disk)
+        .arg(DISK));
+    disk
+}
+
+fn copy_modules(kernel: &Kernel, root: &Path) {
+    let release = kernel.modules.file_name().expect("the release is a name");
+    let to = root.join("lib/modules").join(release);
+    for name in MODULES {
+        let parent = to.join("kernel").join(name).parent().expect("below the root").to_path_buf();
+        fs::create_dir_all(&parent).expect("a directory of modules");
+        run(Command::new("cp").arg("-r").arg(kernel.modules.join("kernel").join(name)).arg(parent));
+    }
+    for name in ["modules.order", "modules.builtin", "modules.builtin.modinfo"] {
+        let _: io::Result<u64> = fs::copy(kernel.modules.join(name), to.join(name));
+    }
+    run(Command::new("/bin/busybox").args(["depmod", "-b"]).arg(root).arg(release));
+}
+
+fn install(from: &Path, to: &Path) {
+    fs::copy(from, to).unwrap_or_else(|e| panic!("copy {}: {e}", from.display()));
+    fs::set_permissions(to, fs::Permissions::from_mode(0o755)).expect("mode of a file");
+}
+
+fn sources() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("vm")
+}
+
+/// `ok NAME`, `failed NAME` after the lines of its output, which begin with `  | `.
+fn parse(console: &str) -> Results {
+    let mut results = Results::new();
+    let mut output = String::new();
+    for line in console.lines() {
+        let mut words = line.split(' ');
+        match (words.next(), words.next()) {
+            (Some("ok"), Some(name)) => {
+                results.insert(name.to_string(), Ok(()));
+            }
+            (Some("failed"), Some(name)) => {
+                results.insert(name.to_string(), Err(std::mem::take(&mut output)));
+            }
+            _ => {
+                if let Some(text) = line.strip_prefix("  | ") {
+                    output.push_str(text);
+                    output.push('\n');
+                }
+            }
+        }
+    }
+    results
+}
