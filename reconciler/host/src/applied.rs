@@ -1,6 +1,6 @@
 //! Objects that were applied by hand, one small file each: they outlive the command, the daemon and the boot.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use keel_manifest::{Object, ObjectKey, Origin, parse};
 use serde::{Deserialize, Serialize};
@@ -35,7 +35,7 @@ impl Applied {
         let mut objects = BTreeMap::new();
         for name in names(&self.dir)? {
             let path = self.dir.join(&name);
-            if !name.ends_with(".json") {
+            if !name.ends_with(RECORD) {
                 continue;
             }
             let Some(record) = read_json::<Record>(&path)? else { continue };
@@ -52,6 +52,29 @@ impl Applied {
             }
         }
         Ok(objects)
+    }
+
+    /// What has a record and is not among the objects that could be read: nobody knows what it says, so nothing that runs
+    /// because of it may be touched.
+    pub fn damaged(&self, read: &BTreeMap<ObjectKey, Object>) -> Result<BTreeSet<ObjectKey>, HostError> {
+        let keys = names(&self.dir)?.into_iter().filter_map(|name| key_of(&name));
+        Ok(keys.filter(|key| !read.contains_key(key)).collect())
+    }
+
+    /// Forgets every damaged record but those of `damaged`.
+    pub fn keep_damaged(
+        &self,
+        read: &BTreeMap<ObjectKey, Object>,
+        damaged: &BTreeSet<ObjectKey>,
+    ) -> Result<(), HostError> {
+        for name in names(&self.dir)? {
+            let Some(key) = key_of(&name) else { continue };
+            let current = read.contains_key(&key) && name.ends_with(RECORD);
+            if !current && !damaged.contains(&key) {
+                remove_file(&self.dir.join(name))?;
+            }
+        }
+        Ok(())
     }
 
     /// Writes the difference. New and changed objects first: a crash in between forgets nothing.
@@ -72,6 +95,24 @@ impl Applied {
         }
         Ok(())
     }
+}
+
+const RECORD: &str = ".json";
+/// What `read_json` leaves of a record that does not parse.
+const SET_ASIDE: &str = ".broken";
+
+/// The way back from [`file_name`], also for a record that was set aside.
+fn key_of(name: &str) -> Option<ObjectKey> {
+    let mut parts = name.strip_suffix(RECORD).or_else(|| name.strip_suffix(SET_ASIDE))?.splitn(3, '_');
+    let kind = match parts.next()? {
+        "pod" => "Pod",
+        "deployment" => "Deployment",
+        "configmap" => "ConfigMap",
+        "secret" => "Secret",
+        _ => return None,
+    };
+    let (namespace, name) = (parts.next()?.to_owned(), parts.next()?.to_owned());
+    Some(ObjectKey { kind: kind.into(), namespace, name })
 }
 
 /// Names are DNS labels and subdomains: no separator of ours and no path can be in them.

@@ -45,7 +45,7 @@ pub use paths::{DEFAULT_ROOT, DEFAULT_RUN, Paths};
 pub use pods::purge_network;
 pub use reset::Removed;
 pub use usage::UsageWatch;
-pub use views::{StatusFiles, declared_pod, offline_status};
+pub use views::{StatusFiles, declared_pod, offline_status, recorded_pods};
 pub use watch::{ExitWatch, FilterWatch, Lock};
 
 /// Time between two tries to adopt a container.

@@ -118,8 +118,9 @@ fn starting(created_at: Millis) -> ContainerState {
 }
 
 fn read_exit(path: &Path) -> Result<Option<ContainerState>, PathError> {
-    let text = match fs::read_to_string(path) {
-        Ok(text) => text,
+    let text = match fs::read(path) {
+        // Damaged bytes are damage like any other.
+        Ok(text) => String::from_utf8_lossy(&text).into_owned(),
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(e) => return Err(e).at("read", path),
     };
@@ -141,8 +142,9 @@ fn read_exit(path: &Path) -> Result<Option<ContainerState>, PathError> {
 
 /// `"<pid> <start time>"`.
 pub(crate) fn read_mark(path: &Path) -> Result<Option<ProcessMark>, PathError> {
-    let text = match fs::read_to_string(path) {
-        Ok(text) => text,
+    let text = match fs::read(path) {
+        // Damaged bytes are damage like any other.
+        Ok(text) => String::from_utf8_lossy(&text).into_owned(),
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(e) => return Err(e).at("read", path),
     };

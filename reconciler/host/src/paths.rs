@@ -57,6 +57,11 @@ impl Paths {
         self.run.join("lock")
     }
 
+    /// The same for the state that outlives a boot: one root with two run directories is still one instance.
+    pub fn root_lock(&self) -> PathBuf {
+        self.root.join("lock")
+    }
+
     pub fn socket(&self) -> PathBuf {
         self.run.join("keel.sock")
     }

@@ -95,6 +95,16 @@ pub fn offline_status(
     Ok(status(&desired, &observed, &memory, &facts, &Status::default(), observe::now()))
 }
 
+/// Every pod that has a record, with the object that it was made from.
+pub fn recorded_pods(paths: &Paths) -> Result<Vec<(PodKey, keel_plan::Owner)>, HostError> {
+    let mut found = Vec::new();
+    for id in names(&paths.pods())? {
+        let record = read_json::<crate::records::PodRecord>(&paths.pod_record(&keel_plan::PodId(id)))?;
+        found.extend(record.map(|record| (record.pod.key.clone(), record.pod.owner.clone())));
+    }
+    Ok(found)
+}
+
 /// The pod as it was declared when it was created or last changed; nothing while there is no such pod.
 pub fn declared_pod(paths: &Paths, id: &keel_plan::PodId) -> Option<Arc<keel_plan::DesiredPod>> {
     let record = read_json::<crate::records::PodRecord>(&paths.pod_record(id)).ok()??;

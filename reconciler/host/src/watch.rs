@@ -4,6 +4,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::os::fd::AsFd;
 use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
 use std::time::Duration;
 
 use inotify::{Inotify, WatchMask};
@@ -17,7 +18,8 @@ use crate::state::{At, PathError};
 /// Exclusive right to act on the instance. Given back by the kernel when the process ends, however it ends.
 #[derive(Debug)]
 pub struct Lock {
-    _file: Flock<File>,
+    /// Of the state of this boot, then of the state that outlives it: two instances may share neither.
+    _files: [Flock<File>; 2],
 }
 
 impl Lock {
@@ -27,29 +29,32 @@ impl Lock {
             path: paths.run().to_path_buf(),
             source,
         })?;
-        let path = paths.lock();
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .open(&path)
-            .at("open", &path)?;
-        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-            Ok(mut file) => {
-                let pid = format!("{}\n", std::process::id());
-                file.set_len(0).and_then(|()| file.write_all(pid.as_bytes())).at("write", &path)?;
-                Ok(Lock { _file: file })
-            }
-            Err((mut file, nix::Error::EWOULDBLOCK)) => {
-                let mut text = String::new();
-                let read = file.seek(SeekFrom::Start(0)).and_then(|_| file.read_to_string(&mut text));
-                let holder = read.ok().and_then(|_| text.trim().parse().ok());
-                Err(HostError::Locked { lock: path, holder })
-            }
-            Err((_, e)) => Err(e).at("lock", &path)?,
+        Ok(Lock { _files: [lock(&paths.lock())?, lock(&paths.root_lock())?] })
+    }
+}
+
+fn lock(path: &Path) -> Result<Flock<File>, HostError> {
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .open(path)
+        .at("open", path)?;
+    match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+        Ok(mut file) => {
+            let pid = format!("{}\n", std::process::id());
+            file.set_len(0).and_then(|()| file.write_all(pid.as_bytes())).at("write", path)?;
+            Ok(file)
         }
+        Err((mut file, nix::Error::EWOULDBLOCK)) => {
+            let mut text = String::new();
+            let read = file.seek(SeekFrom::Start(0)).and_then(|_| file.read_to_string(&mut text));
+            let holder = read.ok().and_then(|_| text.trim().parse().ok());
+            Err(HostError::Locked { lock: path.to_owned(), holder })
+        }
+        Err((_, e)) => Err(e).at("lock", path)?,
     }
 }
 

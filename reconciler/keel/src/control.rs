@@ -51,6 +51,8 @@ pub(crate) struct Controller {
 
 struct Declared {
     applied: BTreeMap<ObjectKey, Object>,
+    /// Applied objects whose record does not read any more.
+    damaged: BTreeSet<ObjectKey>,
     /// `None` until it has been read once; stays `None` where there is no directory to watch.
     directory: Option<Directory>,
     /// False only between the start of a daemon and its first reading of the directory.
@@ -58,15 +60,20 @@ struct Declared {
     /// Whether somebody reads the directory. Otherwise it is what the last daemon knew of it: that stays in force, but
     /// what is applied meanwhile wins.
     watched: bool,
+    /// What the directory has to complain about.
+    problems: Vec<String>,
 }
 
 impl Declared {
     fn with(&self, applied: BTreeMap<ObjectKey, Object>) -> Declared {
+        let damaged = self.damaged.iter().filter(|key| !applied.contains_key(*key)).cloned().collect();
         Declared {
             applied,
+            damaged,
             directory: self.directory.clone(),
             complete: self.complete,
             watched: self.watched,
+            problems: self.problems.clone(),
         }
     }
 }
@@ -80,7 +87,9 @@ impl Controller {
         recorded: Arc<watch::Sender<u64>>,
         watches: bool,
     ) -> Result<Arc<Controller>, keel_host::HostError> {
-        let applied = Applied::open(host.paths()).load()?;
+        let records = Applied::open(host.paths());
+        let applied = records.load()?;
+        let damaged = records.damaged(&applied)?;
         let (problems, problem_receiver) = watch::channel(Vec::new());
         let (snapshot_sender, snapshots) = watch::channel(Snapshot { revision: 0, status: Arc::default() });
         let files = StatusFiles::open(host.paths())?;
@@ -94,9 +103,11 @@ impl Controller {
             events,
             declared: tokio::sync::Mutex::new(Declared {
                 applied,
+                damaged,
                 directory: None,
                 complete: !watches,
                 watched: watches,
+                problems: Vec::new(),
             }),
             problems,
             snapshots,
@@ -115,6 +126,7 @@ impl Controller {
     /// Tells the engine what is declared now: at the start, with what was applied earlier.
     pub(crate) async fn begin(&self) -> Result<(), ControlError> {
         let declared = self.declared.lock().await;
+        self.tell_problems(&declared);
         self.declare(&declared)?;
         if declared.complete {
             self.await_first_status(self.desired(&declared));
@@ -198,8 +210,22 @@ impl Controller {
             self.declare(&declared)?;
             self.await_first_status(self.desired(&declared));
         }
-        self.problems.send_replace(problems);
+        declared.problems = problems;
+        self.tell_problems(&declared);
         Ok(())
+    }
+
+    fn tell_problems(&self, declared: &Declared) {
+        let damaged = declared.damaged.iter().map(|key| {
+            format!("the record of {key} is damaged; what runs stays as it is (hint: apply it again, or delete it)")
+        });
+        self.problems.send_replace(damaged.chain(declared.problems.iter().cloned()).collect());
+    }
+
+    fn forget_damaged(&self, declared: &Declared) -> Result<(), ControlError> {
+        Applied::open(self.host.paths())
+            .keep_damaged(&declared.applied, &declared.damaged)
+            .map_err(|e| ControlError::new(ErrorCode::Internal, e.chain()))
     }
 
     /// One event for each change of a file's condition, and of the directory's.
@@ -246,21 +272,27 @@ impl Controller {
         objects.extend(others.into_iter().filter(|other| !known.contains(&other.key())));
         let mut desired = lower_desired(&objects, &BTreeMap::new());
         desired.complete = declared.complete;
-        desired.frozen = self.frozen_pods(&directory.frozen);
+        let damaged = declared.damaged.iter().filter(|key| !known.contains(key)).cloned();
+        let frozen: Vec<ObjectKey> = directory.frozen.into_iter().chain(damaged).collect();
+        desired.frozen = self.frozen_pods(&frozen);
         desired
     }
 
-    /// Pods of objects that a broken file names: a Deployment's are known by what runs.
+    /// Pods of objects that a broken file or record names: a Deployment's are known by what is there.
     fn frozen_pods(&self, frozen: &[ObjectKey]) -> BTreeSet<PodKey> {
         if frozen.is_empty() {
             return BTreeSet::new();
         }
-        let running = self.engine.status().borrow().clone();
+        // Not the status: before the first round it is empty.
+        let recorded = keel_host::recorded_pods(self.host.paths()).unwrap_or_else(|error| {
+            tracing::warn!(error = %error.chain(), "pods of broken manifests are not known");
+            Vec::new()
+        });
         let owned = |key: &ObjectKey| {
-            let of = |pod: &keel_plan::PodStatus| {
-                pod.key.namespace == key.namespace && pod.owner.kind == key.kind && pod.owner.name == key.name
+            let of = |(pod, owner): &&(PodKey, keel_plan::Owner)| {
+                pod.namespace == key.namespace && owner.kind == key.kind && owner.name == key.name
             };
-            running.pods.iter().filter(|pod| of(pod)).map(|pod| pod.key.clone()).collect::<Vec<_>>()
+            recorded.iter().filter(of).map(|(pod, _)| pod.clone()).collect::<Vec<_>>()
         };
         frozen.iter().flat_map(owned).collect()
     }
@@ -281,7 +313,10 @@ impl Controller {
             Err(refusal) => return Err(refusal),
         };
         let before = self.desired(&declared);
-        let candidate = declared.with(next);
+        let mut candidate = declared.with(next);
+        if request.prune {
+            candidate.damaged.clear();
+        }
         let desired = self.desired(&candidate);
         let targets = changed_pods(&before, &desired, &request_keys(&request));
         let plan = self.engine.preview(desired.clone()).await.map_err(ended)?;
@@ -292,7 +327,9 @@ impl Controller {
         Applied::open(self.host.paths())
             .store(&declared.applied, &candidate.applied)
             .map_err(|e| ControlError::new(ErrorCode::Internal, e.chain()))?;
+        self.forget_damaged(&candidate)?;
         *declared = candidate;
+        self.tell_problems(&declared);
         // Before the engine hears of it: no report of this apply is missed.
         let reports = self.engine.reports();
         self.declare(&declared)?;
@@ -369,7 +406,7 @@ impl Controller {
             )
             .hint("remove it from that file"));
         }
-        if !declared.applied.contains_key(&key) {
+        if !declared.applied.contains_key(&key) && !declared.damaged.contains(&key) {
             if let Some(owner) = self.owner_of(&declared, &key) {
                 return Err(ControlError::new(
                     ErrorCode::Conflict,
@@ -383,7 +420,8 @@ impl Controller {
         let before = self.desired(&declared);
         let mut next = declared.applied.clone();
         next.remove(&key);
-        let candidate = declared.with(next);
+        let mut candidate = declared.with(next);
+        candidate.damaged.remove(&key);
         let desired = self.desired(&candidate);
         let targets = changed_pods(&before, &desired, &[key].into());
         let plan = self.engine.preview(desired).await.map_err(ended)?;
@@ -391,7 +429,9 @@ impl Controller {
         Applied::open(self.host.paths())
             .store(&declared.applied, &candidate.applied)
             .map_err(|e| ControlError::new(ErrorCode::Internal, e.chain()))?;
+        self.forget_damaged(&candidate)?;
         *declared = candidate;
+        self.tell_problems(&declared);
         let reports = self.engine.reports();
         if let Some(grace_ms) = request.grace_ms {
             for pod in &targets {

@@ -82,7 +82,9 @@ impl Input {
                     )));
                 }
                 // Whatever has a manifest's name is read, also a broken link: its problem must be seen.
-                _ if is_manifest(&entry.file_name()) => self.file(&path),
+                _ if is_manifest(&entry.file_name()) => {
+                    self.add(&path.display().to_string(), open_regular(&path).and_then(read_bounded));
+                }
                 _ => {}
             }
             if self.files.len() > MAX_FILES {
@@ -108,6 +110,15 @@ impl Input {
             }
         };
         self.problems.extend(refused.diagnostics);
+    }
+}
+
+/// Found in a directory, a pipe was meant by nobody, and it would be waited for until somebody writes.
+fn open_regular(path: &Path) -> io::Result<fs::File> {
+    // Asked before it is opened: to open a pipe is to wait already.
+    match fs::metadata(path)?.is_file() {
+        true => fs::File::open(path),
+        false => Err(io::Error::other("is not a regular file")),
     }
 }
 
