@@ -494,7 +494,7 @@ pub struct Volume {
 pub struct HostPathVolume {
     /// Absolute path on the host.
     pub path: String,
-    /// What must be there; nothing is checked when absent.
+    /// What must be there; when absent nothing is checked, and a directory is made where there is nothing.
     #[serde(default, rename = "type", skip_serializing_if = "Option::is_none")]
     pub kind: Option<HostPathType>,
 }
@@ -522,7 +522,8 @@ pub struct EmptyDirVolume {
     /// Memory: a tmpfs. Disk when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub medium: Option<StorageMedium>,
-    /// Most bytes that fit.
+    /// Most bytes that fit. In memory the write that would pass it fails; on disk the daemon measures, and a pod whose
+    /// volume is over it is killed and made anew with an empty one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub size_limit: Option<Quantity>,
 }
@@ -672,7 +673,7 @@ pub struct SeccompProfile {
     /// RuntimeDefault, Unconfined or Localhost.
     #[serde(rename = "type")]
     pub kind: SeccompType,
-    /// File of the profile, relative to the profile directory; only for Localhost.
+    /// File of the profile, relative to `seccomp/` in the state directory; only for Localhost.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub localhost_profile: Option<String>,
 }

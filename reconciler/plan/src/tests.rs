@@ -105,6 +105,16 @@ impl Paper {
             ContainerState::Exited(Exit { code, signal: 0, oom: false, started_at, finished_at: self.now });
     }
 
+    /// The run that was just stopped ended with this code.
+    fn end_again(&mut self, pod: &str, container: &str, code: i32) {
+        let runs = self.observed.pods.values_mut().flat_map(|seen| &mut seen.containers);
+        for run in runs.filter(|run| run.name.0 == container && run.id.0.starts_with(pod)) {
+            if let ContainerState::Exited(exit) = &mut run.state {
+                exit.code = code;
+            }
+        }
+    }
+
     fn memory_of(&self, pod: &str) -> &ContainerMemory {
         let id = PodId::of(&PodKey { namespace: "default".into(), name: pod.into() });
         &self.memory.pods[&id].containers["c"]
@@ -208,6 +218,41 @@ fn the_first_restart_is_immediate_then_ten_seconds_doubling_to_five_minutes() {
     host.now += 600_000;
     host.end("web", "c", 1);
     assert!(host.round().contains("start web.c.9"), "ten minutes of running start afresh");
+}
+
+#[test]
+fn a_pod_over_a_limit_is_made_anew_with_the_back_off_of_a_crash() {
+    let mut host = Paper::new(&pod("web", MAIN));
+    host.settle();
+    for (attempt, wait_s) in [0, 10, 20].into_iter().enumerate() {
+        for seen in host.observed.pods.values_mut() {
+            seen.over_limit = Some("volume v is over its sizeLimit of 1Mi".into());
+        }
+        host.check(&format!("stop web.c.{attempt}: volume v is over its sizeLimit of 1Mi"));
+        host.check(&format!("remove web.c.{attempt}: volume v is over its sizeLimit of 1Mi"));
+        host.check("delete web: volume v is over its sizeLimit of 1Mi");
+        host.check("create web: declared in test.yaml:1, not there yet");
+        if wait_s > 0 {
+            host.check("web waits: CrashLoopBackOff");
+        }
+        host.now += wait_s * 1000;
+        host.check(&format!("start web.c.{}: not started yet", attempt + 1));
+        assert_eq!(host.memory_of("web").restarts as usize, attempt + 1);
+    }
+}
+
+#[test]
+fn a_job_over_a_limit_has_failed_and_does_not_come_again() {
+    let mut host = Paper::new(&pod("web", &format!("  restartPolicy: Never\n{MAIN}")));
+    host.settle();
+    for seen in host.observed.pods.values_mut() {
+        seen.over_limit = Some("too much".into());
+    }
+    host.check("stop web.c.0: too much");
+    host.end_again("web", "c", 137);
+    host.check("remove web.c.0: too much");
+    host.check("delete web: too much");
+    host.check("");
 }
 
 #[test]
