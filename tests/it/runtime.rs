@@ -569,6 +569,32 @@ fn a_malformed_version_is_refused() {
     }
 }
 
+/// Until the process has its own root, whoever joins it stands in the host's.
+#[test]
+fn a_container_that_is_being_created_takes_no_command() {
+    require!(ours);
+    let hook = json!({"path": "/bin/sh", "args": ["sh", "-c", ""]});
+    let mut case = in_cgroup(Case::new("sleep 1000")).with("/hooks/createRuntime", json!([hook]));
+    let go = case.path("go");
+    let wait = format!("until test -e {}; do sleep 0.02; done", go.display());
+    case.set("/hooks/createRuntime/0/args/2", json!(wait));
+    let bundle = case.bundle();
+    let mut child = case
+        .command(&["create", "--bundle", &bundle, &case.id])
+        .stdout(Stdio::null())
+        .stderr(fs::File::create(case.path("err")).unwrap())
+        .spawn()
+        .unwrap();
+    wait_for("the hook to run", || case.call(&["state", &case.id]).status.success() && case.pid() != 0);
+    assert_eq!(case.status(), "creating");
+    let said = case.fails(&["exec", &case.id, "true"]);
+    assert!(said.contains("not running"), "{said}");
+    fs::write(go, "").unwrap();
+    assert!(child.wait().unwrap().success(), "{}", fs::read_to_string(case.path("err")).unwrap());
+    assert_eq!(case.status(), "created");
+    case.ok(&["exec", &case.id, "true"]);
+}
+
 #[test]
 fn a_create_that_was_killed_can_be_deleted() {
     require!(ours);
