@@ -646,6 +646,32 @@ fn apply_through_the_daemon_ends_like_apply_alone() {
     }
 }
 
+/// Another implementation's verdict, where there is one.
+fn examples_fit(instance: &Instance, schema: &Value) {
+    const SCRIPT: &str = "import glob, json, jsonschema, sys, yaml\n\
+        check = jsonschema.Draft202012Validator(json.load(open(sys.argv[1])))\n\
+        check.check_schema(check.schema)\n\
+        files = glob.glob(sys.argv[2] + '/**/*.*', recursive=True)\n\
+        for file in files:\n for object in yaml.safe_load_all(open(file)):\n  check.validate(object)\n\
+        assert files\n";
+    if !Command::new("python3")
+        .args(["-c", "import jsonschema, yaml"])
+        .output()
+        .is_ok_and(|o| o.status.success())
+    {
+        eprintln!(
+            "skipped: no python3 with jsonschema and yaml, the examples are not held against the schema"
+        );
+        return;
+    }
+    let path = instance.path().join("schema.json");
+    fs::write(&path, schema.to_string()).unwrap();
+    let examples = concat!(env!("CARGO_MANIFEST_DIR"), "/../examples/manifests");
+    let ran: keel_tests::Ran =
+        Command::new("python3").args(["-c", SCRIPT]).arg(&path).arg(examples).output().unwrap().into();
+    assert_eq!(ran.code(), 0, "{}", ran.all());
+}
+
 #[test]
 fn schema_describes_every_kind() {
     let instance = Instance::new();
@@ -656,6 +682,8 @@ fn schema_describes_every_kind() {
         assert_eq!(one["title"], kind);
         assert!(all["$defs"][kind].is_object(), "{kind} is in the schema of everything");
     }
+    assert_eq!(all["$defs"]["List"]["properties"]["items"]["items"]["$ref"], "#");
+    examples_fit(&instance, &all);
     let ran = instance.keel(&["schema", "Gadget"]);
     assert_eq!(ran.code(), 2, "{}", ran.all());
 }

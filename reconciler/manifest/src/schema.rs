@@ -95,13 +95,30 @@ pub fn schema(kind: Option<&str>) -> Option<Value> {
             definitions.retain(|d, _| !runs(d) || d == name);
         }
         None => {
-            let kinds: Vec<Value> =
-                KINDS.iter().filter(|k| k.state == KindState::Runs).map(|k| reference(k.kind)).collect();
+            let kinds = KINDS.iter().filter(|k| k.state == KindState::Runs).map(|k| reference(k.kind));
+            let kinds: Vec<Value> = kinds.chain([reference("List")]).collect();
             schema.insert("oneOf".into(), Value::Array(kinds));
+            definitions.insert("List".into(), list());
         }
     }
     schema.insert("$defs".into(), Value::Object(definitions));
     Some(Value::Object(schema))
+}
+
+/// Any number of objects in one document; lists may hold lists.
+fn list() -> Value {
+    json!({
+        "type": "object",
+        "description": "Several objects in one document.",
+        "properties": {
+            "apiVersion": {"const": "v1"},
+            "kind": {"const": "List"},
+            "metadata": {"type": "object", "description": "Accepted; has no effect on one host."},
+            "items": {"type": "array", "items": {"$ref": "#"}}
+        },
+        "required": ["apiVersion", "kind", "items"],
+        "additionalProperties": false
+    })
 }
 
 /// Kinds that `schema` knows.
