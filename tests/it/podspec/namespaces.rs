@@ -5,7 +5,7 @@ use std::fs;
 use keel_tests::image::BUSYBOX;
 use keel_tests::{eventually, eventually_or};
 
-use super::{WAIT, job, logs, pid_of, pod, sh, sh_in, up};
+use super::{WAIT, fresh, job, logs, pid_of, pod, sh, sh_in, up};
 
 fn ns(pid: &str, kind: &str) -> String {
     fs::read_link(format!("/proc/{pid}/ns/{kind}")).expect("the process lives").display().to_string()
@@ -132,4 +132,26 @@ fn resolv_conf_follows_policy_and_config() {
     assert!(added.contains("192.0.2.53") && added.contains("corp.example"), "{added}");
     let plain = logs(&instance, "plain");
     assert!(plain.contains("nameserver") && !plain.contains("192.0.2.53"), "{plain}");
+}
+
+#[test]
+fn a_shared_process_namespace_comes_back_when_its_first_process_is_killed() {
+    let mut instance = fresh();
+    instance.write("web.yaml", &two("web", "shareProcessNamespace: true"));
+    instance.start_daemon();
+    instance.await_ready("web");
+    let before = instance.pids();
+    let first = pid_of(&instance, "pod_init").cast_signed();
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(first), nix::sys::signal::Signal::SIGKILL).unwrap();
+    eventually_or(
+        || format!("everything runs anew: {:?}\n{}", instance.pids(), instance.daemon_log()),
+        || {
+            let now = instance.pids();
+            (now.len() == 3 && now.values().all(|pid| !before.values().any(|old| old == pid))).then_some(())
+        },
+    );
+    instance.await_ready("web");
+    let pids = ["pod_init", "main", "other"].map(|name| pid_of(&instance, name).to_string());
+    assert_eq!(ns(&pids[0], "pid"), ns(&pids[1], "pid"));
+    assert_eq!(ns(&pids[0], "pid"), ns(&pids[2], "pid"));
 }

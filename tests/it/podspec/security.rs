@@ -238,9 +238,14 @@ fn the_seccomp_profile_is_the_default_none_or_the_hosts_file() {
 }
 
 #[test]
-fn a_seccomp_file_that_is_missing_or_outside_is_named() {
+fn a_seccomp_file_that_is_missing_outside_or_broken_is_named() {
     let instance = fresh();
-    for (profile, says) in [("nope.json", "nope.json"), ("../../etc/passwd", "etc/passwd")] {
+    let profiles = instance.root().join("seccomp");
+    fs::create_dir_all(&profiles).unwrap();
+    fs::write(profiles.join("broken.json"), "{").unwrap();
+    for (profile, says) in
+        [("nope.json", "nope.json"), ("../../etc/passwd", "etc/passwd"), ("broken.json", "broken.json")]
+    {
         let said = refused(
             &instance,
             &pod(

@@ -371,3 +371,34 @@ fn a_block_device_can_be_named_when_the_host_has_one() {
     let instance = up(&with_volume("web", &host_path(&device.path(), "BlockDevice"), ""));
     assert_eq!(sh(&instance, "web", "stat -c %F /v"), "block special file");
 }
+
+#[test]
+fn an_empty_dir_in_memory_without_a_limit_has_what_the_containers_have() {
+    let instance = up(&pod(
+        "web",
+        "volumes: [{name: v, emptyDir: {medium: Memory}}]",
+        &format!(
+            "{WAIT}\nvolumeMounts: [{{name: v, mountPath: /v}}]\nresources: {{limits: {{memory: 32Mi}}}}"
+        ),
+    ));
+    assert_eq!(sh(&instance, "web", "df -k /v | tail -n1 | tr -s ' ' | cut -d' ' -f2"), "32768");
+}
+
+#[test]
+fn a_file_mounted_by_sub_path_is_renewed_by_a_restart() {
+    let manifest = |value: &str| {
+        format!(
+            "apiVersion: v1\nkind: ConfigMap\nmetadata: {{name: settings}}\ndata: {{a.conf: '{value}', b.conf: x}}\n---\n{}",
+            with_volume("web", "configMap: {name: settings}", "/a.conf, subPath: a.conf")
+        )
+    };
+    let instance = up(&manifest("1"));
+    let before = pid_of(&instance, "main");
+    assert_eq!(sh(&instance, "web", "cat /v/a.conf"), "1");
+    instance.apply(&manifest("2")).expect_code(0);
+    assert_eq!(sh(&instance, "web", "cat /v/a.conf"), "2");
+    assert_ne!(pid_of(&instance, "main"), before);
+    let before = pid_of(&instance, "main");
+    instance.apply(&manifest("2").replace("b.conf: x", "b.conf: z")).expect_code(0);
+    assert_eq!(pid_of(&instance, "main"), before, "another key restarts nothing");
+}
