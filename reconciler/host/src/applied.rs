@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use crate::error::HostError;
 use crate::paths::Paths;
-use crate::state::{Keep, names, read_json, remove_file, write_json};
+use crate::state::{At, names, read_json, remove_file, write_together};
 
 const VERSION: u32 = 1;
 
@@ -83,13 +83,15 @@ impl Applied {
         before: &BTreeMap<ObjectKey, Object>,
         after: &BTreeMap<ObjectKey, Object>,
     ) -> Result<(), HostError> {
-        for (key, object) in after {
-            if before.get(key) != Some(object) {
-                let record =
-                    Record { version: VERSION, origin: object.origin.clone(), manifest: object.to_json() };
-                write_json(&self.dir.join(file_name(key)), &record, Keep::Durable)?;
-            }
+        let mut changed = Vec::new();
+        for (key, object) in after.iter().filter(|(key, object)| before.get(*key) != Some(*object)) {
+            let record =
+                Record { version: VERSION, origin: object.origin.clone(), manifest: object.to_json() };
+            let path = self.dir.join(file_name(key));
+            let text = serde_json::to_vec(&record).map_err(std::io::Error::other).at("encode", &path)?;
+            changed.push((path, text));
         }
+        write_together(&self.dir, &changed)?;
         for key in before.keys().filter(|key| !after.contains_key(*key)) {
             remove_file(&self.dir.join(file_name(key)))?;
         }

@@ -119,6 +119,15 @@ impl Paths {
         self.root.join("pods")
     }
 
+    /// Counts and back-off of this boot, newer than what is on disk.
+    pub fn pod_run_memory(&self, id: &PodId) -> PathBuf {
+        self.memories().join(format!("{id}.json"))
+    }
+
+    pub fn memories(&self) -> PathBuf {
+        self.run.join("memory")
+    }
+
     pub fn pod_memory(&self, id: &PodId) -> PathBuf {
         self.pod_state(id).join("memory.json")
     }
@@ -156,6 +165,11 @@ impl Paths {
     /// Profiles that `seccompProfile.localhostProfile` names, put there by the host's owner.
     pub fn seccomp_profiles(&self) -> PathBuf {
         self.root.join("seccomp")
+    }
+
+    /// The store's image records.
+    pub(crate) fn images(&self) -> PathBuf {
+        self.root.join("images")
     }
 
     pub fn exits(&self) -> PathBuf {
@@ -203,6 +217,7 @@ impl Paths {
             self.pods(),
             self.containers(),
             self.runtime_root(),
+            self.memories(),
             self.status_dir(),
             self.pod_states(),
             self.container_states(),

@@ -463,14 +463,18 @@ impl RealHost {
     ) -> Result<(), HostError> {
         match memory {
             Some(memory) => {
-                private_dir(&self.paths.pod_state(id))?;
-                // Restart counts outlive a power cut; that a first run has begun need not, and the flush would cost
-                // more than the start itself.
+                // On tmpfs for the next daemon. On disk, where replacing a file costs a flush, at first and then only
+                // once there is something to count.
+                write_json(&self.paths.pod_run_memory(id), memory, Keep::Boot)?;
+                let on_disk = self.paths.pod_memory(id);
                 let counted = memory.containers.values().any(|container| container.restarts > 0);
-                let keep = if counted { Keep::Durable } else { Keep::Boot };
-                write_json(&self.paths.pod_memory(id), memory, keep)?;
+                if counted || !on_disk.exists() {
+                    private_dir(&self.paths.pod_state(id))?;
+                    write_json(&on_disk, memory, if counted { Keep::Durable } else { Keep::Boot })?;
+                }
             }
             None => {
+                remove_file(&self.paths.pod_run_memory(id))?;
                 remove_tree(&self.paths.pod_state(id))?;
                 remove_tree(&self.paths.pod_logs(id))?;
             }

@@ -60,7 +60,8 @@ impl RealHost {
         }
         // A pod whose numbers are known is forgotten by the engine, which knows whether it is still declared.
         for id in names(&self.paths.pod_states())?.into_iter().map(PodId) {
-            if !self.paths.pod_memory(&id).exists() && !self.has_pod_record(&id)? {
+            let known = self.paths.pod_memory(&id).exists() || self.paths.pod_run_memory(&id).exists();
+            if !known && !self.has_pod_record(&id)? {
                 remove_tree(&self.paths.pod_state(&id))?;
             }
         }

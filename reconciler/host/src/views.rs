@@ -142,5 +142,12 @@ pub(crate) fn memory(paths: &Paths) -> Result<Memory, PathError> {
             all.pods.insert(id, memory);
         }
     }
+    for name in names(&paths.memories())? {
+        if let Some(id) = name.strip_suffix(".json")
+            && let Some(memory) = read_json(&paths.memories().join(&name))?
+        {
+            all.pods.insert(keel_plan::PodId(id.to_owned()), memory);
+        }
+    }
     Ok(all)
 }

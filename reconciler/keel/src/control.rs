@@ -222,10 +222,29 @@ impl Controller {
         self.problems.send_replace(damaged.chain(declared.problems.iter().cloned()).collect());
     }
 
-    fn forget_damaged(&self, declared: &Declared) -> Result<(), ControlError> {
-        Applied::open(self.host.paths())
-            .keep_damaged(&declared.applied, &declared.damaged)
-            .map_err(|e| ControlError::new(ErrorCode::Internal, e.chain()))
+    /// The engine begins while the disk still flushes what it is to remember: the flush takes longer than a start. What
+    /// cannot be kept is not in force.
+    async fn put_in_force(&self, declared: &mut Declared, candidate: Declared) -> Result<(), ControlError> {
+        self.declare(&candidate)?;
+        let applied = Applied::open(self.host.paths());
+        let (before, after, damaged) =
+            (declared.applied.clone(), candidate.applied.clone(), candidate.damaged.clone());
+        let keep = move || {
+            applied.store(&before, &after)?;
+            applied.keep_damaged(&after, &damaged)
+        };
+        let kept = tokio::task::spawn_blocking(keep).await;
+        let error = match kept {
+            Ok(Ok(())) => {
+                *declared = candidate;
+                self.tell_problems(declared);
+                return Ok(());
+            }
+            Ok(Err(error)) => error.chain(),
+            Err(error) => error.to_string(),
+        };
+        self.declare(declared)?;
+        Err(ControlError::new(ErrorCode::Internal, format!("keep what was applied: {error}")))
     }
 
     /// One event for each change of a file's condition, and of the directory's.
@@ -324,15 +343,9 @@ impl Controller {
         if request.dry_run {
             return end(events, exit::DONE, "dry run: nothing was changed", &[]).await;
         }
-        Applied::open(self.host.paths())
-            .store(&declared.applied, &candidate.applied)
-            .map_err(|e| ControlError::new(ErrorCode::Internal, e.chain()))?;
-        self.forget_damaged(&candidate)?;
-        *declared = candidate;
-        self.tell_problems(&declared);
         // Before the engine hears of it: no report of this apply is missed.
         let reports = self.engine.reports();
-        self.declare(&declared)?;
+        self.put_in_force(&mut declared, candidate).await?;
         drop(declared);
         let timeout = request.timeout_ms.map(Duration::from_millis);
         let wait = Wait { ready: request.wait, timeout, announce: true };
@@ -426,19 +439,13 @@ impl Controller {
         let targets = changed_pods(&before, &desired, &[key].into());
         let plan = self.engine.preview(desired).await.map_err(ended)?;
         say(events, render_plan(&plan, &targets)).await;
-        Applied::open(self.host.paths())
-            .store(&declared.applied, &candidate.applied)
-            .map_err(|e| ControlError::new(ErrorCode::Internal, e.chain()))?;
-        self.forget_damaged(&candidate)?;
-        *declared = candidate;
-        self.tell_problems(&declared);
         let reports = self.engine.reports();
         if let Some(grace_ms) = request.grace_ms {
             for pod in &targets {
                 self.engine.input(Input::Grace { pod: pod.clone(), grace_ms }).map_err(ended)?;
             }
         }
-        self.declare(&declared)?;
+        self.put_in_force(&mut declared, candidate).await?;
         drop(declared);
         let wait = Wait { ready: request.wait, timeout: None, announce: false };
         self.follow(targets, wait, reports, events).await
