@@ -56,6 +56,17 @@ fn live(instance: &Instance) -> BTreeMap<String, Vec<u32>> {
     live
 }
 
+#[track_caller]
+fn one_run_each(instance: &Instance, containers: usize) {
+    eventually_or(
+        || format!("one run of each of {containers}: {:?}\n{}", live(instance), instance.daemon_log()),
+        || {
+            let live = live(instance);
+            (live.len() == containers && live.values().all(|pids| pids.len() == 1)).then_some(())
+        },
+    );
+}
+
 fn shim_of(instance: &Instance, id: &str) -> Option<u32> {
     let path = instance.run_dir().join("containers").join(id).join("shim.pid");
     fs::read_to_string(path).ok()?.split(' ').next()?.parse().ok()
@@ -165,13 +176,7 @@ fn a_daemon_killed_at_any_moment_converges_and_leaks_nothing() {
     for (id, pid) in &still {
         assert_eq!(now.get(id), Some(pid), "{id} has been restarted");
     }
-    eventually_or(
-        || format!("one run of each container: {:?}", live(&instance)),
-        || {
-            (live(&instance).len() == names.len() && live(&instance).values().all(|p| p.len() == 1))
-                .then_some(())
-        },
-    );
+    one_run_each(&instance, names.len());
     instance.kill_daemon();
     delete_everything(&mut instance);
     a_reset_leaves_nothing(&instance);
@@ -195,8 +200,7 @@ fn an_apply_that_is_killed_half_way_is_finished_by_the_next() {
         child.wait().unwrap();
     }
     instance.keel(&arguments).expect_code(0);
-    let live = live(&instance);
-    assert!(live.len() == 6 && live.values().all(|pids| pids.len() == 1), "{live:?}");
+    one_run_each(&instance, 6);
     for name in &names {
         instance.keel(&["delete", &format!("pod/{name}")]).expect_code(0);
     }
@@ -236,8 +240,7 @@ fn recovers(mut instance: Instance) {
     instance.write("a.yaml", &sleeper("a"));
     instance.start_daemon();
     instance.await_ready("a");
-    let live = live(&instance);
-    assert!(live.len() == 1 && live.values().all(|pids| pids.len() == 1), "{live:?}");
+    one_run_each(&instance, 1);
     assert!(instance.stop_daemon().success());
     delete_everything(&mut instance);
     a_reset_leaves_nothing(&instance);
@@ -289,10 +292,7 @@ fn a_shim_that_is_killed_while_it_starts_a_container_is_replaced() {
     for n in 0..8 {
         instance.await_ready(&format!("p{n}"));
     }
-    eventually_or(
-        || format!("one run of each: {:?}", live(&instance)),
-        || (live(&instance).len() == 8 && live(&instance).values().all(|p| p.len() == 1)).then_some(()),
-    );
+    one_run_each(&instance, 8);
     instance.kill_daemon();
     delete_everything(&mut instance);
     a_reset_leaves_nothing(&instance);
@@ -342,11 +342,11 @@ fn after_a_power_cut_pods_run_again_and_restart_counts_are_kept() {
     let web = instance.await_ready("web");
     assert_eq!(restarts(&web), 1, "{web:#}");
     assert!(instance.pod("gone").is_null());
-    let left: Vec<String> = census::of(&instance)
-        .into_iter()
-        .filter(|found| found.starts_with("file ") && found.contains("/gone-"))
-        .collect();
-    assert!(left.is_empty(), "of a pod that was removed while the host was down: {left:?}");
+    let of_gone = |found: &String| found.starts_with("file ") && found.contains("/gone-");
+    eventually_or(
+        || format!("of a pod that was removed while the host was down: {:?}", census::of(&instance)),
+        || (!census::of(&instance).iter().any(of_gone)).then_some(()),
+    );
     instance.kill_daemon();
     delete_everything(&mut instance);
     a_reset_leaves_nothing(&instance);
@@ -576,8 +576,7 @@ fn a_state_file_that_does_not_parse_stops_nothing() {
     instance.start_daemon();
     let web = instance.await_ready("web");
     assert!(is_ready(&web));
-    let live = live(&instance);
-    assert!(live.len() == 1 && live.values().all(|pids| pids.len() == 1), "{live:?}");
+    one_run_each(&instance, 1);
     instance.kill_daemon();
     delete_everything(&mut instance);
     a_reset_leaves_nothing(&instance);
@@ -608,10 +607,7 @@ fn a_shim_that_comes_late_starts_nothing_and_leaves_nothing() {
     instance.await_ready("web");
     eventually("the late one is done", || done.exists().then_some(()));
     instance.keel(&["reconcile"]).expect_code(0);
-    eventually_or(
-        || format!("one run: {:?}", live(&instance)),
-        || (live(&instance).len() == 1 && live(&instance).values().all(|p| p.len() == 1)).then_some(()),
-    );
+    one_run_each(&instance, 1);
     assert!(is_ready(&instance.pod("web")));
     instance.kill_daemon();
     delete_everything(&mut instance);
