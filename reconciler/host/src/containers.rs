@@ -198,7 +198,6 @@ impl RealHost {
         let failed = |message: String| HostError::Start { container: id.to_string(), message };
         let mut child = command
             .env_clear()
-            .current_dir("/")
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::null())
@@ -232,7 +231,6 @@ impl RealHost {
         let failed = |message: String| HostError::Start { container: orphan.id.to_string(), message };
         let mut child = command
             .env_clear()
-            .current_dir("/")
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::null())

@@ -46,7 +46,7 @@ pub use pods::purge_network;
 pub use reset::Removed;
 pub use usage::UsageWatch;
 pub use views::{StatusFiles, declared_pod, offline_status, recorded_pods};
-pub use watch::{ExitWatch, FilterWatch, Lock};
+pub use watch::{ExitPoll, ExitWatch, FilterWatch, Lock};
 
 /// Time between two tries to adopt a container.
 const ADOPT_AGAIN: Duration = Duration::from_secs(10);

@@ -4,8 +4,8 @@ use std::fs::{File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::os::fd::AsFd;
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::Path;
-use std::time::Duration;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
 
 use inotify::{Inotify, WatchMask};
 use nix::fcntl::{Flock, FlockArg};
@@ -81,6 +81,41 @@ impl ExitWatch {
         while self.inotify.read_events(&mut buffer).is_ok_and(|events| events.count() > 0) {}
         Ok(())
     }
+}
+
+/// The same for a command that is over soon. The kernel takes its time to close an inotify instance (an SRCU grace
+/// period, 15 ms), which is as long as a start; so a command looks at the directory's time stamp instead.
+pub struct ExitPoll {
+    dir: PathBuf,
+    seen: Option<SystemTime>,
+    again: bool,
+}
+
+impl ExitPoll {
+    pub fn new(paths: &Paths) -> ExitPoll {
+        let dir = paths.exits();
+        ExitPoll { seen: modified(&dir), dir, again: true }
+    }
+
+    /// Blocks until there may have been an exit.
+    pub fn wait(&mut self) {
+        /// One tick of the slowest clock that time stamps are taken from.
+        const PERIOD: Duration = Duration::from_millis(10);
+        loop {
+            std::thread::sleep(PERIOD);
+            let seen = modified(&self.dir);
+            // Another exit within the same tick leaves the time stamp as it is: look once more after a change.
+            let changed = seen != self.seen;
+            self.seen = seen;
+            if std::mem::replace(&mut self.again, changed) || changed {
+                return;
+            }
+        }
+    }
+}
+
+fn modified(dir: &Path) -> Option<SystemTime> {
+    std::fs::metadata(dir).and_then(|found| found.modified()).ok()
 }
 
 /// Wakes when the packet filter of the host changes, whoever changed it. A hint only: the table is compared in every round.

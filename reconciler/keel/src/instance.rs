@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use keel_api::{ControlError, ErrorCode};
 use keel_engine::{Engine, EventKind, Settings};
-use keel_host::{EventLog, ExitWatch, FilterWatch, HostConfig, HostError, Lock, RealHost};
+use keel_host::{EventLog, ExitPoll, ExitWatch, FilterWatch, HostConfig, HostError, Lock, RealHost};
 use tokio::sync::watch;
 
 use crate::context::Context;
@@ -32,10 +32,16 @@ impl Instance {
         let mut usage = host.usage_watch();
         let controller =
             Controller::new(host, engine.handle(), events, recorded, watches).map_err(refused)?;
-        let mut exits = ExitWatch::new(&context.paths).map_err(refused)?;
         let hints = engine.handle();
-        watch("exits", "exits", hints, move || exits.wait())?;
-        if watches {
+        if !watches {
+            let mut exits = ExitPoll::new(&context.paths);
+            watch("exits", "exits", hints, move || {
+                exits.wait();
+                Ok(())
+            })?;
+        } else {
+            let mut exits = ExitWatch::new(&context.paths).map_err(refused)?;
+            watch("exits", "exits", hints, move || exits.wait())?;
             // A command is over before somebody else's change matters.
             let mut filter = FilterWatch::new().map_err(refused)?;
             watch("usage", "volumes over their limit", engine.handle(), move || usage.wait())?;
