@@ -1,7 +1,7 @@
 //! Which hierarchies this host has and where they are mounted.
 
 use std::fs;
-use std::io;
+use std::io::{self, BufRead, BufReader};
 use std::path::{Path, PathBuf};
 
 /// Host paths. Every function takes them from here, so that a test can point elsewhere.
@@ -53,13 +53,35 @@ pub enum LayoutError {
 impl Layout {
     /// Reads the mount table and the membership of this process.
     pub fn detect(roots: &Roots) -> Result<Layout, LayoutError> {
-        let read = |name: &str| {
-            let path = roots.proc.join(name);
-            fs::read_to_string(&path).map_err(|source| LayoutError::Read { path, source })
-        };
-        let layout = Layout::parse(&read("self/mountinfo")?, &read("self/cgroup")?, &roots.cgroup);
+        let at = |name: &str| roots.proc.join(name);
+        let failed = |path: PathBuf| move |source| LayoutError::Read { path, source };
+        let (cgroup, mountinfo) = (at("self/cgroup"), at("self/mountinfo"));
+        let own = fs::read_to_string(&cgroup).map_err(failed(cgroup))?;
+        let mounts = fs::File::open(&mountinfo).map_err(failed(mountinfo.clone()))?;
+        let layout = Layout::read(BufReader::new(mounts), &own, &roots.cgroup).map_err(failed(mountinfo))?;
         if layout.v1.is_empty() && layout.v2.is_none() {
             return Err(LayoutError::None(roots.cgroup.clone()));
+        }
+        Ok(layout)
+    }
+
+    /// Reads no further than to the last hierarchy: a host with many containers has a long mount table, and the kernel
+    /// takes its time to print it.
+    fn read(mountinfo: impl BufRead, cgroup: &str, root: &Path) -> io::Result<Layout> {
+        let mut mounts = String::new();
+        let mut layout = Layout::parse(&mounts, cgroup, root);
+        for line in mountinfo.split(b'\n') {
+            let line = line?;
+            let line = String::from_utf8_lossy(&line);
+            if !line.contains(" - cgroup") {
+                continue;
+            }
+            mounts.push_str(&line);
+            mounts.push('\n');
+            layout = Layout::parse(&mounts, cgroup, root);
+            if layout.v1.len() + usize::from(layout.v2.is_some()) == cgroup.lines().count() {
+                break;
+            }
         }
         Ok(layout)
     }

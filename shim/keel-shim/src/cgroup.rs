@@ -1,6 +1,7 @@
 //! The container's cgroup: killing all of it, and what the kernel counted.
 
 use std::fs;
+use std::io::{self, BufRead, BufReader};
 use std::path::{Path, PathBuf};
 
 use keel_sys::process::kill;
@@ -27,8 +28,9 @@ impl Cgroup {
         let read = |path: String| fs::read_to_string(&path).at("read", Path::new(&path));
         let container = read(format!("/proc/{pid}/cgroup"))?;
         let own = read("/proc/self/cgroup".into())?;
-        let mounts = read("/proc/self/mountinfo".into())?;
-        Ok(lower(&container, &own, &mounts))
+        let path = Path::new("/proc/self/mountinfo");
+        let mounts = fs::File::open(path).and_then(|file| cgroup_mounts(BufReader::new(file), &own));
+        Ok(lower(&container, &own, &mounts.at("read", path)?))
     }
 
     /// SIGKILL to every process in it. `false` when there is no cgroup to do it by.
@@ -101,6 +103,28 @@ fn kill_listed(dir: &Path) -> usize {
     found
 }
 
+const CONTROLLERS: [&str; 4] = ["", "memory", "freezer", "pids"];
+
+/// The lines that [`lower`] needs. Ends with the last of them: a host with many containers has a long mount table, and
+/// the kernel takes its time to print it.
+fn cgroup_mounts(table: impl BufRead, own: &str) -> io::Result<String> {
+    let mut mounts = String::new();
+    for line in table.split(b'\n') {
+        let line = line?;
+        let line = String::from_utf8_lossy(&line);
+        if line.contains(" - cgroup") {
+            mounts.push_str(&line);
+            mounts.push('\n');
+            let is_found =
+                |controller| path_in(own, controller).is_none() || mount_point(&mounts, controller).is_some();
+            if CONTROLLERS.into_iter().all(is_found) {
+                break;
+            }
+        }
+    }
+    Ok(mounts)
+}
+
 /// From `/proc/<pid>/cgroup` of the container, the same of this process, and `/proc/self/mountinfo`.
 fn lower(container: &str, own: &str, mounts: &str) -> Cgroup {
     let find = |controller: &str| {
@@ -161,6 +185,15 @@ mod tests {
         assert_eq!(found.memory, at("memory"));
         assert_eq!(found.freezer, at("freezer"));
         assert_eq!(found.pids, at("pids"));
+    }
+
+    #[test]
+    fn the_mount_table_is_read_no_further_than_needed() {
+        let own = "9:memory:/\n3:freezer:/\n0::/\n";
+        let table = format!("{MOUNTS}30 24 0:26 / /late rw - cgroup cgroup rw,pids\n");
+        let found = cgroup_mounts(table.as_bytes(), own).unwrap();
+        assert_eq!(found.lines().count(), 5, "tmpfs is skipped, the last line not reached: {found}");
+        assert_eq!(lower("9:memory:/p\n0::/p\n", own, &found), lower("9:memory:/p\n0::/p\n", own, MOUNTS));
     }
 
     #[test]
