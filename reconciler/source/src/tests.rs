@@ -505,3 +505,19 @@ fn without_watchers_the_directory_is_polled() {
     dir.write("sub/b.yaml", "b");
     assert_eq!(shown(&watched.next()), ["sub/b.yaml=b", "web.yaml=one"]);
 }
+
+#[test]
+fn a_file_that_is_renamed_into_place_is_not_waited_for() {
+    let dir = Dir::new();
+    dir.write("a.yaml", "one");
+    let options = Options { settle: PATIENCE, hold: PATIENCE * 2, ..by_events() };
+    let mut watched = Watched::new(&dir.0, options);
+    assert_eq!(shown(&watched.next()), ["a.yaml=one"]);
+    let aside = std::env::temp_dir().join(format!("{}.aside", dir.0.file_name().unwrap().to_string_lossy()));
+    fs::write(&aside, "two").unwrap();
+    fs::rename(&aside, dir.path("a.yaml")).unwrap();
+    let found = watched.next_within(PATIENCE / 2).expect("sooner than a write would be");
+    assert_eq!(shown(&found), ["a.yaml=two"]);
+    dir.write("a.yaml", "three");
+    watched.stays_quiet();
+}

@@ -20,7 +20,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use notify::event::{AccessKind, AccessMode, EventKind, ModifyKind};
+use notify::event::{AccessKind, AccessMode, EventKind, ModifyKind, RenameMode};
 use notify::{Config, Event, RecommendedWatcher, RecursiveMode, Watcher as _};
 use tokio::sync::watch;
 
@@ -123,6 +123,8 @@ struct Hints {
     /// Something may have changed.
     dirty: bool,
     last_event: Option<Instant>,
+    /// The last event that was no rename of a whole file into place.
+    last_unfinished: Option<Instant>,
     /// Files with a write that no close has followed yet, and since when.
     writing: BTreeMap<PathBuf, Instant>,
     accept_empty: bool,
@@ -138,19 +140,42 @@ impl Shared {
 
     fn event(&self, roots: &BTreeSet<PathBuf>, event: notify::Result<Event>) {
         let mut hints = self.lock();
+        let mut is_placed = false;
         match event {
             Ok(event) if event.need_rescan() => hints.writing.clear(),
             Ok(event) => {
                 if !hints.note(roots, &event) {
                     return;
                 }
+                is_placed = places(&event);
             }
             Err(error) => tracing::debug!(%error, "watching a manifest directory"),
         }
+        let now = Some(Instant::now());
         hints.dirty = true;
-        hints.last_event = Some(Instant::now());
+        hints.last_event = now;
+        if !is_placed {
+            hints.last_unfinished = now;
+        }
         drop(hints);
         self.wake.notify_all();
+    }
+}
+
+/// A rename that made a manifest appear and none disappear. What an editor moves away comes back under its old name a
+/// moment later, so that is worth the longer wait.
+fn places(event: &Event) -> bool {
+    let is_manifest =
+        |path: &PathBuf| path.file_name().is_some_and(|n| is_manifest_name(&n.to_string_lossy()));
+    match (event.kind, event.paths.as_slice()) {
+        (EventKind::Modify(ModifyKind::Name(RenameMode::To)), [to]) => is_manifest(to),
+        (EventKind::Modify(ModifyKind::Name(RenameMode::From)), [from]) => {
+            !is_manifest(from) && !from.is_dir()
+        }
+        (EventKind::Modify(ModifyKind::Name(RenameMode::Both)), [from, to]) => {
+            is_manifest(to) && !is_manifest(from)
+        }
+        _ => false,
     }
 }
 
@@ -301,7 +326,7 @@ impl Worker {
             if is_first && is_old && changed.is_empty() {
                 return Round::Settled(first);
             }
-            if self.pause(self.options.confirm) {
+            if self.pause(self.confirm()) {
                 return Round::Stop;
             }
             let second = match self.look() {
@@ -327,7 +352,8 @@ impl Worker {
                 if hints.stop {
                     return true;
                 }
-                hints.last_event.map(|at| at + self.options.settle)
+                let placed = hints.last_event.map(|at| at + self.options.settle_placed);
+                placed.max(hints.last_unfinished.map(|at| at + self.options.settle))
             };
             let now = Instant::now();
             let Some(left) = quiet_at.and_then(|at| at.checked_duration_since(now)) else { break };
@@ -340,6 +366,15 @@ impl Worker {
         }
         self.shared.lock().dirty = false;
         false
+    }
+
+    /// Time between the two looks.
+    fn confirm(&self) -> Duration {
+        let hints = self.shared.lock();
+        let is_recent = |at: Option<Instant>| at.is_some_and(|at| at.elapsed() < self.options.settle * 2);
+        // Nobody told of a change that is not recent: it may be half of anything.
+        let is_placed = is_recent(hints.last_event) && !is_recent(hints.last_unfinished);
+        if is_placed { self.options.settle_placed } else { self.options.confirm }
     }
 
     fn look(&mut self) -> Result<Scan, ListError> {
