@@ -19,6 +19,8 @@ use crate::instance::Instance;
 
 /// Threads for sockets and timers; everything that blocks has threads of its own.
 const WORKERS: usize = 2;
+/// Parts of the heap. Actions on the host come in bursts, each on a thread of its own; they allocate little.
+const ARENAS: i32 = 1;
 
 pub(crate) fn run(context: &Context, args: &Daemon) -> Outcome {
     let manifests = args.manifests.clone().or_else(|| context.settings.manifests.clone());
@@ -26,6 +28,9 @@ pub(crate) fn run(context: &Context, args: &Daemon) -> Outcome {
         return Err(Failure::invalid("no directory of manifests")
             .hint("name it: keel daemon --manifests DIR, or `manifests:` in the configuration"));
     };
+    if !keel_sys::heap::limit_arenas(ARENAS) {
+        tracing::debug!("the allocator keeps an arena for each thread");
+    }
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(WORKERS)
         .enable_all()

@@ -7,6 +7,7 @@ pub mod bpf;
 pub mod cred;
 pub mod epoll;
 pub mod file;
+pub mod heap;
 pub mod memfd;
 pub mod monitor;
 pub mod mount;
