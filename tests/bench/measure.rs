@@ -1,5 +1,6 @@
 //! What a command costs, and what a process is: wall clock, processor time, memory, wake-ups.
 
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs;
 use std::io::Read;
@@ -134,16 +135,20 @@ pub(crate) fn peak_rss_kb(pid: u32) -> f64 {
     field(&fs::read_to_string(proc(pid).join("status")).unwrap_or_default(), "VmHWM:")
 }
 
-/// How often the threads of a process went to sleep so far: the wake-ups, when it is idle.
-pub(crate) fn sleeps(pid: u32) -> f64 {
-    per_thread(pid, "status", |text| field(text, "voluntary_ctxt_switches:"))
+/// How often each thread of a process went to sleep so far: the wake-ups, when it is idle.
+pub(crate) fn sleeps(pid: u32) -> BTreeMap<String, f64> {
+    threads(pid, "status", |text| field(text, "voluntary_ctxt_switches:"))
+}
+
+/// What was added since; threads that ended meanwhile are not counted.
+pub(crate) fn sleeps_since(pid: u32, before: &BTreeMap<String, f64>) -> f64 {
+    sleeps(pid).iter().map(|(thread, count)| count - before.get(thread).unwrap_or(&0.0)).sum()
 }
 
 /// Processor seconds of a running process' threads, to the nanosecond.
 pub(crate) fn cpu_s(pid: u32) -> f64 {
-    per_thread(pid, "schedstat", |text| {
-        text.split(' ').next().and_then(|ns| ns.parse::<f64>().ok()).unwrap_or(0.0) / 1e9
-    })
+    let running = |text: &str| text.split(' ').next().and_then(|ns| ns.parse::<f64>().ok());
+    threads(pid, "schedstat", |text| running(text).unwrap_or(0.0) / 1e9).values().sum()
 }
 
 /// Processor seconds of a process, its ended threads, and the children that it waited for, to the clock tick.
@@ -167,9 +172,13 @@ pub(crate) fn parent(pid: u32) -> Option<u32> {
     text.lines().find_map(|line| line.strip_prefix("PPid:"))?.trim().parse().ok()
 }
 
-fn per_thread(pid: u32, file: &str, read: impl Fn(&str) -> f64) -> f64 {
+fn threads(pid: u32, file: &str, read: impl Fn(&str) -> f64) -> BTreeMap<String, f64> {
     let tasks = fs::read_dir(proc(pid).join("task")).into_iter().flatten().flatten();
-    tasks.map(|task| read(&fs::read_to_string(task.path().join(file)).unwrap_or_default())).sum()
+    let value = |task: fs::DirEntry| {
+        let text = fs::read_to_string(task.path().join(file)).unwrap_or_default();
+        (task.file_name().to_string_lossy().into_owned(), read(&text))
+    };
+    tasks.map(value).collect()
 }
 
 fn proc(pid: u32) -> PathBuf {

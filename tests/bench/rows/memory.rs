@@ -6,15 +6,15 @@ use crate::engines::{Engine, engine, present};
 use crate::failure::{Doing, Failure, Outcome};
 use crate::host::Work;
 use crate::keel::Keel;
-use crate::measure::{Footprint, footprint, parent, sleeps};
+use crate::measure::{Footprint, footprint, parent, sleeps, sleeps_since};
 use crate::report::{Aim, Measure};
 
 const PODS: usize = 50;
 const MONITORS: usize = 10;
 /// Long enough that a poll once a second shows.
 const IDLE: Duration = Duration::from_secs(10);
-/// What was started must have come to rest.
-const REST: Duration = Duration::from_secs(3);
+/// What was started must have come to rest, threads that wait for more work included.
+const REST: Duration = Duration::from_secs(12);
 
 pub(crate) fn memory(work: &Work, count: usize) -> Outcome<Vec<Measure>> {
     let archive = keel_tests::image::busybox_archive_in(work.path());
@@ -123,7 +123,7 @@ impl Table {
 
     /// Looks `count` times during the idle period; several processes of one engine are added up.
     fn daemon(&mut self, name: &str, pids: &[u32], count: usize) -> Outcome {
-        let before: f64 = pids.iter().copied().map(sleeps).sum();
+        let before: Vec<_> = pids.iter().copied().map(sleeps).collect();
         for _ in 0..count {
             std::thread::sleep(IDLE / u32::try_from(count).unwrap_or(1));
             let mut sum = Footprint::default();
@@ -139,16 +139,17 @@ impl Table {
             self.daemon_uss.sample(name, sum.uss_kb / 1024.0);
             self.daemon_threads.sample(name, sum.threads);
         }
-        self.daemon_sleeps.sample(name, pids.iter().copied().map(sleeps).sum::<f64>() - before);
+        let since = pids.iter().zip(&before).map(|(&pid, before)| sleeps_since(pid, before));
+        self.daemon_sleeps.sample(name, since.sum());
         Ok(())
     }
 
     fn monitors(&mut self, name: &str, pids: &[u32]) -> Outcome {
         std::thread::sleep(REST);
-        let before: Vec<f64> = pids.iter().copied().map(sleeps).collect();
+        let before: Vec<_> = pids.iter().copied().map(sleeps).collect();
         std::thread::sleep(IDLE);
-        for (&pid, before) in pids.iter().zip(before) {
-            self.sleeps.sample(name, sleeps(pid) - before);
+        for (&pid, before) in pids.iter().zip(&before) {
+            self.sleeps.sample(name, sleeps_since(pid, before));
             let one = footprint(pid)?;
             self.rss.sample(name, one.rss_kb);
             self.pss.sample(name, one.pss_kb);
