@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::error::HostError;
-use crate::paths::Paths;
+use crate::paths::{Paths, bounded_name};
 use crate::state::{At, names, read_json, remove_file, write_together};
 
 const VERSION: u32 = 1;
@@ -119,5 +119,6 @@ fn key_of(name: &str) -> Option<ObjectKey> {
 
 /// Names are DNS labels and subdomains: no separator of ours and no path can be in them.
 fn file_name(key: &ObjectKey) -> String {
-    format!("{}_{}_{}.json", key.kind.to_ascii_lowercase(), key.namespace, key.name)
+    let whole = format!("{}_{}_{}", key.kind.to_ascii_lowercase(), key.namespace, key.name);
+    format!("{}.json", bounded_name(&whole))
 }

@@ -14,6 +14,10 @@ pub enum HostError {
     Path(#[from] PathError),
     #[error("another process works on {}{}", lock.display(), holder.as_ref().map(|pid| format!(" (pid {pid})")).unwrap_or_default())]
     Locked { lock: PathBuf, holder: Option<u32> },
+    #[error("{} is not empty and not a directory of evenkeel", dir.display())]
+    Foreign { dir: PathBuf },
+    #[error("pods of {} run with the run directory {}", root.display(), run.display())]
+    OtherRun { root: PathBuf, run: PathBuf },
     #[error("image store")]
     Store(#[source] Box<dyn std::error::Error + Send + Sync>),
     #[error("image {0} is not in the store")]
@@ -92,6 +96,8 @@ impl HostError {
             HostError::Stop { .. } => "FailedKillPod",
             HostError::Path(_)
             | HostError::Locked { .. }
+            | HostError::Foreign { .. }
+            | HostError::OtherRun { .. }
             | HostError::Store(_)
             | HostError::NoBinary { .. } => "HostError",
         }
@@ -100,6 +106,8 @@ impl HostError {
     /// What a person can do, one sentence.
     pub fn hint(&self) -> Option<String> {
         match self {
+            HostError::Foreign { .. } => Some("name another directory, or empty this one".into()),
+            HostError::OtherRun { run, .. } => Some(format!("use --run {}", run.display())),
             HostError::Locked { .. } => Some("a second one needs its own --root and --run".into()),
             HostError::Pull { source, .. } => source.downcast_ref::<keel_registry::PullError>()?.hint(),
             HostError::NeverPulled(image) => {

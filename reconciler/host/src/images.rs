@@ -11,6 +11,7 @@ use keel_store::{ConfigSpec, Content, FileSpec, Image, LayerSpec, Store};
 use crate::RealHost;
 use crate::error::HostError;
 use crate::paths::Paths;
+use crate::state::names;
 
 /// Made from the running program itself, so that a first try needs neither a registry nor a download.
 pub const DEMO_IMAGE: &str = "evenkeel.dev/hello:latest";
@@ -29,6 +30,18 @@ pub struct Registries {
 /// Opens the store of an instance. What a crash left unfinished is swept away.
 pub fn open_store(paths: &Paths) -> Result<Arc<Store>, HostError> {
     Store::open(paths.root()).map(Arc::new).map_err(|source| HostError::Store(Box::new(source)))
+}
+
+/// Names the image records that do not read: the store has set them aside, and their images are pulled again when they
+/// are needed.
+pub(crate) fn tell_damaged(store: &Store, paths: &Paths) -> Result<(), HostError> {
+    // Looking at them is what sets them aside.
+    store.images().map_err(|e| HostError::Store(Box::new(e)))?;
+    for name in names(&paths.images())?.iter().filter(|name| name.ends_with(".damaged")) {
+        let path = paths.images().join(name);
+        tracing::warn!(path = %path.display(), "an image record is damaged and set aside (hint: look at it, then remove it)");
+    }
+    Ok(())
 }
 
 impl RealHost {

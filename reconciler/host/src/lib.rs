@@ -99,6 +99,7 @@ impl RealHost {
             source,
         })?;
         let store = open_store(&paths)?;
+        images::tell_damaged(&store, &paths)?;
         let registry = images::client(&config.registries);
         let cgroups = keel_cgroup::Layout::detect(&keel_cgroup::Roots::default())
             .map_err(|source| HostError::Cgroup { pod: "-".into(), source: Box::new(source) })?;

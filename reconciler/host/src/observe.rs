@@ -125,7 +125,11 @@ fn read_exit(path: &Path) -> Result<Option<ContainerState>, PathError> {
         Err(e) => return Err(e).at("read", path),
     };
     let Ok(record) = keel_proto::ExitRecord::parse(&text) else {
-        tracing::warn!(path = %path.display(), "exit record does not parse; the end of this container is unknown");
+        let aside = path.with_extension("broken");
+        let (from, to) = (path.display(), aside.display());
+        tracing::warn!(path = %from, aside = %to, "exit record does not parse; the end of this container is unknown");
+        // Said once; and where it cannot be moved, again the next time.
+        let _ = fs::rename(path, &aside);
         return Ok(Some(ContainerState::Lost { noticed_at: now() }));
     };
     if record.lost {

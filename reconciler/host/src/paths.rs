@@ -167,6 +167,11 @@ impl Paths {
         self.root.join("seccomp")
     }
 
+    /// Which run directory this state was last used with, in which boot.
+    pub(crate) fn instance_record(&self) -> PathBuf {
+        self.root.join("instance.json")
+    }
+
     /// The store's image records.
     pub(crate) fn images(&self) -> PathBuf {
         self.root.join("images")
@@ -239,6 +244,46 @@ fn create_private_dir(dir: &Path) -> io::Result<()> {
         .mode(0o700)
         .create(dir)
         .map_err(|e| io::Error::new(e.kind(), format!("create directory {}: {e}", dir.display())))
+}
+
+/// Everything that an instance makes in its state directory. Nothing else there is ever removed.
+pub(crate) const STATE_NAMES: &[&str] = &[
+    "applied",
+    "blobs",
+    "containers",
+    "exits",
+    "images",
+    "index.json",
+    "instance.json",
+    "layers",
+    "lock",
+    "logs",
+    "oci-layout",
+    "partial",
+    "pods",
+    "quarantine",
+    "sources",
+    "trash",
+    "verified",
+];
+
+/// The same for the run directory, without the lock, which whoever removes them holds.
+pub(crate) const RUN_NAMES: &[&str] =
+    &["containers", "events.jsonl", "keel.sock", "memory", "network.json", "pods", "runtime", "status"];
+
+/// A file name of at most 255 bytes for a name that may have more: cut, and told apart by a hash.
+pub(crate) fn bounded_name(name: &str) -> String {
+    /// Leaves room for a suffix and for the name of a temporary file.
+    const MAX_BYTES: usize = 200;
+    if name.len() <= MAX_BYTES {
+        return name.to_string();
+    }
+    let hash = hex(&Sha256::digest(name.as_bytes()));
+    let mut end = MAX_BYTES - 13;
+    while !name.is_char_boundary(end) {
+        end -= 1;
+    }
+    format!("{}-{}", &name[..end], &hash[..12])
 }
 
 /// Canonical where it exists, else made absolute: the tag must not depend on the working directory.

@@ -1,15 +1,16 @@
 //! Everything of an instance, undone.
 
 use std::collections::BTreeSet;
+use std::path::Path;
 
 use keel_plan::{ContainerId, PodId};
 
 use crate::RealHost;
 use crate::error::HostError;
-use crate::paths::Paths;
+use crate::paths::{Paths, RUN_NAMES, STATE_NAMES};
 use crate::pods::purge_network;
 use crate::records::PodRecord;
-use crate::state::{names, read_json, remove_file, remove_tree};
+use crate::state::{PathError, names, read_json, remove_file, remove_tree};
 use crate::volumes::unmount;
 
 /// How long a container may take to end by itself.
@@ -74,27 +75,28 @@ impl RealHost {
     }
 }
 
-/// The lock stays: whoever resets holds it.
+/// By name, never by listing: the directory may be somebody's home, named by mistake.
 fn clear_boot_state(paths: &Paths) -> Result<(), HostError> {
-    for name in names(paths.run())? {
-        let path = paths.run().join(&name);
-        if name == "lock" {
-            continue;
-        }
+    for name in RUN_NAMES {
+        let path = paths.run().join(name);
         if path.is_dir() {
             unmount(&path)?;
-            remove_tree(&path)?;
-        } else {
-            remove_file(&path)?;
         }
+        remove(&path)?;
     }
     Ok(())
 }
 
 fn clear_state(paths: &Paths) -> Result<(), HostError> {
-    for name in names(paths.root())? {
-        let path = paths.root().join(&name);
-        if path.is_dir() { remove_tree(&path)? } else { remove_file(&path)? }
+    for name in STATE_NAMES {
+        remove(&paths.root().join(name))?;
     }
     Ok(())
+}
+
+fn remove(path: &Path) -> Result<(), PathError> {
+    match std::fs::symlink_metadata(path) {
+        Ok(found) if found.is_dir() => remove_tree(path),
+        _ => remove_file(path),
+    }
 }

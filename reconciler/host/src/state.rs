@@ -4,6 +4,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -44,9 +45,16 @@ pub enum Keep {
     Durable,
 }
 
+/// A name beside `path` that no other thread and no other process writes to.
+fn aside(path: &Path) -> PathBuf {
+    static COUNT: AtomicU64 = AtomicU64::new(0);
+    let count = COUNT.fetch_add(1, Ordering::Relaxed);
+    path.with_extension(format!("{}-{count}.tmp", std::process::id()))
+}
+
 /// Replaces `path` by `contents`, mode 0600.
 pub fn write_file(path: &Path, contents: &[u8], keep: Keep) -> Result<(), PathError> {
-    let temporary = path.with_extension(format!("{}.tmp", std::process::id()));
+    let temporary = aside(path);
     let mut file = OpenOptions::new()
         .write(true)
         .create(true)
@@ -74,19 +82,20 @@ pub fn write_file(path: &Path, contents: &[u8], keep: Keep) -> Result<(), PathEr
 pub(crate) fn write_together(dir: &Path, files: &[(PathBuf, Vec<u8>)]) -> Result<(), PathError> {
     let [(path, contents)] = files else {
         let handle = File::open(dir).at("open", dir)?;
-        let aside = |path: &Path| path.with_extension(format!("{}.tmp", std::process::id()));
+        let mut written = Vec::with_capacity(files.len());
         for (path, contents) in files {
             let temporary = aside(path);
             let mut open = OpenOptions::new();
             let file = open.write(true).create(true).truncate(true).mode(0o600).open(&temporary);
             file.and_then(|mut file| file.write_all(contents)).at("write", &temporary)?;
+            written.push((temporary, path));
         }
         if files.is_empty() {
             return Ok(());
         }
         nix::unistd::syncfs(&handle).at("sync the file system of", dir)?;
-        for (path, _) in files {
-            fs::rename(aside(path), path).at("rename to", path)?;
+        for (temporary, path) in written {
+            fs::rename(&temporary, path).at("rename to", path)?;
         }
         return handle.sync_all().at("fsync directory", dir);
     };
@@ -101,27 +110,31 @@ pub fn write_json<T: Serialize>(path: &Path, value: &T, keep: Keep) -> Result<()
 /// `None` when the file does not exist, or does not parse: then it is renamed to `<name>.broken` for a person to look at,
 /// since state is a cache that the next round rebuilds.
 pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, PathError> {
-    let text = match fs::read(path) {
-        Ok(text) => text,
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+    let problem = match fs::read(path) {
+        Ok(text) => match serde_json::from_slice(&text) {
+            Ok(value) => return Ok(Some(value)),
+            Err(error) => error.to_string(),
+        },
+        // Something of another kind in the way of the directory that the file would be in is as good as no file.
+        Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
+            return Ok(None);
+        }
+        Err(e) if e.kind() == io::ErrorKind::IsADirectory => e.to_string(),
         Err(e) => return Err(e).at("read", path),
     };
-    match serde_json::from_slice(&text) {
-        Ok(value) => Ok(Some(value)),
-        Err(error) => {
-            let aside = path.with_extension("broken");
-            tracing::warn!(path = %path.display(), aside = %aside.display(), %error, "state file does not parse; set aside");
-            fs::rename(path, &aside).at("set aside", path)?;
-            Ok(None)
-        }
-    }
+    let aside = path.with_extension("broken");
+    tracing::warn!(path = %path.display(), aside = %aside.display(), problem, "state file does not parse; set aside");
+    fs::rename(path, &aside).at("set aside", path)?;
+    Ok(None)
 }
 
-/// Names in a directory, sorted. A missing directory is empty.
+/// Names in a directory, sorted. What is missing, or no directory, is empty.
 pub(crate) fn names(dir: &Path) -> Result<Vec<String>, PathError> {
     let entries = match fs::read_dir(dir) {
         Ok(entries) => entries,
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
+            return Ok(Vec::new());
+        }
         Err(e) => return Err(e).at("list", dir),
     };
     let mut names = Vec::new();

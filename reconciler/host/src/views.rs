@@ -12,7 +12,7 @@ use keel_plan::{
 use crate::containers::private_dir;
 use crate::error::HostError;
 use crate::observe;
-use crate::paths::Paths;
+use crate::paths::{Paths, bounded_name};
 use crate::state::{Keep, PathError, names, read_json, remove_file, write_file, write_json};
 
 /// Writes what changed: one file for each pod and one for the whole, for people and tools without an API.
@@ -55,7 +55,7 @@ impl StatusFiles {
     }
 
     fn file(&self, key: &PodKey) -> PathBuf {
-        self.dir.join(format!("pod_{}_{}.json", key.namespace, key.name))
+        self.dir.join(format!("{}.json", bounded_name(&format!("pod_{}_{}", key.namespace, key.name))))
     }
 }
 

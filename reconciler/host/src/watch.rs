@@ -10,10 +10,11 @@ use std::time::{Duration, SystemTime};
 use inotify::{Inotify, WatchMask};
 use nix::fcntl::{Flock, FlockArg};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use serde::{Deserialize, Serialize};
 
 use crate::error::HostError;
-use crate::paths::Paths;
-use crate::state::{At, PathError};
+use crate::paths::{Paths, RUN_NAMES, STATE_NAMES};
+use crate::state::{At, Keep, PathError, names, read_json, write_json};
 
 /// Exclusive right to act on the instance. Given back by the kernel when the process ends, however it ends.
 #[derive(Debug)]
@@ -24,13 +25,52 @@ pub struct Lock {
 
 impl Lock {
     pub fn take(paths: &Paths) -> Result<Lock, HostError> {
+        refuse_foreign(paths.root(), STATE_NAMES)?;
+        refuse_foreign(paths.run(), RUN_NAMES)?;
         paths.create().map_err(|source| PathError {
             operation: "create",
             path: paths.run().to_path_buf(),
             source,
         })?;
-        Ok(Lock { _files: [lock(&paths.lock())?, lock(&paths.root_lock())?] })
+        let lock = Lock { _files: [lock(&paths.lock())?, lock(&paths.root_lock())?] };
+        refuse_second_run(paths)?;
+        Ok(lock)
     }
+}
+
+/// A directory that holds only other things was named by mistake: nothing is made in it, so that nothing is ever removed.
+fn refuse_foreign(dir: &Path, ours: &[&str]) -> Result<(), HostError> {
+    let found = names(dir)?;
+    let known = |name: &String| ours.contains(&name.as_str()) || name == "lock";
+    if found.is_empty() || found.iter().any(known) {
+        return Ok(());
+    }
+    Err(HostError::Foreign { dir: dir.to_owned() })
+}
+
+/// `instance.json`: cgroups, links and tables are named after the root alone, so a second run directory would take what
+/// runs for leftovers.
+#[derive(Serialize, Deserialize)]
+struct InstanceRecord {
+    run: PathBuf,
+    boot: String,
+}
+
+fn refuse_second_run(paths: &Paths) -> Result<(), HostError> {
+    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    let boot = boot.trim().to_owned();
+    if let Some(last) = read_json::<InstanceRecord>(&paths.instance_record())? {
+        if last.run == paths.run() && last.boot == boot {
+            return Ok(());
+        }
+        let lives =
+            last.boot == boot && last.run != paths.run() && !names(&last.run.join("pods"))?.is_empty();
+        if lives {
+            return Err(HostError::OtherRun { root: paths.root().to_owned(), run: last.run });
+        }
+    }
+    write_json(&paths.instance_record(), &InstanceRecord { run: paths.run().to_owned(), boot }, Keep::Boot)?;
+    Ok(())
 }
 
 fn lock(path: &Path) -> Result<Flock<File>, HostError> {

@@ -85,7 +85,8 @@ pub(crate) fn registries(context: &Context) -> keel_host::Registries {
 
 pub(crate) fn refused(error: HostError) -> ControlError {
     let code = match &error {
-        HostError::Locked { .. } => ErrorCode::Unavailable,
+        HostError::Locked { .. } | HostError::OtherRun { .. } => ErrorCode::Unavailable,
+        HostError::Foreign { .. } => ErrorCode::Invalid,
         HostError::NoBinary { .. } => ErrorCode::Invalid,
         _ => ErrorCode::Internal,
     };
