@@ -222,6 +222,20 @@ impl Controller {
         self.problems.send_replace(damaged.chain(declared.problems.iter().cloned()).collect());
     }
 
+    /// A plan needs one look at the host. Where the host does not let itself be read, the reason is told instead.
+    async fn preview(&self, desired: Desired, timeout_ms: Option<u64>) -> Result<Plan, ControlError> {
+        let limit = timeout_ms.map_or(LOOK_LIMIT, Duration::from_millis).min(LOOK_LIMIT);
+        match tokio::time::timeout(limit, self.engine.preview(desired)).await {
+            Ok(plan) => plan.map_err(ended),
+            Err(_) => {
+                let why = self.engine.status().borrow().problems.join("; ");
+                let message = format!("the host could not be read within {} s: {why}", limit.as_secs());
+                Err(ControlError::new(ErrorCode::Internal, message.trim_end_matches([':', ' ']))
+                    .hint("see the events: keel events"))
+            }
+        }
+    }
+
     /// The engine begins while the disk still flushes what it is to remember: the flush takes longer than a start. What
     /// cannot be kept is not in force.
     async fn put_in_force(&self, declared: &mut Declared, candidate: Declared) -> Result<(), ControlError> {
@@ -338,7 +352,7 @@ impl Controller {
         }
         let desired = self.desired(&candidate);
         let targets = changed_pods(&before, &desired, &request_keys(&request));
-        let plan = self.engine.preview(desired.clone()).await.map_err(ended)?;
+        let plan = self.preview(desired.clone(), request.timeout_ms).await?;
         say(events, render_plan(&plan, &targets)).await;
         if request.dry_run {
             return end(events, exit::DONE, "dry run: nothing was changed", &[]).await;
@@ -437,7 +451,7 @@ impl Controller {
         candidate.damaged.remove(&key);
         let desired = self.desired(&candidate);
         let targets = changed_pods(&before, &desired, &[key].into());
-        let plan = self.engine.preview(desired).await.map_err(ended)?;
+        let plan = self.preview(desired, None).await?;
         say(events, render_plan(&plan, &targets)).await;
         let reports = self.engine.reports();
         if let Some(grace_ms) = request.grace_ms {
@@ -579,6 +593,9 @@ const FIRST_ROUND: Duration = Duration::from_secs(10);
 
 /// A host that cannot be observed for so long has a status all the same: the one that says so.
 const FIRST_LOOK: Duration = Duration::from_secs(5);
+
+/// The longest that an operation waits for one look at the host: enough for a thousand pods on a slow disk.
+const LOOK_LIMIT: Duration = Duration::from_secs(60);
 
 /// How long an operation is followed.
 struct Wait {
