@@ -1,6 +1,7 @@
 //! The one integration-test binary: real binaries, real kernel, real registry.
 
 mod apply;
+mod badinput;
 mod cli;
 mod crash;
 mod daemon;

@@ -200,6 +200,10 @@ impl Instance {
         fs::read_to_string(self.dir.path().join("daemon.log")).unwrap_or_default()
     }
 
+    pub fn daemon_pid(&self) -> u32 {
+        self.daemon.as_ref().expect("a daemon runs").id()
+    }
+
     pub fn kill_daemon(&mut self) {
         if let Some(mut child) = self.daemon.take() {
             child.kill().expect("kill the daemon");
