@@ -248,7 +248,7 @@ impl Case {
         for line in mounts.lines() {
             let words: Vec<&str> = line.split(' ').collect();
             if matches!(words[2], "cgroup" | "cgroup2") {
-                found.push(Path::new(words[1]).join("keel-it").join(&self.id));
+                found.push(Path::new(words[1]).join(&self.id));
             }
         }
         found
@@ -327,7 +327,8 @@ fn make_rootfs(root: &Path) {
 
 /// A container in a cgroup that can be found from outside.
 fn in_cgroup(case: Case) -> Case {
-    let path = format!("/keel-it/{}", case.id);
+    // Directly below the root: a parent directory would stay when the container has gone.
+    let path = format!("/{}", case.id);
     case.with("/linux/cgroupsPath", json!(path))
 }
 

@@ -91,25 +91,23 @@ fn check(name: &str) {
     }
 }
 
-/// Boots at the first call; `None` where the emulator or the kernel is missing.
+/// Boots at the first call; `None`, with the reason said, where the emulator or the kernel is missing.
 fn results() -> Option<&'static (Results, String)> {
-    static RESULTS: OnceLock<Option<(Results, String)>> = OnceLock::new();
-    RESULTS
-        .get_or_init(|| {
-            let kernel = match kernel() {
-                Ok(kernel) => kernel,
-                Err(reason) => {
-                    eprintln!("skipped: {reason}; tests/vm/fetch gets it");
-                    return None;
-                }
-            };
-            let console = boot(&kernel);
-            if let Some(path) = std::env::var_os("KEEL_VM_CONSOLE") {
-                fs::write(path, &console).expect("write the console's text");
-            }
-            Some((parse(&console), console))
-        })
-        .as_ref()
+    static RESULTS: OnceLock<Result<(Results, String), String>> = OnceLock::new();
+    let boot = || {
+        let console = boot(&kernel()?);
+        if let Some(path) = std::env::var_os("KEEL_VM_CONSOLE") {
+            fs::write(path, &console).expect("write the console's text");
+        }
+        Ok((parse(&console), console))
+    };
+    match RESULTS.get_or_init(boot) {
+        Ok(results) => Some(results),
+        Err(reason) => {
+            eprintln!("skipped: {reason}; tests/vm/fetch gets it");
+            None
+        }
+    }
 }
 
 struct Kernel {
