@@ -1,6 +1,9 @@
 //! Objects that were applied by hand, one small file each: they outlive the command, the daemon and the boot.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fs::{self, File};
+use std::io;
+use std::path::{Path, PathBuf};
 
 use keel_manifest::{Object, ObjectKey, Origin, parse};
 use serde::{Deserialize, Serialize};
@@ -8,7 +11,7 @@ use serde_json::Value;
 
 use crate::error::HostError;
 use crate::paths::{Paths, bounded_name};
-use crate::state::{At, names, read_json, remove_file, write_together};
+use crate::state::{At, Keep, names, read_json, remove_file, write_file};
 
 const VERSION: u32 = 1;
 
@@ -22,7 +25,7 @@ struct Record {
 /// The directory of applied objects.
 #[derive(Clone, Debug)]
 pub struct Applied {
-    dir: std::path::PathBuf,
+    dir: PathBuf,
 }
 
 impl Applied {
@@ -38,7 +41,13 @@ impl Applied {
             if !name.ends_with(RECORD) {
                 continue;
             }
-            let Some(record) = read_json::<Record>(&path)? else { continue };
+            let record = match read_json::<Record>(&path)? {
+                Some(record) => record,
+                None => match Self::take_back(&path)? {
+                    Some(record) => record,
+                    None => continue,
+                },
+            };
             let parsed = parse(&record.origin.file, record.manifest.to_string().as_bytes());
             match parsed.objects.into_iter().next() {
                 Some(mut object) if !parsed.diagnostics.iter().any(|d| d.is_error()) => {
@@ -77,28 +86,129 @@ impl Applied {
         Ok(())
     }
 
-    /// Writes the difference. New and changed objects first: a crash in between forgets nothing.
-    pub fn store(
+    /// Writes the difference, all of it or nothing. What was there before stays beside it until [`Written::finish`].
+    pub fn write(
         &self,
         before: &BTreeMap<ObjectKey, Object>,
         after: &BTreeMap<ObjectKey, Object>,
+    ) -> Result<Written, HostError> {
+        let mut written = Written { dir: self.dir.clone(), replaced: Vec::new() };
+        match self.write_into(&mut written, before, after) {
+            Ok(()) => Ok(written),
+            Err(error) => {
+                written.undo();
+                Err(error)
+            }
+        }
+    }
+
+    fn write_into(
+        &self,
+        written: &mut Written,
+        before: &BTreeMap<ObjectKey, Object>,
+        after: &BTreeMap<ObjectKey, Object>,
     ) -> Result<(), HostError> {
-        let mut changed = Vec::new();
         for (key, object) in after.iter().filter(|(key, object)| before.get(*key) != Some(*object)) {
             let record =
                 Record { version: VERSION, origin: object.origin.clone(), manifest: object.to_json() };
             let path = self.dir.join(file_name(key));
             let text = serde_json::to_vec(&record).map_err(std::io::Error::other).at("encode", &path)?;
-            changed.push((path, text));
+            written.put_aside(&path)?;
+            write_file(&path, &text, Keep::Boot)?;
         }
-        write_together(&self.dir, &changed)?;
         for key in before.keys().filter(|key| !after.contains_key(*key)) {
-            remove_file(&self.dir.join(file_name(key)))?;
+            let path = self.dir.join(file_name(key));
+            written.put_aside(&path)?;
+            remove_file(&path)?;
         }
+        Ok(())
+    }
+
+    /// The record as it was before a change that a power cut has damaged.
+    fn take_back(path: &Path) -> Result<Option<Record>, HostError> {
+        let old = path.with_extension(OLD);
+        if !old.exists() {
+            return Ok(None);
+        }
+        fs::rename(&old, path).at("rename to", path)?;
+        remove_file(&path.with_extension("broken"))?;
+        Ok(read_json(path)?)
+    }
+}
+
+/// A change of the applied objects that is on its way to the disk.
+#[derive(Debug)]
+#[must_use = "it is neither durable nor taken back"]
+pub struct Written {
+    dir: PathBuf,
+    replaced: Vec<Replaced>,
+}
+
+#[derive(Debug)]
+struct Replaced {
+    path: PathBuf,
+    existed: bool,
+}
+
+impl Written {
+    /// A few files are flushed one by one, more of them with everything else of their file system.
+    pub fn sync(&self) -> Result<(), HostError> {
+        const ONE_BY_ONE: usize = 4;
+        if self.replaced.is_empty() {
+            return Ok(());
+        }
+        let dir = File::open(&self.dir).at("open", &self.dir)?;
+        if self.replaced.len() > ONE_BY_ONE {
+            nix::unistd::syncfs(&dir).at("sync the file system of", &self.dir)?;
+            return Ok(());
+        }
+        for Replaced { path, .. } in &self.replaced {
+            match File::open(path) {
+                Ok(file) => file.sync_all().at("fsync", path)?,
+                // Removed: the directory says so.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(error).at("open", path)?,
+            }
+        }
+        Ok(dir.sync_all().at("fsync directory", &self.dir)?)
+    }
+
+    /// Forgets what was before.
+    pub fn finish(self) {
+        for Replaced { path, existed } in &self.replaced {
+            if *existed && let Err(error) = remove_file(&path.with_extension(OLD)) {
+                tracing::warn!(%error, "an old record stays");
+            }
+        }
+    }
+
+    pub fn undo(self) {
+        for Replaced { path, existed } in self.replaced.iter().rev() {
+            let undone = match existed {
+                true => fs::rename(path.with_extension(OLD), path).at("rename to", path),
+                false => remove_file(path),
+            };
+            if let Err(error) = undone {
+                tracing::error!(%error, "an applied object could not be put back");
+            }
+        }
+    }
+
+    fn put_aside(&mut self, path: &Path) -> Result<(), HostError> {
+        let old = path.with_extension(OLD);
+        remove_file(&old)?;
+        let existed = match fs::hard_link(path, &old) {
+            Ok(()) => true,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => false,
+            Err(error) => return Err(error).at("link", &old)?,
+        };
+        self.replaced.push(Replaced { path: path.to_owned(), existed });
         Ok(())
     }
 }
 
+/// Of a record before the change that is being made.
+const OLD: &str = "old";
 const RECORD: &str = ".json";
 /// What `read_json` leaves of a record that does not parse.
 const SET_ASIDE: &str = ".broken";
@@ -121,4 +231,57 @@ fn key_of(name: &str) -> Option<ObjectKey> {
 fn file_name(key: &ObjectKey) -> String {
     let whole = format!("{}_{}_{}", key.kind.to_ascii_lowercase(), key.namespace, key.name);
     format!("{}.json", bounded_name(&whole))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn objects(texts: &[&str]) -> BTreeMap<ObjectKey, Object> {
+        let parsed = texts.iter().flat_map(|text| parse("x.yaml", text.as_bytes()).objects);
+        parsed.map(|object| (object.key(), object)).collect()
+    }
+
+    const A: &str = "{apiVersion: v1, kind: ConfigMap, metadata: {name: a}, data: {k: one}}";
+    const A2: &str = "{apiVersion: v1, kind: ConfigMap, metadata: {name: a}, data: {k: two}}";
+    const B: &str = "{apiVersion: v1, kind: ConfigMap, metadata: {name: b}}";
+
+    fn said(applied: &Applied) -> Vec<Value> {
+        applied.load().unwrap().values().map(Object::to_json).collect()
+    }
+
+    fn of(texts: &[&str]) -> Vec<Value> {
+        objects(texts).values().map(Object::to_json).collect()
+    }
+
+    #[test]
+    fn a_change_is_all_there_or_taken_back() {
+        let temp = tempfile::tempdir().unwrap();
+        let applied = Applied { dir: temp.path().to_owned() };
+        let first = applied.write(&BTreeMap::new(), &objects(&[A])).unwrap();
+        first.sync().unwrap();
+        first.finish();
+        applied.write(&objects(&[A]), &objects(&[A2, B])).unwrap().undo();
+        assert_eq!(said(&applied), of(&[A]));
+        applied.write(&objects(&[A]), &objects(&[B])).unwrap().undo();
+        assert_eq!(said(&applied), of(&[A]), "what was removed is there again");
+        // The second object cannot be written: the first one is as before.
+        fs::create_dir(temp.path().join("configmap_default_b.json")).unwrap();
+        applied.write(&objects(&[A]), &objects(&[A2, B])).unwrap_err();
+        fs::remove_dir(temp.path().join("configmap_default_b.json")).unwrap();
+        assert_eq!(said(&applied), of(&[A]));
+        assert_eq!(names(temp.path()).unwrap().len(), 1, "nothing is left beside it");
+    }
+
+    #[test]
+    fn a_record_that_a_power_cut_damaged_is_as_it_was_before() {
+        let temp = tempfile::tempdir().unwrap();
+        let applied = Applied { dir: temp.path().to_owned() };
+        applied.write(&BTreeMap::new(), &objects(&[A])).unwrap().finish();
+        drop(applied.write(&objects(&[A]), &objects(&[A2])).unwrap());
+        fs::write(temp.path().join("configmap_default_a.json"), "").unwrap();
+        assert_eq!(said(&applied), of(&[A]));
+        assert_eq!(said(&applied), of(&[A]));
+        assert_eq!(applied.damaged(&applied.load().unwrap()).unwrap(), BTreeSet::new());
+    }
 }

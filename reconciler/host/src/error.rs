@@ -108,7 +108,10 @@ impl HostError {
         match self {
             HostError::Foreign { .. } => Some("name another directory, or empty this one".into()),
             HostError::OtherRun { run, .. } => Some(format!("use --run {}", run.display())),
-            HostError::Locked { .. } => Some("a second one needs its own --root and --run".into()),
+            HostError::Locked { holder, .. } => Some(match holder {
+                Some(pid) => format!("wait for pid {pid} or stop it"),
+                None => "wait for it or stop it".into(),
+            }),
             HostError::Pull { source, .. } => source.downcast_ref::<keel_registry::PullError>()?.hint(),
             HostError::NeverPulled(image) => {
                 Some(format!("fetch it by hand: keel image pull {image}, or keel image import FILE"))

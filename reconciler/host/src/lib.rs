@@ -17,6 +17,7 @@ mod probes;
 mod records;
 mod reset;
 mod seccomp;
+mod shims;
 mod spec;
 pub mod state;
 mod sweep;
@@ -28,14 +29,14 @@ mod watch;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use keel_engine::ports::{ActionError, Done, Host, PortError, ProbeOutcome, ProbeRequest, Progress};
 use keel_plan::{
     Action, ContainerId, ContainerState, Memory, Observed, ObservedPod, PodId, PodKey, PodMemory,
 };
 
-pub use applied::Applied;
+pub use applied::{Applied, Written};
 pub use containers::{NotRunning, Running, find_running};
 pub use error::HostError;
 pub use events::EventLog;
@@ -46,10 +47,7 @@ pub use pods::purge_network;
 pub use reset::Removed;
 pub use usage::UsageWatch;
 pub use views::{StatusFiles, declared_pod, offline_status, recorded_pods};
-pub use watch::{ExitPoll, ExitWatch, FilterWatch, Lock};
-
-/// Time between two tries to adopt a container.
-const ADOPT_AGAIN: Duration = Duration::from_secs(10);
+pub use watch::{ExitPoll, ExitWatch, FilterWatch, Lock, ShimWatch};
 
 /// What an operator may set.
 #[derive(Clone, Debug)]
@@ -75,8 +73,9 @@ pub struct RealHost {
     over_limit: usage::OverLimit,
     /// Held while an address is chosen and recorded: two pods must not choose the same one.
     addresses: Mutex<()>,
-    /// Containers that could not be adopted, and when that was tried last.
-    refused: Mutex<BTreeMap<ContainerId, Instant>>,
+    shims: Arc<shims::Shims>,
+    /// Where somebody waits for the end of shims.
+    shim_ends: std::sync::OnceLock<Arc<watch::ShimEnds>>,
     runtime: tokio::runtime::Handle,
 }
 
@@ -111,7 +110,8 @@ impl RealHost {
             net: once::OnceLock::new(),
             over_limit: usage::OverLimit::default(),
             addresses: Mutex::new(()),
-            refused: Mutex::new(BTreeMap::new()),
+            shims: Arc::new(shims::Shims::new(paths.clone(), config.clone())),
+            shim_ends: std::sync::OnceLock::new(),
             runtime,
             paths,
             config,
@@ -135,7 +135,10 @@ impl Host for RealHost {
     fn observe(&self) -> Result<Observed, PortError> {
         let (mut pods, orphans) = observe::pods(&self.paths).map_err(HostError::from)?;
         self.note_over_limit(&mut pods);
-        self.adopt_all(&orphans);
+        // Not a choice: a container without a monitor gets one, whatever the manifests say.
+        self.shims.adopt_later(&orphans);
+        self.keep_lost(&pods);
+        self.follow_shims(&pods);
         Ok(Observed { pods, images: self.image_digests()?, network: self.observed_network()? })
     }
 
@@ -157,11 +160,16 @@ impl Host for RealHost {
     }
 
     fn probe(&self, request: &ProbeRequest) -> ProbeOutcome {
+        let runtime = match self.runtime_of(&request.container) {
+            Ok(runtime) => runtime,
+            Err(error) => return ProbeOutcome::Error(HostError::from(error).chain()),
+        };
         let target = probes::Target {
             netns: (!request.pod.spec.host_network)
                 .then(|| self.paths.pod_namespaces(&request.pod.id).join("net")),
-            runtime: self.config.runtime.clone(),
+            runtime,
             runtime_root: self.paths.runtime_root(),
+            dir: self.paths.container(&request.container),
         };
         let bounded = ProbeRequest { timeout: request.timeout.min(probes::MAX_TIMEOUT), ..request.clone() };
         self.runtime.block_on(probes::run(&target, &bounded))
@@ -180,19 +188,38 @@ impl Host for RealHost {
 }
 
 impl RealHost {
-    /// Not a choice: a container without a monitor gets one, whatever the manifests say. One that could not be adopted is
-    /// left alone for a while, since the host is read after every action.
-    fn adopt_all(&self, orphans: &[observe::Orphan]) {
-        let mut refused = self.refused.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        refused.retain(|id, at| at.elapsed() < ADOPT_AGAIN && orphans.iter().any(|orphan| orphan.id == *id));
-        for orphan in orphans {
-            if refused.contains_key(&orphan.id) {
-                continue;
-            }
-            tracing::warn!(container = %orphan.id, "its shim is gone; adopting it");
-            if let Err(error) = self.adopt(orphan) {
-                tracing::warn!(container = %orphan.id, error = %error.chain(), "adoption failed");
-                refused.insert(orphan.id.clone(), Instant::now());
+    /// `hint` is called when something has changed that no watch tells of.
+    pub fn on_change(&self, hint: impl Fn() + Send + Sync + 'static) {
+        self.shims.on_change(Box::new(hint));
+    }
+
+    /// For a process that is about to end: what it does in the background may end first.
+    pub fn settle(&self, timeout: Duration) {
+        self.shims.settle(timeout);
+    }
+
+    /// For a thread of its own: shims that are killed. From now on every look at the host tells it which ones there are.
+    pub fn shim_watch(&self) -> Result<ShimWatch, HostError> {
+        let watch = ShimWatch::new(&self.paths)?;
+        let _ = self.shim_ends.set(watch.ends());
+        Ok(watch)
+    }
+
+    fn follow_shims(&self, pods: &BTreeMap<PodKey, ObservedPod>) {
+        let Some(ends) = self.shim_ends.get() else { return };
+        let runs = pods.values().flat_map(|pod| &pod.containers);
+        let living =
+            runs.filter(|run| matches!(run.state, ContainerState::Running { .. })).map(|run| &run.id);
+        ends.follow(&self.paths, &living.collect());
+    }
+
+    fn keep_lost(&self, pods: &BTreeMap<PodKey, ObservedPod>) {
+        for run in pods.values().flat_map(|pod| &pod.containers) {
+            if let ContainerState::Lost { noticed_at } = run.state
+                && !self.shims.is_adopting(&run.id)
+                && let Err(error) = observe::record_lost(&self.paths, &run.id, noticed_at)
+            {
+                tracing::warn!(container = %run.id, error = %HostError::from(error).chain(), "record its loss");
             }
         }
     }

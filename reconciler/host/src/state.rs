@@ -77,31 +77,6 @@ pub fn write_file(path: &Path, contents: &[u8], keep: Keep) -> Result<(), PathEr
     Ok(())
 }
 
-/// Replaces several files of one directory durably: all are written aside, one `syncfs` makes them durable together, then
-/// each is renamed. Each file is old or new after a power cut, the set may be mixed.
-pub(crate) fn write_together(dir: &Path, files: &[(PathBuf, Vec<u8>)]) -> Result<(), PathError> {
-    let [(path, contents)] = files else {
-        let handle = File::open(dir).at("open", dir)?;
-        let mut written = Vec::with_capacity(files.len());
-        for (path, contents) in files {
-            let temporary = aside(path);
-            let mut open = OpenOptions::new();
-            let file = open.write(true).create(true).truncate(true).mode(0o600).open(&temporary);
-            file.and_then(|mut file| file.write_all(contents)).at("write", &temporary)?;
-            written.push((temporary, path));
-        }
-        if files.is_empty() {
-            return Ok(());
-        }
-        nix::unistd::syncfs(&handle).at("sync the file system of", dir)?;
-        for (temporary, path) in written {
-            fs::rename(&temporary, path).at("rename to", path)?;
-        }
-        return handle.sync_all().at("fsync directory", dir);
-    };
-    write_file(path, contents, Keep::Durable)
-}
-
 pub fn write_json<T: Serialize>(path: &Path, value: &T, keep: Keep) -> Result<(), PathError> {
     let text = serde_json::to_vec(value).map_err(io::Error::other).at("encode", path)?;
     write_file(path, &text, keep)

@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use keel_plan::{
-    ContainerFacts, ContainerId, ContainerState, Desired, DesiredDeployment, Facts, Memory, Observed, PodKey,
-    PodStatus, Role, Status, status,
+    ContainerFacts, ContainerId, ContainerName, ContainerState, Desired, Facts, Memory, Observed,
+    ObservedPod, PodKey, PodStatus, Role, Status, Waiting, status,
 };
 
 use crate::containers::private_dir;
@@ -62,26 +62,23 @@ impl StatusFiles {
 const WHOLE: &str = "status.json";
 
 /// The status as the last engine left it, with states read anew: for a host whose daemon is away or was never there.
+/// `declared` is what would be in force; a pod that only has a record counts as declared too, since nobody ends it.
 /// Probes do not run then: a container whose probe had spoken keeps its verdict as long as the same run lives.
-pub fn offline_status(
-    paths: &Paths,
-    deployments: BTreeMap<PodKey, DesiredDeployment>,
-) -> Result<Status, HostError> {
+pub fn offline_status(paths: &Paths, declared: Desired) -> Result<Status, HostError> {
     let (pods, _) = observe::pods(paths)?;
-    let last = last_status(&paths.status_dir());
-    let desired = Desired {
-        pods: pods.iter().map(|(key, pod)| (key.clone(), pod.pod.clone())).collect(),
-        deployments,
-        complete: true,
-        ..Desired::default()
-    };
+    let last = last_status(&paths.status_dir())?;
+    let before: BTreeMap<&PodKey, &PodStatus> = last.pods.iter().map(|pod| (&pod.key, &**pod)).collect();
+    let mut desired = Desired { complete: true, ..declared };
+    for (key, pod) in pods.iter().filter(|(key, _)| !desired.unresolved.contains_key(*key)) {
+        desired.pods.entry(key.clone()).or_insert_with(|| pod.pod.clone());
+    }
     let mut facts = Facts::default();
     for (key, pod) in &pods {
         for run in &pod.containers {
             if matches!(run.state, ContainerState::Running { .. }) && run.role == Role::Main {
                 facts.containers.insert(
                     run.id.clone(),
-                    verdict(last.get(key), &run.id, || {
+                    verdict(before.get(key).copied(), &run.id, || {
                         let probed = pod.pod.containers.iter().find(|c| c.name == run.name);
                         let container = probed.and_then(|c| pod.pod.spec.containers.get(c.index));
                         container.is_some_and(|c| c.readiness_probe.is_none() && c.startup_probe.is_none())
@@ -90,9 +87,36 @@ pub fn offline_status(
             }
         }
     }
+    for key in desired.pods.keys().chain(desired.unresolved.keys()) {
+        let missing =
+            desired.unresolved.get(key).map(|why| Waiting::MissingReference { message: why.clone() });
+        let same = before.get(key).filter(|before| has_same_runs(before, pods.get(key)));
+        // Nobody pulls or starts anything now; what is missing was asked above.
+        let lasts = |w: &&Waiting| !w.is_progress() && !matches!(w, Waiting::MissingReference { .. });
+        let waits = same.into_iter().flat_map(|before| before.waiting.iter().filter(lasts).cloned());
+        let waiting: Vec<Waiting> = missing.into_iter().chain(waits).collect();
+        if !waiting.is_empty() {
+            facts.waiting.insert(key.clone(), waiting);
+        }
+    }
     let memory = memory(paths)?;
     let observed = Observed { pods, ..Observed::default() };
-    Ok(status(&desired, &observed, &memory, &facts, &Status::default(), observe::now()))
+    Ok(status(&desired, &observed, &memory, &facts, &last, observe::now()))
+}
+
+/// Whether nothing has been started and nothing has ended since that status.
+fn has_same_runs(before: &PodStatus, seen: Option<&ObservedPod>) -> bool {
+    let known = before.init_container_statuses.iter().chain(&before.container_statuses);
+    known.into_iter().all(|container| {
+        let name = ContainerName(container.name.clone());
+        match seen.and_then(|seen| seen.latest(&name)) {
+            Some(run) => {
+                container.container_id == format!("evenkeel://{}", run.id)
+                    && container.pid.is_some() == run.has_process()
+            }
+            None => container.container_id.is_empty(),
+        }
+    })
 }
 
 /// Every pod that has a record, with the object that it was made from.
@@ -120,18 +144,8 @@ fn verdict(last: Option<&PodStatus>, id: &ContainerId, unprobed: impl Fn() -> bo
     }
 }
 
-fn last_status(dir: &Path) -> BTreeMap<PodKey, PodStatus> {
-    let mut found = BTreeMap::new();
-    for name in names(dir).unwrap_or_default() {
-        // Beside them lie files that are being written.
-        if name.starts_with("pod_")
-            && name.ends_with(".json")
-            && let Ok(Some(pod)) = read_json::<PodStatus>(&dir.join(name))
-        {
-            found.insert(pod.key.clone(), pod);
-        }
-    }
-    found
+fn last_status(dir: &Path) -> Result<Status, PathError> {
+    Ok(read_json(&dir.join(WHOLE))?.unwrap_or_default())
 }
 
 pub(crate) fn memory(paths: &Paths) -> Result<Memory, PathError> {

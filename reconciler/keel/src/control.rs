@@ -236,29 +236,38 @@ impl Controller {
         }
     }
 
-    /// The engine begins while the disk still flushes what it is to remember: the flush takes longer than a start. What
-    /// cannot be kept is not in force.
+    /// On disk before the engine hears of it, so that whatever it begins is known to the next process. The engine begins
+    /// while the disk still flushes, which takes longer than a start. What cannot be kept is not in force.
     async fn put_in_force(&self, declared: &mut Declared, candidate: Declared) -> Result<(), ControlError> {
-        self.declare(&candidate)?;
-        let applied = Applied::open(self.host.paths());
-        let (before, after, damaged) =
-            (declared.applied.clone(), candidate.applied.clone(), candidate.damaged.clone());
-        let keep = move || {
-            applied.store(&before, &after)?;
-            applied.keep_damaged(&after, &damaged)
+        let records = Applied::open(self.host.paths());
+        let (before, after) = (declared.applied.clone(), candidate.applied.clone());
+        let write = {
+            let (records, after) = (records.clone(), after.clone());
+            move || records.write(&before, &after)
         };
-        let kept = tokio::task::spawn_blocking(keep).await;
-        let error = match kept {
-            Ok(Ok(())) => {
-                *declared = candidate;
-                self.tell_problems(declared);
-                return Ok(());
+        let written = on_disk(write).await?;
+        if let Err(refusal) = self.declare(&candidate) {
+            written.undo();
+            return Err(refusal);
+        }
+        let damaged = candidate.damaged.clone();
+        let flush = move || match written.sync().and_then(|()| records.keep_damaged(&after, &damaged)) {
+            Ok(()) => {
+                written.finish();
+                Ok(())
             }
-            Ok(Err(error)) => error.chain(),
-            Err(error) => error.to_string(),
+            Err(error) => {
+                written.undo();
+                Err(error)
+            }
         };
-        self.declare(declared)?;
-        Err(ControlError::new(ErrorCode::Internal, format!("keep what was applied: {error}")))
+        if let Err(refusal) = on_disk(flush).await {
+            self.declare(declared)?;
+            return Err(refusal);
+        }
+        *declared = candidate;
+        self.tell_problems(declared);
+        Ok(())
     }
 
     /// One event for each change of a file's condition, and of the directory's.
@@ -604,6 +613,18 @@ struct Wait {
     timeout: Option<Duration>,
     /// Whether to say how pods come up: nothing of a pod that is to go.
     announce: bool,
+}
+
+/// Disk work is not for the threads that serve sockets.
+async fn on_disk<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, keel_host::HostError> + Send + 'static,
+) -> Result<T, ControlError> {
+    let error = match tokio::task::spawn_blocking(work).await {
+        Ok(Ok(done)) => return Ok(done),
+        Ok(Err(error)) => error.chain(),
+        Err(error) => error.to_string(),
+    };
+    Err(ControlError::new(ErrorCode::Internal, format!("keep what was applied: {error}")))
 }
 
 async fn until(deadline: Option<Instant>) {

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use keel_api::{ClientError, ControlError, Event, EventSender, ImageRequest, Status};
+use keel_api::{ClientError, ControlError, ErrorCode, Event, EventSender, ImageRequest, Status};
 use keel_plan::{ContainerId, ContainerName, PodId, PodKey, PodStatus, lower_desired};
 
 use crate::commands::apply::client_runtime;
@@ -21,14 +21,14 @@ pub(crate) fn status(context: &Context) -> Outcome<Status> {
             let snapshot = client_runtime()?.block_on(client.status())?;
             Ok(std::sync::Arc::unwrap_or_clone(snapshot.status))
         }
-        Err(ClientError::NoDaemon { .. }) => {
-            let deployments =
-                lower_desired(&crate::oneshot::declared(context)?, &BTreeMap::new()).deployments;
-            keel_host::offline_status(&context.paths, deployments)
-                .map_err(|error| Failure::failed(error.chain()))
-        }
+        Err(ClientError::NoDaemon { .. }) => offline(context),
         Err(error) => Err(error.into()),
     }
+}
+
+fn offline(context: &Context) -> Outcome<Status> {
+    let declared = lower_desired(&crate::oneshot::declared(context)?, &BTreeMap::new());
+    keel_host::offline_status(&context.paths, declared).map_err(|error| Failure::failed(error.chain()))
 }
 
 /// What a pod was made from. Not part of the status: it is on disk, whoever acts.
@@ -77,7 +77,7 @@ pub(crate) async fn images(
     let store = keel_host::open_store(&context.paths).map_err(crate::instance::refused)?;
     let registry = keel_host::registry_client(&crate::instance::registries(context));
     let status =
-        keel_host::offline_status(&context.paths, BTreeMap::new()).map_err(crate::instance::refused)?;
+        offline(context).map_err(|failure| ControlError::new(ErrorCode::Internal, failure.message))?;
     let result = crate::images::run(&store, &registry, &status, request, &events).await;
     drop(lock);
     result
