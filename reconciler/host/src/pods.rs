@@ -67,12 +67,13 @@ impl RealHost {
                 pod: pod.clone(),
             },
         };
-        let _one_at_a_time = self.addresses.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        if !pod.spec.host_network && record.ip.is_none() {
-            record.ip = Some(self.choose_address(&pod.key)?);
+        {
+            let _choosing = self.addresses.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+            if !pod.spec.host_network && record.ip.is_none() {
+                record.ip = Some(self.choose_address(&pod.key)?);
+            }
+            write_json(&path, &record, Keep::Boot)?;
         }
-        write_json(&path, &record, Keep::Boot)?;
-        drop(_one_at_a_time);
 
         if let Some(ip) = record.ip {
             self.check_ports(pod, ip)?;

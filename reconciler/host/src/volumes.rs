@@ -15,7 +15,7 @@ use keel_manifest::model::{
 use keel_plan::{ContainerId, DesiredPod, VolumeFiles};
 use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use nix::sys::stat::Mode;
+use nix::sys::stat::{Mode, SFlag};
 use nix::sys::statfs::{TMPFS_MAGIC, statfs};
 
 use crate::paths::Paths;
@@ -393,7 +393,7 @@ fn create_beneath(root: &File, path: &Path) -> nix::Result<OwnedFd> {
 }
 
 fn bind_fd(found: &OwnedFd, pin: &Path) -> Result<(), PathError> {
-    let is_dir = nix::sys::stat::fstat(found).map(|s| s.st_mode & libc_s_ifmt() == libc_s_ifdir());
+    let is_dir = nix::sys::stat::fstat(found).map(|s| SFlag::from_bits_truncate(s.st_mode) & SFlag::S_IFMT == SFlag::S_IFDIR);
     let parent = pin.parent().unwrap_or(pin);
     make_dir(parent)?;
     unmount(pin)?;
@@ -405,14 +405,6 @@ fn bind_fd(found: &OwnedFd, pin: &Path) -> Result<(), PathError> {
     let source = format!("/proc/self/fd/{}", found.as_raw_fd());
     mount(Some(source.as_str()), pin, None::<&str>, MsFlags::MS_BIND | MsFlags::MS_REC, None::<&str>)
         .at("bind to", pin)
-}
-
-fn libc_s_ifmt() -> u32 {
-    nix::sys::stat::SFlag::S_IFMT.bits()
-}
-
-fn libc_s_ifdir() -> u32 {
-    nix::sys::stat::SFlag::S_IFDIR.bits()
 }
 
 fn fs_group(pod: &DesiredPod) -> Option<u32> {
