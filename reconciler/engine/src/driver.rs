@@ -17,6 +17,7 @@ use crate::core::{Convergence, Core, Input, Now, Output, Ticket};
 use crate::events::Event;
 use crate::ports::{ActionError, Done, Host, PortError, Progress};
 use crate::settings::Settings;
+use crate::writer::MemoryWriter;
 
 /// Reports that a slow listener may be behind; then it misses some, and is told so.
 const REPORT_QUEUE: usize = 4096;
@@ -90,6 +91,8 @@ impl Engine {
         let (reports, _) = broadcast::channel(REPORT_QUEUE);
         let handle = Handle { sender, hinted: Arc::default(), status, steps, reports: reports.clone() };
         let worker = handle.clone();
+        // Not joined: a disk that hangs must not keep the process. What is left is waited for at the stop.
+        let (writer, _) = MemoryWriter::start(host.clone())?;
         let thread = std::thread::Builder::new().name("engine".into()).spawn(move || {
             let core = Core::new(settings, host.load_memory());
             Loop {
@@ -105,6 +108,7 @@ impl Engine {
                 wake_at: 0,
                 flights: Vec::new(),
                 previews: Vec::new(),
+                writer,
             }
             .run();
         })?;
@@ -185,6 +189,7 @@ struct Loop<H> {
     wake_at: u64,
     flights: Vec<(Ticket, Action)>,
     previews: Vec<(Desired, oneshot::Sender<Plan>)>,
+    writer: MemoryWriter,
 }
 
 impl<H: Host + 'static> Loop<H> {
@@ -193,7 +198,10 @@ impl<H: Host + 'static> Loop<H> {
         loop {
             let sleep = Duration::from_millis(self.wake_at.saturating_sub(self.mono())).min(MAX_SLEEP);
             match self.receiver.recv_timeout(sleep) {
-                Ok(Message::Stop) => return self.drain(),
+                Ok(Message::Stop) => {
+                    self.drain();
+                    return self.writer.close(DRAIN);
+                }
                 Ok(message) => self.take(message),
                 Err(RecvTimeoutError::Timeout) => self.step(Input::Wake),
                 // The loop holds a sender itself.
@@ -265,6 +273,7 @@ impl<H: Host + 'static> Loop<H> {
                 if let Err(PortError(error)) = self.host.save_memory(&pod, memory.as_ref()) {
                     tracing::warn!(%pod, error, "restart counts could not be kept");
                 }
+                self.writer.write(pod, memory);
             }
             Output::Event(event) => (self.events)(event),
             Output::Status(status) => {
@@ -277,8 +286,11 @@ impl<H: Host + 'static> Loop<H> {
     fn perform(&mut self, ticket: Ticket, action: Action, reason: Reason) {
         let _ = self.handle.reports.send(Report::Started { action: action.clone(), reason });
         self.flights.push((ticket, action.clone()));
-        let (host, sender) = (self.host.clone(), self.handle.sender.clone());
+        let (host, sender, writer) = (self.host.clone(), self.handle.sender.clone(), self.writer.clone());
         self.blocking.spawn_blocking(move || {
+            if let Action::CreatePod { pod } = &action {
+                writer.await_forgotten(&pod.id);
+            }
             let started = Instant::now();
             let progress_sender = std::sync::Mutex::new(sender.clone());
             let report = |progress: Progress| {

@@ -10,6 +10,7 @@ mod flights;
 mod probes;
 mod retries;
 mod settings;
+mod writer;
 
 pub mod ports;
 

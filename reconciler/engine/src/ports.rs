@@ -19,9 +19,13 @@ pub trait Host: Send + Sync {
     /// What cannot be read counts as forgotten: counts start at 0 again, nothing else is lost.
     fn load_memory(&self) -> Memory;
 
-    /// `None` forgets the pod. Written on each start and each exit, so it must be cheap: a rename without fsync
-    /// survives a restart of the daemon, and a power cut ends every back-off anyway.
+    /// `None` forgets the pod. Written on each start and each exit, before what relies on it is done, on the engine's
+    /// thread: it must be cheap. A rename in memory survives a restart of the daemon.
     fn save_memory(&self, pod: &PodId, memory: Option<&PodMemory>) -> Result<(), PortError>;
+
+    /// The same for longer than this boot, where that takes longer. Comes some time after `save_memory`, in the same
+    /// order for each pod; what was replaced meanwhile is left out, but no `None`.
+    fn keep_memory(&self, pod: &PodId, memory: Option<&PodMemory>) -> Result<(), PortError>;
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -2,26 +2,25 @@
 //! that the shim calls.
 
 use std::fs;
-use std::io::{self, Read};
-use std::os::fd::AsFd;
+use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 use std::str::FromStr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use keel_engine::ports::Done;
 use keel_manifest::model::Container;
-use keel_plan::{ContainerId, ContainerName, ContainerState, DesiredContainer, DesiredPod, PodKey, Role};
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use keel_plan::{ContainerId, ContainerName, ContainerState, DesiredContainer, DesiredPod, Role};
 use nix::sys::signal::Signal;
 
 use crate::RealHost;
 use crate::error::HostError;
 use crate::observe::{self, Orphan};
 use crate::paths::Paths;
-use crate::records::{ContainerRecord, PodRecord, RECORD_VERSION};
+use crate::records::{ContainerRecord, PodRecord, RECORD_VERSION, runtime_of};
+use crate::shims::run_to_end;
 use crate::spec::{Context, ImageDefaults, User, lower_spec};
 use crate::state::{
     At, Keep, PathError, names, read_json, remove_file, remove_tree, remove_tree_or_file, write_file,
@@ -29,15 +28,13 @@ use crate::state::{
 };
 use crate::volumes;
 
-/// A runtime that has not started a container by then will not.
-const START_TIMEOUT: Duration = Duration::from_secs(120);
+/// A delete kills and waits for the kernel; longer means that the runtime or the kernel is stuck.
+const DELETE_TIMEOUT: Duration = Duration::from_secs(60);
 /// After SIGKILL the kernel needs a moment; a process in uninterruptible sleep may need for ever.
 const KILL_TIMEOUT: Duration = Duration::from_secs(30);
 /// How often a stop looks whether the container is gone when there is no shim to ask.
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
 const DEFAULT_STOP_SIGNAL: Signal = Signal::SIGTERM;
-/// Bytes of a shim's one-line answer that are read.
-const MAX_ANSWER_BYTES: u64 = 64 << 10;
 
 impl RealHost {
     pub(crate) fn start_container(
@@ -97,6 +94,7 @@ impl RealHost {
             created_at: observe::now(),
             image_digest: image.manifest_digest.to_string(),
             stop_signal: stop_signal(container, &defaults),
+            runtime: Some(self.config.runtime.clone()),
         };
         write_json(&self.paths.container_record(id), &made, Keep::Boot)?;
         self.mount_rootfs(&image, id)?;
@@ -133,7 +131,7 @@ impl RealHost {
         write_file(&dir.join("config.json"), &config, Keep::Boot)?;
         made.created_at = observe::now();
         write_json(&self.paths.container_record(id), &made, Keep::Boot)?;
-        self.spawn_shim(id, &log, container.tty, container.stdin)
+        self.shims.start(id, &log, container.tty, container.stdin)
     }
 
     fn mount_rootfs(&self, image: &keel_store::Image, id: &ContainerId) -> Result<(), HostError> {
@@ -178,73 +176,6 @@ impl RealHost {
         })
     }
 
-    pub(crate) fn spawn_shim(
-        &self,
-        id: &ContainerId,
-        log: &Path,
-        tty: bool,
-        stdin: bool,
-    ) -> Result<(), HostError> {
-        let dir = self.paths.container(id);
-        let mut command = Command::new(&self.config.shim);
-        command.arg("run").arg("--id").arg(&id.0).arg("--dir").arg(&dir).arg("--bundle").arg(&dir);
-        self.shim_arguments(&mut command, id, log);
-        if tty {
-            command.arg("--tty");
-        }
-        if stdin {
-            command.arg("--stdin");
-        }
-        let failed = |message: String| HostError::Start { container: id.to_string(), message };
-        let mut child = command
-            .env_clear()
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::null())
-            .spawn()
-            .map_err(|e| failed(format!("run {}: {e}", self.config.shim.display())))?;
-        let answer = read_answer(&mut child, START_TIMEOUT);
-        let _ = child.wait();
-        match answer.map_err(|e| failed(format!("shim: {e}")))? {
-            line if line.starts_with("ok ") => Ok(()),
-            line if line.is_empty() => Err(failed("the shim ended without an answer".into())),
-            line => Err(failed(line.strip_prefix("error ").unwrap_or(&line).to_string())),
-        }
-    }
-
-    fn shim_arguments(&self, command: &mut Command, id: &ContainerId, log: &Path) {
-        command.arg("--runtime").arg(&self.config.runtime);
-        command.arg("--runtime-root").arg(self.paths.runtime_root());
-        command.arg("--exit-file").arg(self.paths.exit_record(id));
-        command.arg("--log").arg(log);
-        command.arg("--log-max-bytes").arg(self.config.log_max_bytes.to_string());
-        command.arg("--log-max-files").arg(self.config.log_max_files.to_string());
-    }
-
-    /// Gives a container whose shim was killed a new one.
-    pub(crate) fn adopt(&self, orphan: &Orphan) -> Result<(), HostError> {
-        let log = self.paths.log(&orphan.pod, &orphan.name, orphan.attempt);
-        let dir = self.paths.container(&orphan.id);
-        let mut command = Command::new(&self.config.shim);
-        command.arg("adopt").arg("--id").arg(&orphan.id.0).arg("--dir").arg(&dir).arg("--bundle").arg(&dir);
-        self.shim_arguments(&mut command, &orphan.id, &log);
-        let failed = |message: String| HostError::Start { container: orphan.id.to_string(), message };
-        let mut child = command
-            .env_clear()
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::null())
-            .spawn()
-            .map_err(|e| failed(format!("run {}: {e}", self.config.shim.display())))?;
-        let answer = read_answer(&mut child, START_TIMEOUT);
-        let _ = child.wait();
-        match answer {
-            Ok(line) if line.starts_with("ok ") => Ok(()),
-            Ok(line) => Err(failed(line)),
-            Err(e) => Err(failed(e.to_string())),
-        }
-    }
-
     /// Asks the shim, which carries the stop through even if this process dies meanwhile; returns once the run is over.
     pub(crate) fn stop_container(&self, id: &ContainerId, grace_ms: u64) -> Result<Done, HostError> {
         let Some(record) = read_json::<ContainerRecord>(&self.paths.container_record(id))? else {
@@ -259,7 +190,7 @@ impl RealHost {
                 return Ok(Done::Done);
             }
             if orphaned {
-                self.adopt(&Orphan {
+                self.shims.adopt(&Orphan {
                     id: id.clone(),
                     pod: record.pod_id.clone(),
                     name: record.name.0.clone(),
@@ -320,22 +251,25 @@ impl RealHost {
 
     /// `delete --force` ends whatever still runs and removes the runtime's own state.
     fn runtime_delete(&self, id: &ContainerId) -> Result<(), HostError> {
-        let output = Command::new(&self.config.runtime)
-            .arg("--root")
-            .arg(self.paths.runtime_root())
-            .args(["delete", "--force"])
-            .arg(&id.0)
-            .stdin(Stdio::null())
-            .output()
-            .at("run", &self.config.runtime)?;
-        let text = String::from_utf8_lossy(&output.stderr);
-        if output.status.success() || text.contains("does not exist") {
-            return Ok(());
-        }
-        Err(HostError::Stop {
+        let runtime = self.runtime_of(id)?;
+        let failed = |message: String| HostError::Stop {
             container: id.to_string(),
-            message: format!("runtime delete: {}", text.trim()),
-        })
+            message: format!("{} delete: {message}", runtime.display()),
+        };
+        let arguments = |command: &mut Command| {
+            command.arg("--root").arg(self.paths.runtime_root()).args(["delete", "--force"]).arg(&id.0);
+        };
+        let (status, text) =
+            run_to_end(&runtime, arguments, DELETE_TIMEOUT).map_err(|error| failed(error.to_string()))?;
+        match status.success() || text.contains("does not exist") {
+            true => Ok(()),
+            false => Err(failed(text.trim().to_string())),
+        }
+    }
+
+    /// The runtime that made a container, for everything that is done with it later.
+    pub(crate) fn runtime_of(&self, id: &ContainerId) -> Result<PathBuf, PathError> {
+        runtime_of(&self.paths, id, &self.config.runtime)
     }
 
     /// A shim goes by itself once its container is gone.
@@ -354,50 +288,9 @@ impl RealHost {
     }
 }
 
-/// A container that runs now, for `exec` and `attach`.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Running {
-    pub id: ContainerId,
-    pub name: ContainerName,
-    pub pid: u32,
-    pub dir: PathBuf,
-    pub runtime_root: PathBuf,
-}
-
-/// The newest running container of a pod with that name; without a name, the first of the manifest.
-pub fn find_running(
-    paths: &Paths,
-    pod: &PodKey,
-    name: Option<&str>,
-) -> Result<Result<Running, NotRunning>, HostError> {
-    let (pods, _) = observe::pods(paths)?;
-    let Some(found) = pods.get(pod) else { return Ok(Err(NotRunning::NoPod)) };
-    let declared: Vec<&str> =
-        found.pod.containers.iter().filter(|c| c.role == Role::Main).map(|c| c.name.0.as_str()).collect();
-    let Some(wanted) = name.or_else(|| declared.first().copied()) else { return Ok(Err(NotRunning::NoPod)) };
-    if !found.pod.containers.iter().any(|c| c.name.0 == wanted) {
-        return Ok(Err(NotRunning::NoContainer {
-            known: found.pod.containers.iter().map(|c| c.name.0.clone()).collect(),
-        }));
-    }
-    let running = found.containers.iter().rev().find_map(|c| match c.state {
-        ContainerState::Running { pid, .. } if c.name.0 == wanted => Some(Running {
-            id: c.id.clone(),
-            name: c.name.clone(),
-            pid,
-            dir: paths.container(&c.id),
-            runtime_root: paths.runtime_root(),
-        }),
-        _ => None,
-    });
-    Ok(running.ok_or(NotRunning::Stopped { name: wanted.to_string() }))
-}
-
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum NotRunning {
-    NoPod,
-    NoContainer { known: Vec<String> },
-    Stopped { name: String },
+/// The runtime that made a container, `otherwise` when that is not known.
+pub fn container_runtime(paths: &Paths, id: &ContainerId, otherwise: &Path) -> Result<PathBuf, HostError> {
+    Ok(runtime_of(paths, id, otherwise)?)
 }
 
 fn find<'a>(pod: &'a DesiredPod, name: &ContainerName) -> Option<(&'a DesiredContainer, &'a Container)> {
@@ -461,36 +354,6 @@ fn prune_logs(dir: &Path, attempt: u32) -> Result<(), PathError> {
 
 pub(crate) fn private_dir(dir: &Path) -> Result<(), PathError> {
     fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).at("create directory", dir)
-}
-
-/// One line from the shim, within a deadline: a hanging runtime must not hang the engine.
-fn read_answer(child: &mut Child, timeout: Duration) -> io::Result<String> {
-    let mut stdout = child.stdout.take().ok_or_else(|| io::Error::other("no pipe"))?;
-    let deadline = Instant::now() + timeout;
-    let mut answer = Vec::new();
-    loop {
-        let left = deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() || answer.len() as u64 > MAX_ANSWER_BYTES {
-            child.kill()?;
-            return Err(io::Error::new(io::ErrorKind::TimedOut, format!("no answer within {timeout:?}")));
-        }
-        let mut fds = [PollFd::new(stdout.as_fd(), PollFlags::POLLIN)];
-        let wait = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
-        match poll(&mut fds, wait) {
-            Ok(0) | Err(nix::Error::EINTR) => continue,
-            Err(e) => return Err(e.into()),
-            Ok(_) => {}
-        }
-        let mut chunk = [0; 4096];
-        match stdout.read(&mut chunk)? {
-            0 => break,
-            n => answer.extend_from_slice(&chunk[..n]),
-        }
-        if answer.contains(&b'\n') {
-            break;
-        }
-    }
-    Ok(String::from_utf8_lossy(&answer).lines().next().unwrap_or_default().to_string())
 }
 
 #[cfg(test)]

@@ -7,6 +7,7 @@ mod applied;
 mod containers;
 mod error;
 pub mod events;
+mod execprobe;
 mod facts;
 mod images;
 mod observe;
@@ -37,7 +38,7 @@ use keel_plan::{
 };
 
 pub use applied::{Applied, Written};
-pub use containers::{NotRunning, Running, find_running};
+pub use containers::container_runtime;
 pub use error::HostError;
 pub use events::EventLog;
 pub use images::{DEMO_IMAGE, Registries, client as registry_client, open_store};
@@ -184,6 +185,10 @@ impl Host for RealHost {
 
     fn save_memory(&self, pod: &PodId, memory: Option<&PodMemory>) -> Result<(), PortError> {
         Ok(self.save_pod_memory(pod, memory)?)
+    }
+
+    fn keep_memory(&self, pod: &PodId, memory: Option<&PodMemory>) -> Result<(), PortError> {
+        Ok(self.keep_pod_memory(pod, memory)?)
     }
 }
 

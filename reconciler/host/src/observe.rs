@@ -11,7 +11,7 @@ use keel_plan::{ContainerId, ContainerState, Exit, Millis, ObservedContainer, Ob
 use crate::paths::Paths;
 use crate::podinit;
 use crate::records::{ContainerRecord, PodRecord};
-use crate::state::{At, PathError, names, read_json};
+use crate::state::{At, Keep, PathError, names, read_json, write_file};
 
 /// A process that may not be the one that once had this number: the start time tells.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -181,6 +181,24 @@ fn pod_is_whole(paths: &Paths, record: &PodRecord) -> bool {
 /// A pinned namespace is a file of nsfs; what is left after an unmount is an empty regular file.
 pub(crate) fn is_namespace(path: &Path) -> bool {
     nix::sys::statfs::statfs(path).is_ok_and(|fs| fs.filesystem_type() == nix::sys::statfs::NSFS_MAGIC)
+}
+
+/// Keeps what was noticed first: otherwise the end of that run would be a later one with every look. By whoever acts; a
+/// reader changes nothing.
+pub(crate) fn record_lost(paths: &Paths, id: &ContainerId, noticed_at: Millis) -> Result<(), PathError> {
+    let path = paths.exit_record(id);
+    if path.exists() {
+        return Ok(());
+    }
+    let record = keel_proto::ExitRecord {
+        id: id.0.clone(),
+        pid: read_mark(&paths.container(id).join("pid"))?.map_or(0, |mark| mark.pid),
+        code: -1,
+        lost: true,
+        finished_at_ms: noticed_at,
+        ..keel_proto::ExitRecord::default()
+    };
+    write_file(&path, record.to_json().as_bytes(), Keep::Boot)
 }
 
 /// Milliseconds since the epoch.

@@ -55,7 +55,7 @@ impl RealHost {
         if let Some(parent) = log.parent() {
             private_dir(parent)?;
         }
-        self.spawn_shim(&id, &log, false, false)
+        self.shims.start(&id, &log, false, false)
     }
 
     pub(crate) fn remove_pod_init(&self, pod: &PodId) -> Result<(), HostError> {

@@ -457,16 +457,28 @@ impl RealHost {
         nanos ^ u64::from(std::process::id()).rotate_left(48)
     }
 
+    /// On tmpfs, for the next daemon.
     pub(crate) fn save_pod_memory(
+        &self,
+        id: &PodId,
+        memory: Option<&keel_plan::PodMemory>,
+    ) -> Result<(), HostError> {
+        let path = self.paths.pod_run_memory(id);
+        match memory {
+            Some(memory) => write_json(&path, memory, Keep::Boot)?,
+            None => remove_file(&path)?,
+        }
+        Ok(())
+    }
+
+    /// On disk, where replacing a file costs a flush, at first and then only once there is something to count.
+    pub(crate) fn keep_pod_memory(
         &self,
         id: &PodId,
         memory: Option<&keel_plan::PodMemory>,
     ) -> Result<(), HostError> {
         match memory {
             Some(memory) => {
-                // On tmpfs for the next daemon. On disk, where replacing a file costs a flush, at first and then only
-                // once there is something to count.
-                write_json(&self.paths.pod_run_memory(id), memory, Keep::Boot)?;
                 let on_disk = self.paths.pod_memory(id);
                 let counted = memory.containers.values().any(|container| container.restarts > 0);
                 if counted || !on_disk.exists() {
@@ -475,7 +487,6 @@ impl RealHost {
                 }
             }
             None => {
-                remove_file(&self.paths.pod_run_memory(id))?;
                 remove_tree(&self.paths.pod_state(id))?;
                 remove_tree(&self.paths.pod_logs(id))?;
             }

@@ -4,7 +4,6 @@
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
-use std::process::Stdio;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -14,11 +13,13 @@ use hyper::header::{HeaderName, HeaderValue};
 use hyper_util::rt::TokioIo;
 use keel_engine::ports::{ProbeKind, ProbeOutcome, ProbeRequest};
 use keel_manifest::model::{Container, HttpGetAction, IntOrString, Probe, UriScheme};
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpSocket, TcpStream};
 
+use crate::execprobe;
+
 /// More of a body is of no use to anybody who reads the message.
-const MAX_BODY_BYTES: usize = 10 << 10;
+pub(crate) const MAX_BODY_BYTES: usize = 10 << 10;
 /// Of a failing body or command, this much goes into the message.
 const MAX_MESSAGE_BYTES: usize = 256;
 /// The kubelet's limit too.
@@ -31,6 +32,8 @@ pub(crate) struct Target {
     pub(crate) netns: Option<PathBuf>,
     pub(crate) runtime: PathBuf,
     pub(crate) runtime_root: PathBuf,
+    /// Of the container, for files that a call of the runtime needs.
+    pub(crate) dir: PathBuf,
 }
 
 /// One try. Connection errors and time-outs are failures; errors are what says nothing about the container.
@@ -38,10 +41,11 @@ pub(crate) async fn run(target: &Target, request: &ProbeRequest) -> ProbeOutcome
     let Some((container, probe)) = find(request) else {
         return ProbeOutcome::Error("the probe is no longer declared".into());
     };
+    if let Some(exec) = &probe.exec {
+        return execprobe::run(target, request, &exec.command).await;
+    }
     let attempt = async {
-        if let Some(exec) = &probe.exec {
-            run_command(target, request, &exec.command).await
-        } else if let Some(http) = &probe.http_get {
+        if let Some(http) = &probe.http_get {
             run_http(target, request, container, http).await
         } else if let Some(tcp) = &probe.tcp_socket {
             let address = match address(request, container, tcp.host.as_deref(), &tcp.port).await {
@@ -70,39 +74,6 @@ fn find(request: &ProbeRequest) -> Option<(&Container, &Probe)> {
         ProbeKind::Readiness => container.readiness_probe.as_ref(),
     }?;
     Some((container, probe))
-}
-
-async fn run_command(target: &Target, request: &ProbeRequest, command: &[String]) -> ProbeOutcome {
-    let mut exec = tokio::process::Command::new(&target.runtime);
-    exec.arg("--root").arg(&target.runtime_root).arg("exec").arg(&request.container.0).args(command);
-    exec.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
-    let mut child = match exec.spawn() {
-        Ok(child) => child,
-        Err(e) => return ProbeOutcome::Error(format!("run {}: {e}", target.runtime.display())),
-    };
-    let mut text = Vec::new();
-    if let Some(stdout) = child.stdout.take() {
-        let _ = stdout.take(MAX_BODY_BYTES as u64).read_to_end(&mut text).await;
-    }
-    if text.is_empty()
-        && let Some(stderr) = child.stderr.take()
-    {
-        let _ = stderr.take(MAX_BODY_BYTES as u64).read_to_end(&mut text).await;
-    }
-    match child.wait().await {
-        Ok(status) if status.success() => ProbeOutcome::Success,
-        Ok(status) => ProbeOutcome::Failure(
-            format!("command {}: {}", describe(status), shorten(&text)).trim_end().to_string(),
-        ),
-        Err(e) => ProbeOutcome::Error(format!("wait for the command: {e}")),
-    }
-}
-
-fn describe(status: std::process::ExitStatus) -> String {
-    match status.code() {
-        Some(code) => format!("exited {code}"),
-        None => status.to_string(),
-    }
 }
 
 async fn run_http(
@@ -281,7 +252,7 @@ fn port_number(container: &Container, port: &IntOrString) -> Result<u16, String>
     }
 }
 
-fn shorten(text: &[u8]) -> String {
+pub(crate) fn shorten(text: &[u8]) -> String {
     let text = String::from_utf8_lossy(&text[..text.len().min(MAX_MESSAGE_BYTES)]);
     text.split_whitespace().collect::<Vec<_>>().join(" ")
 }

@@ -1,10 +1,14 @@
 //! The files that describe pods and containers of this boot.
 
 use std::net::Ipv4Addr;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use keel_plan::{ContainerId, ContainerName, DesiredPod, Millis, PodId, PodKey, Role, SpecHash};
 use serde::{Deserialize, Serialize};
+
+use crate::paths::Paths;
+use crate::state::{PathError, read_json};
 
 /// Version of both record formats. Readers accept older ones and ignore fields that they do not know.
 pub(crate) const RECORD_VERSION: u32 = 1;
@@ -38,4 +42,15 @@ pub(crate) struct ContainerRecord {
     /// Number of the signal that asks for the end.
     #[serde(default)]
     pub(crate) stop_signal: i32,
+    /// What made it: another runtime does not know it.
+    #[serde(default)]
+    pub(crate) runtime: Option<PathBuf>,
+}
+
+/// The runtime that made a container. `otherwise` for what has no record, and where that program is gone: an upgrade
+/// that moves it leaves its state as it was.
+pub(crate) fn runtime_of(paths: &Paths, id: &ContainerId, otherwise: &Path) -> Result<PathBuf, PathError> {
+    let record = read_json::<ContainerRecord>(&paths.container_record(id))?;
+    let recorded = record.and_then(|record| record.runtime).filter(|path| path.exists());
+    Ok(recorded.unwrap_or_else(|| otherwise.to_owned()))
 }

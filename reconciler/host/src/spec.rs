@@ -481,13 +481,16 @@ fn lower_mounts(context: &Context<'_>, privileged: bool) -> Vec<Value> {
         all.extend(options);
         json!({"destination": target, "type": "bind", "source": source, "options": all})
     };
+    /// The host rewrites these in place. A container that could write them could fill the host's memory; in Kubernetes it
+    /// can, so an image that edits its own hosts file needs `hostAliases` here.
+    const READ_ONLY: &[&str] = &["ro", "nosuid", "nodev", "noexec"];
     let taken: BTreeSet<&str> =
         context.volume_mounts.iter().map(|m| m.target.trim_end_matches('/')).collect();
     for (source, target, options) in [
         (&context.shm, "/dev/shm", &["nosuid", "noexec", "nodev"][..]),
-        (&context.hosts, "/etc/hosts", &[]),
-        (&context.resolv_conf, "/etc/resolv.conf", &[]),
-        (&context.hostname_file, "/etc/hostname", &[]),
+        (&context.hosts, "/etc/hosts", READ_ONLY),
+        (&context.resolv_conf, "/etc/resolv.conf", READ_ONLY),
+        (&context.hostname_file, "/etc/hostname", READ_ONLY),
     ] {
         if !taken.contains(target) {
             mounts.push(bind(source, target, options));

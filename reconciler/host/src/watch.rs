@@ -1,18 +1,24 @@
 //! Who holds the instance, and how the end of a container reaches the engine at once.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use inotify::{Inotify, WatchMask};
+use keel_plan::ContainerId;
+use keel_sys::epoll::{BATCH, Epoll, IN, Ready};
 use nix::fcntl::{Flock, FlockArg};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::{Deserialize, Serialize};
 
 use crate::error::HostError;
+use crate::observe;
 use crate::paths::{Paths, RUN_NAMES, STATE_NAMES};
 use crate::state::{At, Keep, PathError, names, read_json, write_json};
 
@@ -177,5 +183,90 @@ impl FilterWatch {
         }
         std::thread::sleep(SETTLE);
         self.0.changed().map(drop).map_err(|error| HostError::Publish(Box::new(error)))
+    }
+}
+
+/// Wakes when a shim has gone without an exit record: it was killed, and its container needs another one. A hint only.
+pub struct ShimWatch {
+    paths: Paths,
+    ends: Arc<ShimEnds>,
+}
+
+/// The shims that are waited for. A descriptor joins the set while the other thread sleeps on it.
+pub(crate) struct ShimEnds {
+    epoll: Epoll,
+    shims: Mutex<BTreeMap<ContainerId, Shim>>,
+}
+
+struct Shim {
+    token: u64,
+    pidfd: OwnedFd,
+}
+
+impl ShimWatch {
+    pub(crate) fn new(paths: &Paths) -> Result<ShimWatch, HostError> {
+        let epoll = Epoll::new().at("watch", "shims")?;
+        let ends = ShimEnds { epoll, shims: Mutex::default() };
+        Ok(ShimWatch { paths: paths.clone(), ends: Arc::new(ends) })
+    }
+
+    pub(crate) fn ends(&self) -> Arc<ShimEnds> {
+        self.ends.clone()
+    }
+
+    /// Blocks until a shim was killed. One that ends by itself has recorded the exit before, which [`ExitWatch`] tells.
+    pub fn wait(&mut self) -> Result<(), HostError> {
+        loop {
+            let mut ready = [Ready::default(); BATCH];
+            let got = self.ends.epoll.wait(&mut ready, None).at("wait for the end of", "shims")?;
+            let gone = self.ends.take(&ready[..got]);
+            if gone.iter().any(|id| !self.paths.exit_record(id).exists()) {
+                return Ok(());
+            }
+        }
+    }
+}
+
+impl ShimEnds {
+    /// The shims of these containers, and no others. What cannot be watched is found by the periodic look.
+    pub(crate) fn follow(&self, paths: &Paths, containers: &BTreeSet<&ContainerId>) {
+        static TOKENS: AtomicU64 = AtomicU64::new(0);
+        let mut shims = self.lock();
+        shims.retain(|id, shim| {
+            let stays = containers.contains(id);
+            if !stays {
+                let _ = self.epoll.remove(&shim.pidfd);
+            }
+            stays
+        });
+        for id in containers.iter().filter(|id| !shims.contains_key(**id)).collect::<Vec<_>>() {
+            let Ok(Some(mark)) = observe::read_mark(&paths.container(id).join("shim.pid")) else { continue };
+            let Ok(pidfd) = keel_sys::process::pidfd_open(mark.pid.cast_signed()) else { continue };
+            // Asked after the descriptor was opened: it is that process, or one that has gone.
+            if !observe::is_alive(mark) {
+                continue;
+            }
+            let token = TOKENS.fetch_add(1, Ordering::Relaxed);
+            if self.epoll.add(&pidfd, IN, token).is_ok() {
+                shims.insert((*id).clone(), Shim { token, pidfd });
+            }
+        }
+    }
+
+    /// Those of the ready ones that are still wanted. They leave the set, which would tell of them for ever.
+    fn take(&self, ready: &[Ready]) -> Vec<ContainerId> {
+        let mut shims = self.lock();
+        let is_ready = |shim: &Shim| ready.iter().any(|ready| ready.token == shim.token);
+        let gone = shims.extract_if(.., |_, shim| is_ready(shim));
+        let mut ids = Vec::new();
+        for (id, shim) in gone {
+            let _ = self.epoll.remove(&shim.pidfd);
+            ids.push(id);
+        }
+        ids
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<ContainerId, Shim>> {
+        self.shims.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

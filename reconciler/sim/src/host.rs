@@ -56,4 +56,8 @@ impl Host for SimHost {
         }
         Ok(())
     }
+
+    fn keep_memory(&self, _: &PodId, _: Option<&PodMemory>) -> Result<(), PortError> {
+        Ok(())
+    }
 }
