@@ -9,6 +9,7 @@ mod images;
 mod manifests;
 mod network;
 mod podspec;
+mod review_cli;
 mod runtime;
 mod seccomp;
 mod shim;

@@ -17,8 +17,8 @@ use tokio::net::UnixStream;
 
 use crate::socket;
 use crate::types::{
-    ApplyRequest, ControlError, ControlEvent, DeleteRequest, ErrorCode, Event, ImageRequest, Snapshot,
-    VersionInfo,
+    ApplyRequest, ControlError, ControlEvent, DeleteRequest, ErrorCode, Event, ImageRequest, RestartRequest,
+    Snapshot, VersionInfo,
 };
 
 /// Largest answer that is read whole, and longest line of a stream: a status of 10,000 pods is some 20 MB.
@@ -72,6 +72,10 @@ impl Client {
 
     pub async fn delete(&self, request: &DeleteRequest) -> Result<Lines<ControlEvent>, ClientError> {
         self.stream(Method::POST, "delete", Some(request)).await
+    }
+
+    pub async fn restart(&self, request: &RestartRequest) -> Result<Lines<ControlEvent>, ClientError> {
+        self.stream(Method::POST, "restart", Some(request)).await
     }
 
     pub async fn images(&self, request: &ImageRequest) -> Result<Lines<ControlEvent>, ClientError> {

@@ -3,7 +3,8 @@ use std::future::Future;
 use tokio::sync::mpsc;
 
 use crate::types::{
-    ApplyRequest, ControlError, ControlEvent, DeleteRequest, ErrorCode, Event, ImageRequest, Snapshot,
+    ApplyRequest, ControlError, ControlEvent, DeleteRequest, ErrorCode, Event, ImageRequest, RestartRequest,
+    Snapshot,
 };
 
 /// Where a long operation reports. Bounded by the server; a closed channel means that nobody listens any more, which is
@@ -27,6 +28,15 @@ pub trait Control: Send + Sync + 'static {
         request: DeleteRequest,
         events: EventSender,
     ) -> impl Future<Output = Result<(), ControlError>> + Send;
+
+    /// Stops what runs of the named pods, and lets their restart policy go on.
+    fn restart(
+        &self,
+        _request: RestartRequest,
+        _events: EventSender,
+    ) -> impl Future<Output = Result<(), ControlError>> + Send {
+        std::future::ready(Err(ControlError::new(ErrorCode::Unavailable, "this daemon restarts nothing")))
+    }
 
     /// Images of the store. An instance without a store has none.
     fn images(

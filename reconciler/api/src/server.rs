@@ -134,6 +134,7 @@ impl<C: Control> Server<C> {
         match (request.method(), native) {
             (&Method::POST, "apply") => self.apply(request).await,
             (&Method::POST, "delete") => self.delete(request).await,
+            (&Method::POST, "restart") => self.restart(request).await,
             (&Method::POST, "images") => self.images(request).await,
             (&Method::POST, "reconcile") => self.reconcile().await,
             (&Method::GET, "status") => self.status(&request).await,
@@ -158,6 +159,12 @@ impl<C: Control> Server<C> {
         let body = read_json(request).await?;
         let control = Arc::clone(&self.control);
         operation(|events| async move { control.delete(body, events).await }).await
+    }
+
+    async fn restart(self: Arc<Self>, request: Request<Incoming>) -> Answer {
+        let body = read_json(request).await?;
+        let control = Arc::clone(&self.control);
+        operation(|events| async move { control.restart(body, events).await }).await
     }
 
     async fn images(self: Arc<Self>, request: Request<Incoming>) -> Answer {

@@ -129,7 +129,7 @@ fn apply_streams_its_reports_in_order_and_ends_with_the_result() {
 fn a_refused_operation_is_an_error_and_not_a_stream() {
     let refused = with_server(&Told::new(true), async |client| client.apply(&two_files()).await.unwrap_err());
     let ClientError::Refused(error) = refused else { panic!("{refused:?}") };
-    assert_eq!(error.exit_code(), exit::UNAVAILABLE);
+    assert_eq!(error.exit_code(), exit::FAILED);
     assert_eq!(error.hints, ["later"]);
 }
 

@@ -67,6 +67,25 @@ pub struct DeleteRequest {
     pub grace_ms: Option<u64>,
 }
 
+/// `POST /keel/v1/restart`. Answered by a stream of [`ControlEvent`].
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct RestartRequest {
+    /// `Pod`, or what pods are made from.
+    pub kind: String,
+    pub namespace: String,
+    pub name: String,
+    /// Only this container.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub container: Option<String>,
+    /// End only when everything is ready again, or `timeout_ms` is over.
+    #[serde(default)]
+    pub wait: bool,
+    /// `None`: no deadline.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub timeout_ms: Option<u64>,
+}
+
 /// `POST /keel/v1/images`. Answered by a stream of [`ControlEvent`]. The store has one process that writes to it: the
 /// daemon when there is one.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -82,6 +101,9 @@ pub enum ImageRequest {
     },
     Remove {
         image: String,
+        /// Also one that a pod is made of.
+        #[serde(default)]
+        force: bool,
     },
     List,
     Inspect {
@@ -244,7 +266,7 @@ pub enum ErrorCode {
     /// The request itself is wrong.
     Invalid,
     NotFound,
-    /// Another operation is in the way.
+    /// Something else that is declared, runs or works is in the way.
     Conflict,
     Denied,
     /// Not now: starting, stopping.
@@ -267,8 +289,8 @@ impl ControlError {
         match self.code {
             ErrorCode::Invalid => exit::INVALID,
             ErrorCode::NotFound => exit::NOT_FOUND,
-            ErrorCode::Conflict | ErrorCode::Denied | ErrorCode::Unavailable => exit::UNAVAILABLE,
-            ErrorCode::Internal => exit::FAILED,
+            ErrorCode::Denied | ErrorCode::Unavailable => exit::UNAVAILABLE,
+            ErrorCode::Conflict | ErrorCode::Internal => exit::FAILED,
         }
     }
 }

@@ -118,6 +118,8 @@ pub(crate) enum Command {
     /// Stop and remove an object
     #[command(visible_alias = "rm")]
     Delete(Delete),
+    /// Stop containers and let their restart policy go on
+    Restart(Restart),
     /// Ask the daemon for a full round now
     Reconcile,
     /// Images of the store
@@ -396,6 +398,24 @@ pub(crate) struct Delete {
     pub(crate) output: TextOrJson,
 }
 
+#[derive(Debug, Args)]
+pub(crate) struct Restart {
+    /// Pod, or KIND/NAME for all pods of it
+    #[arg(value_name = "KIND/NAME", required = true)]
+    pub(crate) objects: Vec<String>,
+    /// Only this container
+    #[arg(short, long, value_name = "NAME")]
+    pub(crate) container: Option<String>,
+    /// Return once it was begun
+    #[arg(long)]
+    pub(crate) no_wait: bool,
+    /// How long to wait, e.g. 90s or 5m; 0 is for ever
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration, default_value = "5m")]
+    pub(crate) timeout: Duration,
+    #[arg(short, long, value_name = "FORM", default_value = "text")]
+    pub(crate) output: TextOrJson,
+}
+
 #[derive(Debug, Subcommand)]
 pub(crate) enum Image {
     /// Fetch from a registry
@@ -421,6 +441,9 @@ pub(crate) enum Image {
     Rm {
         #[arg(value_name = "IMAGE", required = true)]
         images: Vec<String>,
+        /// Also an image that a pod is made of
+        #[arg(long)]
+        force: bool,
         /// No such image is not an error
         #[arg(long)]
         ignore_not_found: bool,

@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use keel_api::{
     ActionFailure, ApplyRequest, Control, ControlError, ControlEvent, DeleteRequest, ErrorCode, EventSender,
-    ImageRequest, PlannedAction, Snapshot, WaitingObject, exit,
+    ImageRequest, PlannedAction, RestartRequest, Snapshot, WaitingObject, exit,
 };
 use keel_engine::{Convergence, Handle, Input, Report, Standing};
 use keel_host::{Applied, EventLog, RealHost, StatusFiles};
@@ -343,12 +343,18 @@ impl Controller {
         let (objects, mut diagnostics) = read(&request);
         let mut declared = self.declared.lock().await;
         diagnostics.extend(self.across(&declared, &objects, &request));
+        // Objects of one file are compared when it is parsed, and again with those of others.
+        diagnostics.sort();
+        diagnostics.dedup();
         let invalid = diagnostics.iter().any(Diagnostic::is_error);
         if !diagnostics.is_empty() {
             say(events, ControlEvent::Diagnostics { diagnostics }).await;
         }
         if invalid {
             return end(events, exit::INVALID, "nothing was changed: the manifests are invalid", &[]).await;
+        }
+        if objects.is_empty() {
+            say(events, ControlEvent::Note { message: "no objects in the input".into() }).await;
         }
         let next = match self.next_applied(&declared, objects, &request) {
             Ok(next) => next,
@@ -362,7 +368,8 @@ impl Controller {
         let desired = self.desired(&candidate);
         let targets = changed_pods(&before, &desired, &request_keys(&request));
         let plan = self.preview(desired.clone(), request.timeout_ms).await?;
-        say(events, render_plan(&plan, &targets)).await;
+        let shown = Shown::of(&plan, targets, &desired);
+        say(events, shown.plan(&plan)).await;
         if request.dry_run {
             return end(events, exit::DONE, "dry run: nothing was changed", &[]).await;
         }
@@ -371,8 +378,8 @@ impl Controller {
         self.put_in_force(&mut declared, candidate).await?;
         drop(declared);
         let timeout = request.timeout_ms.map(Duration::from_millis);
-        let wait = Wait { ready: request.wait, timeout, announce: true };
-        self.follow(targets, wait, reports, events).await
+        let wait = Wait { ready: request.wait, timeout };
+        self.follow(shown, wait, reports, events).await
     }
 
     /// What holds between these objects and everything else that is declared.
@@ -460,18 +467,55 @@ impl Controller {
         candidate.damaged.remove(&key);
         let desired = self.desired(&candidate);
         let targets = changed_pods(&before, &desired, &[key].into());
-        let plan = self.preview(desired, None).await?;
-        say(events, render_plan(&plan, &targets)).await;
+        let plan = self.preview(desired.clone(), None).await?;
+        let shown = Shown::of(&plan, targets, &desired);
+        say(events, shown.plan(&plan)).await;
         let reports = self.engine.reports();
         if let Some(grace_ms) = request.grace_ms {
-            for pod in &targets {
+            for pod in &shown.targets {
                 self.engine.input(Input::Grace { pod: pod.clone(), grace_ms }).map_err(ended)?;
             }
         }
         self.put_in_force(&mut declared, candidate).await?;
         drop(declared);
-        let wait = Wait { ready: request.wait, timeout: None, announce: false };
-        self.follow(targets, wait, reports, events).await
+        let wait = Wait { ready: request.wait, timeout: None };
+        self.follow(shown, wait, reports, events).await
+    }
+
+    async fn run_restart(&self, request: RestartRequest, events: &EventSender) -> Result<(), ControlError> {
+        let RestartRequest { kind, namespace, name, container, wait, timeout_ms } = request;
+        let desired = self.desired(&*self.declared.lock().await);
+        let is_named = |key: &PodKey, pod: &keel_plan::DesiredPod| {
+            key.namespace == namespace
+                && ((kind == "Pod" && key.name == name) || (pod.owner.kind == kind && pod.owner.name == name))
+        };
+        let named: Vec<_> = desired.pods.iter().filter(|(key, pod)| is_named(key, pod)).collect();
+        let has = |container: &String| {
+            named.iter().any(|(_, pod)| pod.containers.iter().any(|c| c.name.0 == *container))
+        };
+        let missing = match &container {
+            _ if named.is_empty() => Some(format!("{kind} {namespace}/{name} does not exist")),
+            Some(container) if !has(container) => {
+                Some(format!("{kind} {namespace}/{name} has no container {container}"))
+            }
+            _ => None,
+        };
+        if let Some(missing) = missing {
+            return Err(
+                ControlError::new(ErrorCode::NotFound, missing).hint("list what there is with: keel get -A")
+            );
+        }
+        let targets: BTreeSet<PodKey> = named.into_iter().map(|(key, _)| key.clone()).collect();
+        // It also waits for the first observation: before it nobody knows what runs.
+        let plan = self.preview(desired.clone(), timeout_ms).await?;
+        let reports = self.engine.reports();
+        for pod in &targets {
+            let container = container.clone().map(keel_plan::ContainerName);
+            let by = "keel restart".to_owned();
+            self.engine.input(Input::Restart { pod: pod.clone(), container, by }).map_err(ended)?;
+        }
+        let wait = Wait { ready: wait, timeout: timeout_ms.map(Duration::from_millis) };
+        self.follow(Shown::of(&plan, targets, &desired), wait, reports, events).await
     }
 
     fn whole_status(&self) -> Status {
@@ -491,11 +535,12 @@ impl Controller {
     /// Reports until the pods are where they should be, cannot get there, or time is over.
     async fn follow(
         &self,
-        targets: BTreeSet<PodKey>,
+        shown: Shown,
         wait: Wait,
         mut reports: broadcast::Receiver<Report>,
         events: &EventSender,
     ) -> Result<(), ControlError> {
+        let targets = &shown.targets;
         let started = Instant::now();
         let deadline = wait.timeout.map(|timeout| started + timeout);
         let mut steps = self.engine.steps();
@@ -504,7 +549,7 @@ impl Controller {
         let mut hints: BTreeSet<String> = BTreeSet::new();
         loop {
             while let Ok(report) = reports.try_recv() {
-                if let Some(event) = render_report(report, &targets) {
+                if let Some(event) = shown.report(report) {
                     hints.extend(hint_of(&event));
                     say(events, event).await;
                 }
@@ -515,11 +560,9 @@ impl Controller {
                 Convergence::Waiting(_) if !standing.idle => self.engine.status().borrow().clone(),
                 _ => self.engine.fresh_status().await.map_err(ended)?,
             };
-            if wait.announce {
-                told.tell(&status, &targets, started, events).await;
-            }
-            if let Some(outcome) = judge(&standing, &status, &targets, wait.ready) {
-                return outcome.end(&targets, &hints, events).await;
+            told.tell(&status, &shown, &standing.convergence, started, events).await;
+            if let Some(outcome) = judge(&standing, &status, targets, wait.ready) {
+                return outcome.end(targets, &hints, events).await;
             }
             tokio::select! {
                 // Cancel-safe: a step that is missed here is seen by the next `standing`.
@@ -541,6 +584,10 @@ impl Control for Controller {
 
     async fn delete(&self, request: DeleteRequest, events: EventSender) -> Result<(), ControlError> {
         self.run_delete(request, &events).await
+    }
+
+    async fn restart(&self, request: RestartRequest, events: EventSender) -> Result<(), ControlError> {
+        self.run_restart(request, &events).await
     }
 
     async fn images(&self, request: ImageRequest, events: EventSender) -> Result<(), ControlError> {
@@ -611,8 +658,6 @@ struct Wait {
     /// Until ready; otherwise until everything was begun.
     ready: bool,
     timeout: Option<Duration>,
-    /// Whether to say how pods come up: nothing of a pod that is to go.
-    announce: bool,
 }
 
 /// Disk work is not for the threads that serve sockets.
@@ -658,8 +703,7 @@ impl Outcome {
             }
             Outcome::Failed(failed) => failed,
         };
-        let lines: Vec<String> =
-            failed.iter().map(|(pod, message)| format!("pod {pod}: {message}")).collect();
+        let lines: Vec<String> = failed.iter().map(|(pod, message)| about(pod, message)).collect();
         let code = if failed.len() == targets.len() { exit::FAILED } else { exit::PARTIAL };
         let hints = with_last(hints, "see more with: keel describe, keel logs, keel events");
         end(events, code, &lines.join("\n"), &hints).await
@@ -707,8 +751,14 @@ fn not_ready(standing: &Standing) -> String {
         Convergence::Waiting(list) | Convergence::Failed(list) => list.as_slice(),
         Convergence::Done => &[],
     };
-    let lines: Vec<String> = waiting.iter().map(|(pod, message)| format!("pod {pod}: {message}")).collect();
+    let lines: Vec<String> = waiting.iter().map(|(pod, message)| about(pod, message)).collect();
     format!("not ready in time\n{}", lines.join("\n"))
+}
+
+/// Errors of the host name their pod themselves.
+fn about(pod: &PodKey, message: &str) -> String {
+    let prefix = format!("pod {pod}: ");
+    if message.starts_with(&prefix) { message.to_owned() } else { prefix + message }
 }
 
 /// What has been said about each pod, so that nothing is said twice.
@@ -722,19 +772,26 @@ impl Told {
     async fn tell(
         &mut self,
         status: &Status,
-        targets: &BTreeSet<PodKey>,
+        shown: &Shown,
+        convergence: &Convergence,
         started: Instant,
         events: &EventSender,
     ) {
-        for pod in status.pods.iter().filter(|pod| targets.contains(&pod.key)) {
-            if !pod.declared {
-                continue;
-            }
-            if pod.is_ready() && pod.up_to_date {
+        let unsettled = match convergence {
+            Convergence::Done => &[],
+            Convergence::Waiting(pods) | Convergence::Failed(pods) => pods.as_slice(),
+        };
+        for pod in status.pods.iter().filter(|pod| shown.stays.contains(&pod.key)) {
+            // The status may be older than the change; the engine's own word is not.
+            let settled = !unsettled.iter().any(|(key, _)| *key == pod.key);
+            if settled && pod.is_ready() {
                 if self.ready.insert(pod.key.clone()) {
                     let after_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
                     say(events, ControlEvent::PodReady { pod: pod.key.to_string(), after_ms }).await;
                 }
+                continue;
+            }
+            if settled {
                 continue;
             }
             let Some(wait) = pod.waiting.iter().find(|w| !w.is_progress()) else { continue };
@@ -786,41 +843,72 @@ fn changed_pods(before: &Desired, after: &Desired, named: &BTreeSet<ObjectKey>) 
     pods
 }
 
-fn render_plan(plan: &Plan, targets: &BTreeSet<PodKey>) -> ControlEvent {
-    let shown = plan.actions.iter().filter(|planned| concerns(&planned.action, targets));
-    let waiting = plan.waiting.iter().filter(|(key, _)| targets.contains(*key));
-    ControlEvent::Plan {
-        actions: shown.map(|planned| planned_action(&planned.action, &planned.reason)).collect(),
-        waiting: waiting.flat_map(|(key, waits)| waits.iter().map(|w| waiting_object(key, w))).collect(),
+/// Which part of the engine's work belongs to an operation, for the plan and for the reports alike.
+struct Shown {
+    targets: BTreeSet<PodKey>,
+    /// Those of them that are to be there in the end.
+    stays: BTreeSet<PodKey>,
+    /// Steps that follow from others are told only where there is nothing else, or where they fail.
+    minor: bool,
+}
+
+impl Shown {
+    fn of(plan: &Plan, targets: BTreeSet<PodKey>, desired: &Desired) -> Shown {
+        let is_there =
+            |key: &&PodKey| desired.pods.contains_key(*key) || desired.unresolved.contains_key(*key);
+        let stays = targets.iter().filter(is_there).cloned().collect();
+        let mut actions = plan.actions.iter().map(|planned| &planned.action);
+        let minor = !actions.any(|action| concerns(action, &targets) && !is_minor(action));
+        Shown { targets, stays, minor }
+    }
+
+    fn shows(&self, action: &Action) -> bool {
+        concerns(action, &self.targets) && (self.minor || !is_minor(action))
+    }
+
+    fn plan(&self, plan: &Plan) -> ControlEvent {
+        let shown = plan.actions.iter().filter(|planned| self.shows(&planned.action));
+        let waiting = plan.waiting.iter().filter(|(key, _)| self.targets.contains(*key));
+        ControlEvent::Plan {
+            actions: shown.map(|planned| planned_action(&planned.action, &planned.reason)).collect(),
+            waiting: waiting.flat_map(|(key, waits)| waits.iter().map(|w| waiting_object(key, w))).collect(),
+        }
+    }
+
+    fn report(&self, report: Report) -> Option<ControlEvent> {
+        match report {
+            Report::Started { action, reason } if self.shows(&action) => {
+                let planned = planned_action(&action, &reason);
+                Some(ControlEvent::ActionStarted { verb: planned.verb, object: planned.object })
+            }
+            Report::Finished { action, took, result }
+                if self.shows(&action) || (result.is_err() && concerns(&action, &self.targets)) =>
+            {
+                let (verb, object) = verb_and_object(&action);
+                let error = result.err().map(|error| ActionFailure {
+                    reason: error.reason.to_string(),
+                    message: error.message.clone(),
+                    retry: error.next == keel_engine::ports::Next::Retry,
+                    hint: error.hint.clone(),
+                });
+                let duration_ms = u64::try_from(took.as_millis()).unwrap_or(u64::MAX);
+                Some(ControlEvent::ActionFinished { verb: verb.into(), object, duration_ms, error })
+            }
+            Report::Progress(progress) => Some(ControlEvent::Progress {
+                image: progress.image,
+                done_bytes: progress.done_bytes,
+                total_bytes: progress.total_bytes,
+                layers_done: progress.layers_done,
+                layers_total: progress.layers_total,
+            }),
+            _ => None,
+        }
     }
 }
 
-fn render_report(report: Report, targets: &BTreeSet<PodKey>) -> Option<ControlEvent> {
-    match report {
-        Report::Started { action, reason } if concerns(&action, targets) => {
-            let planned = planned_action(&action, &reason);
-            Some(ControlEvent::ActionStarted { verb: planned.verb, object: planned.object })
-        }
-        Report::Finished { action, took, result } if concerns(&action, targets) => {
-            let (verb, object) = verb_and_object(&action);
-            let error = result.err().map(|error| ActionFailure {
-                reason: error.reason.to_string(),
-                message: error.message.clone(),
-                retry: error.next == keel_engine::ports::Next::Retry,
-                hint: error.hint.clone(),
-            });
-            let duration_ms = u64::try_from(took.as_millis()).unwrap_or(u64::MAX);
-            Some(ControlEvent::ActionFinished { verb: verb.into(), object, duration_ms, error })
-        }
-        Report::Progress(progress) => Some(ControlEvent::Progress {
-            image: progress.image,
-            done_bytes: progress.done_bytes,
-            total_bytes: progress.total_bytes,
-            layers_done: progress.layers_done,
-            layers_total: progress.layers_total,
-        }),
-        _ => None,
-    }
+/// What is left of a container after its stop, and the network after any change of pods.
+fn is_minor(action: &Action) -> bool {
+    matches!(action, Action::RemoveContainer { .. } | Action::SyncNetwork { .. })
 }
 
 fn concerns(action: &Action, targets: &BTreeSet<PodKey>) -> bool {
@@ -852,8 +940,8 @@ pub(crate) fn verb_and_object(action: &Action) -> (&'static str, String) {
         Action::StartContainer { pod, container, .. } => {
             ("start", format!("container/{}.{container}", short(&pod.key)))
         }
-        Action::StopContainer { id, .. } => ("stop", format!("container/{id}")),
-        Action::RemoveContainer { id, .. } => ("remove", format!("container/{id}")),
+        Action::StopContainer { pod, id, .. } => ("stop", container_of(pod, id)),
+        Action::RemoveContainer { pod, id, .. } => ("remove", container_of(pod, id)),
         Action::SyncVolumes { pod, .. } => ("refresh", format!("volumes of pod/{}", short(&pod.key))),
         Action::UpdateRecord { pod, .. } => ("update", format!("pod/{}", short(&pod.key))),
         Action::DeletePod { pod, .. } => ("delete", format!("pod/{}", short(pod))),
@@ -861,6 +949,16 @@ pub(crate) fn verb_and_object(action: &Action) -> (&'static str, String) {
             "publish",
             format!("network of {} pod{}", endpoints.len(), if endpoints.len() == 1 { "" } else { "s" }),
         ),
+    }
+}
+
+/// `<pod>.<container>`: the number of the run is not what a person calls it by.
+fn container_of(pod: &PodKey, id: &keel_plan::ContainerId) -> String {
+    let mut parts = id.0.rsplit('.');
+    let name = parts.nth(1).unwrap_or(&id.0);
+    match pod.namespace.as_str() {
+        "default" => format!("container/{}.{name}", pod.name),
+        _ => format!("container/{pod}.{name}"),
     }
 }
 

@@ -15,7 +15,7 @@ use crate::cli::Daemon;
 use crate::context::Context;
 use crate::control::{Controller, Directory};
 use crate::failure::{Failure, Outcome};
-use crate::instance::Instance;
+use crate::instance::{DAEMON_PATIENCE, Instance};
 
 /// Threads for sockets and timers; everything that blocks has threads of its own.
 const WORKERS: usize = 2;
@@ -46,7 +46,7 @@ async fn serve(context: &Context, args: &Daemon, manifests: PathBuf) -> Outcome 
     let mut terminate = listen_for(SignalKind::terminate())?;
     let mut interrupt = listen_for(SignalKind::interrupt())?;
     let mut hangup = listen_for(SignalKind::hangup())?;
-    let instance = Instance::open(context, true)?;
+    let instance = Instance::open(context, true, DAEMON_PATIENCE).await?;
     let controller = instance.controller.clone();
     controller.begin().await?;
     controller.verify_images();

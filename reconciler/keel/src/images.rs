@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use keel_api::{ControlError, ControlEvent, ErrorCode, EventSender, ImageRequest, Status, exit};
+use keel_plan::{ContainerStatus, PodStatus};
 use keel_registry::{Client, Platform, PullProgress};
 use keel_store::{Digest, Image, ImportOptions, ImportProgress, Roots, Store};
 use serde_json::{Value, json};
@@ -22,6 +23,9 @@ pub(crate) async fn run(
     let message = match request {
         ImageRequest::Pull { image } => pull(store, registry, &image, events).await?,
         request => {
+            if let ImageRequest::Remove { image, force: false } = &request {
+                refuse_used(&known(store, image)?, status)?;
+            }
             let (store, roots, sender) = (Arc::clone(store), roots(status), events.clone());
             // Disk work is not for the threads that serve sockets.
             let done = tokio::task::spawn_blocking(move || blocking(&store, &roots, request, &sender));
@@ -78,7 +82,7 @@ fn blocking(
             data(events, detail(&known(store, &image)?));
             Ok(String::new())
         }
-        ImageRequest::Remove { image } => {
+        ImageRequest::Remove { image, .. } => {
             let reference = known(store, &image)?.reference;
             store.remove_image(&reference).map_err(|error| failed(&error))?;
             Ok(format!("removed {reference}; its layers go with: keel image prune"))
@@ -125,6 +129,28 @@ fn known(store: &Store, image: &str) -> Result<Image, ControlError> {
         ControlError::new(ErrorCode::NotFound, format!("no image {reference}"))
             .hint("see what is there: keel image ls")
     })
+}
+
+/// A pod whose image is gone cannot be started again without a registry.
+fn refuse_used(image: &Image, status: &Status) -> Result<(), ControlError> {
+    let digest = image.manifest_digest.to_string();
+    let uses = |container: &ContainerStatus| {
+        let canonical = keel_store::canonical_reference(&container.image);
+        canonical.is_ok_and(|reference| reference == image.reference)
+            || (container.image.contains('@') && container.image.ends_with(&digest))
+    };
+    let containers =
+        |pod: &PodStatus| pod.init_container_statuses.iter().chain(&pod.container_statuses).any(uses);
+    let pods: Vec<String> =
+        status.pods.iter().filter(|pod| containers(pod)).map(|pod| pod.key.to_string()).collect();
+    if pods.is_empty() {
+        return Ok(());
+    }
+    Err(ControlError::new(
+        ErrorCode::Conflict,
+        format!("image {} is in use by pod {}", image.reference, pods.join(", ")),
+    )
+    .hint("remove it all the same: --force"))
 }
 
 /// What manifests declare and what runs.

@@ -1,5 +1,6 @@
 //! What `-f` names: a directory (recursive), a file, or standard input.
 
+use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::fs;
 use std::io::{self, Read};
@@ -20,6 +21,8 @@ const MAX_DEPTH: usize = 32;
 pub(crate) struct Input {
     pub(crate) files: Vec<(String, Vec<u8>)>,
     pub(crate) problems: Vec<Diagnostic>,
+    /// Named twice, e.g. through a directory and by itself, a file is read once.
+    seen: BTreeSet<PathBuf>,
 }
 
 impl Input {
@@ -52,6 +55,8 @@ impl Input {
         }
         problems.extend(keel_manifest::check(&objects));
         problems.sort();
+        // Objects of one file are compared when it is parsed, and again with those of others.
+        problems.dedup();
         (objects, problems)
     }
 
@@ -82,7 +87,7 @@ impl Input {
                     )));
                 }
                 // Whatever has a manifest's name is read, also a broken link: its problem must be seen.
-                _ if is_manifest(&entry.file_name()) => {
+                _ if is_manifest(&entry.file_name()) && self.is_new(&path) => {
                     self.add(&path.display().to_string(), open_regular(&path).and_then(read_bounded));
                 }
                 _ => {}
@@ -95,9 +100,17 @@ impl Input {
     }
 
     fn file(&mut self, path: &Path) {
+        if !self.is_new(path) {
+            return;
+        }
         let name = path.display().to_string();
         // Pipes and devices are read like files: `-f <(generate)` is a habit.
         self.add(&name, fs::File::open(path).and_then(read_bounded));
+    }
+
+    /// What cannot be resolved is told about where it is read.
+    fn is_new(&mut self, path: &Path) -> bool {
+        fs::canonicalize(path).map_or(true, |path| !path.is_file() || self.seen.insert(path))
     }
 
     fn add(&mut self, name: &str, text: io::Result<Vec<u8>>) {
@@ -155,6 +168,16 @@ mod tests {
         let read: Vec<&[u8]> = input.files.iter().map(|(_, text)| text.as_slice()).collect();
         assert_eq!(read, [&b"a.yml"[..], b"b.yaml", b"sub/d.json"]);
         assert_eq!(input.problems.len(), 1, "a broken link is said, not skipped");
+    }
+
+    #[test]
+    fn a_file_named_twice_is_read_once() {
+        let temp = tempfile::tempdir().unwrap();
+        let file = temp.path().join("a.yaml");
+        fs::write(&file, "").unwrap();
+        let input =
+            Input::read(&[temp.path().to_owned(), file, temp.path().join("../").join(temp.path())]).unwrap();
+        assert_eq!(input.files.len(), 1);
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! One instance with everything that acts on it, in this process: lock, host, engine, controller.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use keel_api::{ControlError, ErrorCode};
 use keel_engine::{Engine, EventKind, Settings};
@@ -10,16 +11,24 @@ use tokio::sync::watch;
 use crate::context::Context;
 use crate::control::Controller;
 
+/// On the way out, containers whose shim is gone may still get one.
+const SETTLE: Duration = Duration::from_secs(10);
+
 pub(crate) struct Instance {
     pub(crate) controller: Arc<Controller>,
+    host: Arc<RealHost>,
     engine: Engine,
     _lock: Lock,
 }
 
 impl Instance {
     /// Must run inside the process' tokio runtime. `watches`: a directory is going to be read.
-    pub(crate) fn open(context: &Context, watches: bool) -> Result<Instance, ControlError> {
-        let lock = Lock::take(&context.paths).map_err(refused)?;
+    pub(crate) async fn open(
+        context: &Context,
+        watches: bool,
+        patience: Duration,
+    ) -> Result<Instance, ControlError> {
+        let lock = take_lock(context, patience).await?;
         let runtime = tokio::runtime::Handle::current();
         let host = RealHost::open(context.paths.clone(), host_config(context), runtime.clone());
         let host = Arc::new(host.map_err(refused)?);
@@ -30,8 +39,11 @@ impl Instance {
         let engine = Engine::start(host.clone(), Settings::default(), runtime, sink)
             .map_err(|e| ControlError::new(ErrorCode::Internal, format!("start the engine: {e}")))?;
         let mut usage = host.usage_watch();
+        let changed = engine.handle();
+        host.on_change(move || changed.hint());
+        let shared = host.clone();
         let controller =
-            Controller::new(host, engine.handle(), events, recorded, watches).map_err(refused)?;
+            Controller::new(shared, engine.handle(), events, recorded, watches).map_err(refused)?;
         let hints = engine.handle();
         if !watches {
             let mut exits = ExitPoll::new(&context.paths);
@@ -44,10 +56,12 @@ impl Instance {
             watch("exits", "exits", hints, move || exits.wait())?;
             // A command is over before somebody else's change matters.
             let mut filter = FilterWatch::new().map_err(refused)?;
+            let mut shims = host.shim_watch().map_err(refused)?;
+            watch("shims", "killed shims", engine.handle(), move || shims.wait())?;
             watch("usage", "volumes over their limit", engine.handle(), move || usage.wait())?;
             watch("filter", "changes of the packet filter", engine.handle(), move || filter.wait())?;
         }
-        Ok(Instance { controller, engine, _lock: lock })
+        Ok(Instance { controller, host, engine, _lock: lock })
     }
 
     pub(crate) fn engine(&self) -> keel_engine::Handle {
@@ -58,9 +72,41 @@ impl Instance {
     pub(crate) async fn close(self) {
         self.controller.flush().await;
         // The thread is joined where waiting is allowed.
-        let _ = tokio::task::spawn_blocking(move || self.engine.stop()).await;
+        let stop = move || {
+            self.engine.stop();
+            self.host.settle(SETTLE);
+        };
+        let _ = tokio::task::spawn_blocking(stop).await;
     }
 }
+
+/// Waits for another command to end. A daemon does not end, and a command through it would have been the better way.
+pub(crate) async fn take_lock(context: &Context, patience: Duration) -> Result<Lock, ControlError> {
+    /// Commands are over in tens of milliseconds, or take long.
+    const PERIOD: Duration = Duration::from_millis(20);
+    let deadline = tokio::time::Instant::now() + patience;
+    let mut told = false;
+    loop {
+        let holder = match Lock::take(&context.paths) {
+            Err(HostError::Locked { holder, .. })
+                if tokio::time::Instant::now() < deadline && context.client().probe().is_err() =>
+            {
+                holder
+            }
+            taken => return taken.map_err(refused),
+        };
+        if let (Some(pid), false) = (holder, told) {
+            told = true;
+            context.term.note(&format!("waiting for pid {pid}\n"));
+        }
+        tokio::time::sleep(PERIOD).await;
+    }
+}
+
+/// How long a command waits for another one.
+pub(crate) const COMMAND_PATIENCE: Duration = Duration::from_secs(60);
+/// How long a daemon waits: a command that ends just now is no reason to fail.
+pub(crate) const DAEMON_PATIENCE: Duration = Duration::from_secs(2);
 
 pub(crate) fn host_config(context: &Context) -> HostConfig {
     let settings = &context.settings;

@@ -42,11 +42,25 @@ use clap::Parser;
 
 use crate::cli::{Cli, Command};
 use crate::context::Context;
-use crate::failure::Outcome;
+use crate::failure::{Failure, Outcome};
 use crate::term::Term;
 
+/// Directories that are made for containers are entered by any user, however private our caller's files are. Files that
+/// are not for everybody name their mode.
+const UMASK: u32 = 0o022;
+
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    keel_sys::process::umask(UMASK);
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            let _ = error.print();
+            if let Some(hint) = commands::usage_hint(&error, std::env::args_os()) {
+                Term::plain().say(&format!("hint: {hint}\n"));
+            }
+            return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(keel_api::exit::INVALID));
+        }
+    };
     let term = Term::detect(&cli.global);
     let code = match run(&cli) {
         Ok(code) => code,
@@ -68,7 +82,36 @@ fn run(cli: &Cli) -> Outcome<u8> {
     let base =
         if matches!(cli.command, Command::Daemon(_)) { tracing::Level::INFO } else { tracing::Level::ERROR };
     context.start_logging(base);
+    if acts(&cli.command) && keel_sys::process::geteuid() != 0 {
+        return Err(Failure::failed("this changes the host, or looks into what only root may see")
+            .hint("run as root"));
+    }
     dispatch(&context, &cli.command)
+}
+
+/// What needs the lock, the store or the namespaces of a container.
+fn acts(command: &Command) -> bool {
+    match command {
+        Command::Apply(_)
+        | Command::Plan(_)
+        | Command::Daemon(_)
+        | Command::Delete(_)
+        | Command::Restart(_)
+        | Command::Reconcile
+        | Command::Exec(_)
+        | Command::Image(_)
+        | Command::System(_) => true,
+        Command::Check(_)
+        | Command::Get(_)
+        | Command::Describe(_)
+        | Command::Logs(_)
+        | Command::Status(_)
+        | Command::Events(_)
+        | Command::Schema(_)
+        | Command::Completion { .. }
+        | Command::Version(_)
+        | Command::Hello(_) => false,
+    }
 }
 
 fn dispatch(context: &Context, command: &Command) -> Outcome<u8> {
@@ -88,6 +131,7 @@ fn dispatch(context: &Context, command: &Command) -> Outcome<u8> {
         Command::Status(args) => done(see::status(context, args)),
         Command::Events(args) => done(see::events(context, args)),
         Command::Delete(args) => done(delete::delete(context, args)),
+        Command::Restart(args) => done(delete::restart(context, args)),
         Command::Reconcile => done(delete::reconcile(context)),
         Command::Image(command) => done(image::image(context, command)),
         Command::System(cli::System::Reset(args)) => done(commands::system::reset(context, args)),

@@ -12,6 +12,8 @@ use crate::failure::{Failure, Outcome};
 pub(crate) enum Kind {
     Pod,
     Deployment,
+    ConfigMap,
+    Secret,
 }
 
 /// `pod/web`, or every object of a kind.
@@ -22,13 +24,17 @@ pub(crate) struct Wanted {
 }
 
 impl Kind {
-    pub(crate) const ALL: [Kind; 2] = [Kind::Pod, Kind::Deployment];
+    pub(crate) const ALL: [Kind; 4] = [Kind::Pod, Kind::Deployment, Kind::ConfigMap, Kind::Secret];
+    /// What `all` means: what runs.
+    const RUNNING: [Kind; 2] = [Kind::Pod, Kind::Deployment];
 
     /// Plural and short forms too.
     pub(crate) fn parse(word: &str) -> Option<Kind> {
         match word.to_ascii_lowercase().as_str() {
             "pod" | "pods" | "po" => Some(Kind::Pod),
             "deployment" | "deployments" | "deploy" => Some(Kind::Deployment),
+            "configmap" | "configmaps" | "cm" => Some(Kind::ConfigMap),
+            "secret" | "secrets" => Some(Kind::Secret),
             _ => None,
         }
     }
@@ -38,12 +44,14 @@ impl Kind {
         match self {
             Kind::Pod => "Pod",
             Kind::Deployment => "Deployment",
+            Kind::ConfigMap => "ConfigMap",
+            Kind::Secret => "Secret",
         }
     }
 
     pub(crate) fn api_version(self) -> &'static str {
         match self {
-            Kind::Pod => "v1",
+            Kind::Pod | Kind::ConfigMap | Kind::Secret => "v1",
             Kind::Deployment => "apps/v1",
         }
     }
@@ -53,6 +61,8 @@ impl Kind {
         match self {
             Kind::Pod => "pod",
             Kind::Deployment => "deployment",
+            Kind::ConfigMap => "configmap",
+            Kind::Secret => "secret",
         }
     }
 
@@ -74,7 +84,7 @@ pub(crate) fn parse(words: &[String]) -> Outcome<Vec<Wanted>> {
     for word in first.split(',') {
         match Kind::parse(word) {
             Some(kind) => kinds.push(kind),
-            None if word == "all" => kinds.extend(Kind::ALL),
+            None if word == "all" => kinds.extend(Kind::RUNNING),
             None => return Err(Kind::unknown(word)),
         }
     }
@@ -127,6 +137,7 @@ pub(crate) fn not_found(status: &Status, kind: Kind, namespace: &str, name: &str
         Kind::Deployment => {
             status.deployments.iter().map(|deployment| &deployment.key).find(|key| key.name == name)
         }
+        Kind::ConfigMap | Kind::Secret => None,
     };
     if let Some(key) = elsewhere {
         return failure.hint(format!("there is one in namespace {}: -n {}", key.namespace, key.namespace));

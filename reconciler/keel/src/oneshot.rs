@@ -1,17 +1,20 @@
 //! Acting without a daemon: the same controller and engine, for as long as the command lives.
 
-use keel_api::{ApplyRequest, Control, ControlError, DeleteRequest, ErrorCode, EventSender};
+use std::time::Duration;
+
+use keel_api::{ApplyRequest, Control, ControlError, DeleteRequest, ErrorCode, EventSender, RestartRequest};
 
 use crate::context::Context;
 use crate::failure::{Failure, Outcome};
-use crate::instance::Instance;
+use crate::instance::{COMMAND_PATIENCE, Instance};
 
 pub(crate) async fn apply(
     context: &Context,
     request: ApplyRequest,
     events: EventSender,
 ) -> Result<(), ControlError> {
-    let instance = open(context).await?;
+    let timeout = request.timeout_ms.map_or(COMMAND_PATIENCE, Duration::from_millis);
+    let instance = open(context, timeout.min(COMMAND_PATIENCE)).await?;
     let result = instance.controller.apply(request, events).await;
     instance.close().await;
     result
@@ -22,14 +25,25 @@ pub(crate) async fn delete(
     request: DeleteRequest,
     events: EventSender,
 ) -> Result<(), ControlError> {
-    let instance = open(context).await?;
+    let instance = open(context, COMMAND_PATIENCE).await?;
     let result = instance.controller.delete(request, events).await;
     instance.close().await;
     result
 }
 
-async fn open(context: &Context) -> Result<Instance, ControlError> {
-    let instance = Instance::open(context, false)?;
+pub(crate) async fn restart(
+    context: &Context,
+    request: RestartRequest,
+    events: EventSender,
+) -> Result<(), ControlError> {
+    let instance = open(context, COMMAND_PATIENCE).await?;
+    let result = instance.controller.restart(request, events).await;
+    instance.close().await;
+    result
+}
+
+async fn open(context: &Context, patience: Duration) -> Result<Instance, ControlError> {
+    let instance = Instance::open(context, false, patience).await?;
     let declared = crate::daemon::last_declared(context)
         .map_err(|failure| ControlError::new(ErrorCode::Internal, failure.message))?;
     instance.controller.restore(declared).await;

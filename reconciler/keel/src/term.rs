@@ -31,6 +31,11 @@ impl Term {
         }
     }
 
+    /// Before the command line is understood.
+    pub(crate) fn plain() -> Term {
+        Term { color_out: false, color_err: false, live: false, quiet: false }
+    }
+
     /// Data. An error here ends the command, and a closed pipe ends it well.
     pub(crate) fn print(&self, text: &str) -> io::Result<()> {
         let mut out = io::stdout().lock();

@@ -31,6 +31,17 @@ fn offline(context: &Context) -> Outcome<Status> {
     keel_host::offline_status(&context.paths, declared).map_err(|error| Failure::failed(error.chain()))
 }
 
+/// Declared ConfigMaps and Secrets. They are on disk, whoever acts.
+pub(crate) fn contents(context: &Context) -> Outcome<Vec<keel_manifest::Object>> {
+    let mut objects = crate::oneshot::declared(context)?;
+    objects.retain(|object| crate::render::contents::is_contents(object));
+    Ok(objects)
+}
+
+pub(crate) fn has_daemon(context: &Context) -> bool {
+    context.client().probe().is_ok()
+}
+
 /// What a pod was made from. Not part of the status: it is on disk, whoever acts.
 pub(crate) fn declared(context: &Context, key: &PodKey) -> Option<std::sync::Arc<keel_plan::DesiredPod>> {
     keel_host::declared_pod(&context.paths, &PodId::of(key))
@@ -73,7 +84,7 @@ pub(crate) async fn images(
     request: ImageRequest,
     events: EventSender,
 ) -> Result<(), ControlError> {
-    let lock = keel_host::Lock::take(&context.paths).map_err(crate::instance::refused)?;
+    let lock = crate::instance::take_lock(context, crate::instance::COMMAND_PATIENCE).await?;
     let store = keel_host::open_store(&context.paths).map_err(crate::instance::refused)?;
     let registry = keel_host::registry_client(&crate::instance::registries(context));
     let status =
@@ -91,6 +102,8 @@ pub(crate) struct Running {
     /// Bundle: `config.json` is there.
     pub(crate) bundle: PathBuf,
     pub(crate) runtime_root: PathBuf,
+    /// What made it: another one does not know it.
+    pub(crate) runtime: PathBuf,
 }
 
 /// The run of `container` that is alive now.
@@ -106,7 +119,10 @@ pub(crate) fn running(context: &Context, pod: &PodStatus, container: &str) -> Ou
             .hint(format!("see why: keel describe pod/{}", pod.key.name)));
     };
     let id = container_id(&pod.key, container, attempt);
-    Ok(Running { bundle: context.paths.container(&id), runtime_root: context.paths.runtime_root(), id, pid })
+    let runtime = keel_host::container_runtime(&context.paths, &id, &context.settings.runtime)
+        .map_err(|error| Failure::failed(error.chain()))?;
+    let (bundle, runtime_root) = (context.paths.container(&id), context.paths.runtime_root());
+    Ok(Running { bundle, runtime_root, runtime, id, pid })
 }
 
 pub(crate) fn no_container(pod: &PodStatus, container: &str) -> Failure {

@@ -5,6 +5,9 @@ use serde::Serialize;
 use std::fs::{File, OpenOptions};
 use std::io::Write;
 
+/// Set by a caller that shows what the log says.
+const LOG_IS_READ: &str = "KEEL_RUNTIME_LOG_IS_READ";
+
 pub(crate) struct Log {
     file: Option<File>,
     json: bool,
@@ -30,8 +33,11 @@ impl Log {
         Log { file, json: globals.log_json, debug: globals.debug }
     }
 
+    /// Twice, as other runtimes do, unless the caller says that it reads the log: then standard error is the container's.
     pub(crate) fn error(&self, message: &str) {
-        eprintln!("keel-runtime: {message}");
+        if self.file.is_none() || std::env::var_os(LOG_IS_READ).is_none() {
+            eprintln!("keel-runtime: {message}");
+        }
         self.write("error", message);
     }
 

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use keel_api::{
     ApplyRequest, ClientError, ControlError, ControlEvent, DeleteRequest, ErrorCode, EventSender,
-    ImageRequest, exit,
+    ImageRequest, RestartRequest, exit,
 };
 use keel_manifest::Diagnostic;
 use tokio::sync::mpsc;
@@ -81,6 +81,7 @@ pub(crate) fn sources(context: &Context, names: &[PathBuf]) -> Outcome<Vec<PathB
 pub(crate) enum Operation {
     Apply(ApplyRequest),
     Delete(DeleteRequest),
+    Restart(RestartRequest),
     Image(ImageRequest),
 }
 
@@ -90,6 +91,7 @@ pub(crate) fn through_daemon(context: &Context, operation: Operation, reporter: 
         let mut lines = match &operation {
             Operation::Apply(request) => client.apply(request).await?,
             Operation::Delete(request) => client.delete(request).await?,
+            Operation::Restart(request) => client.restart(request).await?,
             Operation::Image(request) => client.images(request).await?,
         };
         while let Some(event) = lines.next().await? {
@@ -131,6 +133,7 @@ async fn act(context: &Context, operation: Operation, events: EventSender) -> Re
     match operation {
         Operation::Apply(request) => crate::oneshot::apply(context, request, events).await,
         Operation::Delete(request) => crate::oneshot::delete(context, request, events).await,
+        Operation::Restart(request) => crate::oneshot::restart(context, request, events).await,
         Operation::Image(request) => crate::world::images(context, request, events).await,
     }
 }

@@ -27,6 +27,9 @@ pub(crate) fn check(context: &Context, args: &Check) -> Outcome {
         }
         TextOrJson::Text => {
             say_diagnostics(context.term, &problems);
+            if objects.is_empty() && !bad {
+                context.term.note("no objects in the input\n");
+            }
             if !bad && !context.term.quiet {
                 let (files, objects) = (count(input.files.len(), "file"), count(objects.len(), "object"));
                 context.term.print(&format!("ok: {files}, {objects}{}\n", with_warnings(&problems)))?;

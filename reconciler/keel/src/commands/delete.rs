@@ -1,8 +1,8 @@
-//! `delete` and `reconcile`.
+//! `delete`, `restart` and `reconcile`.
 
-use keel_api::{ClientError, DeleteRequest, exit};
+use keel_api::{ClientError, DeleteRequest, RestartRequest, exit};
 
-use crate::cli::Delete;
+use crate::cli::{Delete, Restart};
 use crate::commands::apply::{
     Operation, Reporter, client_runtime, one_shot, say_diagnostics, through_daemon,
 };
@@ -72,6 +72,36 @@ fn lower(args: &Delete, kind: String, namespace: String, name: String) -> Delete
     let grace_ms =
         if args.now { Some(0) } else { args.grace_period.map(|seconds| seconds.saturating_mul(1000)) };
     DeleteRequest { kind, namespace, name, wait: !args.no_wait, grace_ms }
+}
+
+pub(crate) fn restart(context: &Context, args: &Restart) -> Outcome {
+    // Bare names are those of pods.
+    let wanted = match args.objects.split_first() {
+        Some((first, _)) if object::Kind::parse(first).is_some() => object::parse(&args.objects)?,
+        _ => args.objects.iter().map(|word| object::parse_one(word)).collect::<Outcome<Vec<_>>>()?,
+    };
+    for wanted in wanted {
+        let name = wanted.name.ok_or_else(|| {
+            Failure::invalid(format!("restart every {}? name them", wanted.kind.word()))
+                .hint("write KIND/NAME, e.g. pod/web")
+        })?;
+        let operation = Operation::Restart(RestartRequest {
+            kind: wanted.kind.name().to_owned(),
+            namespace: context.settings.namespace.clone(),
+            name,
+            container: args.container.clone(),
+            wait: !args.no_wait,
+            timeout_ms: u64::try_from(args.timeout.as_millis()).ok().filter(|&ms| ms > 0),
+        });
+        let mut reporter = Reporter::new(context.term, args.output, false);
+        match context.client().probe() {
+            Ok(()) => through_daemon(context, operation, &mut reporter)?,
+            Err(ClientError::NoDaemon { .. }) => one_shot(context, operation, &mut reporter)?,
+            Err(error) => return Err(error.into()),
+        }
+        reporter.end()?;
+    }
+    Ok(())
 }
 
 pub(crate) fn reconcile(context: &Context) -> Outcome {

@@ -33,7 +33,7 @@ pub(crate) fn exec(context: &Context, args: &Exec) -> Outcome<u8> {
         Some(name) => name,
         None => match pod.container_statuses.split_first() {
             Some((first, others)) => {
-                if !others.is_empty() {
+                if !others.is_empty() && io::stderr().is_terminal() {
                     context.term.note(&format!(
                         "container {} of pod {} (choose with -c)\n",
                         first.name, pod.key.name
@@ -46,8 +46,12 @@ pub(crate) fn exec(context: &Context, args: &Exec) -> Outcome<u8> {
     };
     let running = world::running(context, pod, container)?;
     let tty = args.tty && terminal(context);
-    let process = lower_process(&configured(&running)?, args, tty, |user| passwd::find(running.pid, user))?;
-    run(context, &running, &process, args.interactive, tty).map_err(not_tried)
+    let run = || {
+        let process =
+            lower_process(&configured(&running)?, args, tty, |user| passwd::find(running.pid, user))?;
+        run(&running, &process, args.interactive, tty)
+    };
+    run().map_err(not_tried)
 }
 
 /// A failure without a code of its own is the engine's, not the command's.
@@ -145,15 +149,16 @@ fn set_env(env: &mut Vec<String>, entry: &str, ours: impl Fn(&str) -> Option<Str
 
 /// Starts the runtime and stays until it ends. On a terminal it is the runtime that sets raw mode and passes the
 /// window's size on, as runc does in the foreground.
-fn run(context: &Context, running: &world::Running, process: &Value, stdin: bool, tty: bool) -> Outcome<u8> {
+fn run(running: &world::Running, process: &Value, stdin: bool, tty: bool) -> Outcome<u8> {
     let fail = |error| Failure::io("prepare", "the command", &error);
     let text = serde_json::to_vec(process).map_err(|error| Failure::of(&error))?;
     // In memory: environments hold secrets, and nothing is left behind when we are killed.
     let spec = inherited(c"process.json", &text).map_err(fail)?;
     let log = inherited(c"exec.log", b"").map_err(fail)?;
-    let mut command = Command::new(&context.settings.runtime);
+    let mut command = Command::new(&running.runtime);
     command.arg("--root").arg(&running.runtime_root).arg("--log").arg(path_of(&log));
-    command.args(["--log-format", "json", "exec"]);
+    // What went wrong is told by us, once. A runtime that does not know this says it as well.
+    command.args(["--log-format", "json", "exec"]).env("KEEL_RUNTIME_LOG_IS_READ", "1");
     if tty {
         command.arg("--tty");
     }
@@ -164,8 +169,7 @@ fn run(context: &Context, running: &world::Running, process: &Value, stdin: bool
     let before = keel_sys::tty::size(io::stdin()).is_ok().then(TerminalGuard::save).flatten();
     let signals = keel_sys::process::block_signals().map_err(fail)?;
     let mut child = command.spawn().map_err(|error| {
-        Failure::io("start runtime", context.settings.runtime.display(), &error)
-            .hint("choose one with --runtime")
+        Failure::io("start runtime", running.runtime.display(), &error).hint("choose one with --runtime")
     })?;
     forward_signals(signals, child.id());
     let ended = child.wait().map_err(|error| Failure::io("wait for", "the runtime", &error))?;
@@ -260,7 +264,10 @@ fn last_error(log: &str) -> Option<String> {
 /// The words are runc's, which every OCI runtime repeats because callers match on them.
 fn reason_code(message: &str) -> u8 {
     let has = |words: &[&str]| words.iter().any(|word| message.contains(word));
-    if has(&["executable file not found", "no such file or directory"]) {
+    // The runtime's own files can be missing or closed too: that is not the command's.
+    if !has(&["exec: ", "exec /", "exec \"", "executable file"]) {
+        NOT_TRIED
+    } else if has(&["executable file not found", "no such file or directory"]) {
         NO_COMMAND
     } else if has(&["permission denied", "exec format error", "is a directory"]) {
         NOT_EXECUTABLE
@@ -328,6 +335,9 @@ mod tests {
         assert_eq!(reason_code(&message), NO_COMMAND);
         assert_eq!(reason_code("exec /etc: permission denied"), NOT_EXECUTABLE);
         assert_eq!(reason_code("container is paused"), NOT_TRIED);
+        assert_eq!(reason_code("open /run/x/state.json: no such file or directory"), NOT_TRIED);
+        assert_eq!(reason_code("exec: \"/x\": stat /x: no such file or directory"), NO_COMMAND);
+        assert_eq!(reason_code("exec /x: no such file or directory"), NO_COMMAND);
         assert_eq!(last_error("{\"level\":\"info\",\"msg\":\"x\"}\n"), None);
     }
 }

@@ -24,8 +24,9 @@ pub(crate) fn image(context: &Context, command: &Image) -> Outcome {
             each(images, |image| act(context, ImageRequest::Pull { image: image.clone() }).map(drop))
         }
         Image::Import { files } => each(files, |file| import(context, file)),
-        Image::Rm { images, ignore_not_found } => {
-            each(images, |image| match act(context, ImageRequest::Remove { image: image.clone() }) {
+        Image::Rm { images, force, ignore_not_found } => {
+            let request = |image: &String| ImageRequest::Remove { image: image.clone(), force: *force };
+            each(images, |image| match act(context, request(image)) {
                 Err(failure) if failure.code == exit::NOT_FOUND && *ignore_not_found => Ok(()),
                 other => other.map(drop),
             })

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use keel_api::{ClientError, Event, Status, exit};
+use keel_manifest::Object;
 use keel_plan::{DeploymentStatus, PodKey, PodStatus};
 use serde_json::{Value, json};
 
@@ -12,6 +13,7 @@ use crate::commands::apply::client_runtime;
 use crate::context::Context;
 use crate::failure::{Failure, Outcome};
 use crate::object::{self, Kind, Wanted};
+use crate::render::contents;
 use crate::render::objects::{self, Columns};
 use crate::text::now_ms;
 use crate::world;
@@ -21,12 +23,18 @@ use crate::world;
 struct Found {
     pods: Vec<Arc<PodStatus>>,
     deployments: Vec<DeploymentStatus>,
+    /// ConfigMaps and Secrets, which have no status: what is declared is all there is.
+    contents: Vec<Object>,
     missing: Vec<Failure>,
 }
 
 impl Found {
+    fn len(&self) -> usize {
+        self.pods.len() + self.deployments.len() + self.contents.len()
+    }
+
     fn is_empty(&self) -> bool {
-        self.pods.is_empty() && self.deployments.is_empty()
+        self.pods.is_empty() && self.deployments.is_empty() && self.contents.is_empty()
     }
 }
 
@@ -36,7 +44,8 @@ pub(crate) fn get(context: &Context, args: &Get) -> Outcome {
         return watch(context, args, &wanted);
     }
     let status = world::status(context)?;
-    let found = find(context, &status, args, &wanted);
+    note_no_daemon(context, &status, args.output);
+    let found = find(context, &status, args, &wanted)?;
     let one = matches!(&wanted[..], [Wanted { name: Some(_), .. }]);
     let text = render(context, args, &found, one);
     context.term.print(&text)?;
@@ -51,6 +60,14 @@ pub(crate) fn get(context: &Context, args: &Get) -> Outcome {
     missing(context, found.missing, args.ignore_not_found)
 }
 
+/// Without anybody who looks after them, what ends stays so.
+fn note_no_daemon(context: &Context, status: &Status, form: Form) {
+    let for_people = matches!(form, Form::Table | Form::Wide);
+    if for_people && !status.pods.is_empty() && !world::has_daemon(context) {
+        context.term.note("no daemon is running: nothing is restarted\n");
+    }
+}
+
 /// All but the last are said here.
 fn missing(context: &Context, mut missing: Vec<Failure>, ignore: bool) -> Outcome {
     let last = missing.pop();
@@ -63,7 +80,7 @@ fn missing(context: &Context, mut missing: Vec<Failure>, ignore: bool) -> Outcom
     last.map_or(Ok(()), Err)
 }
 
-fn find(context: &Context, status: &Status, args: &Get, wanted: &[Wanted]) -> Found {
+fn find(context: &Context, status: &Status, args: &Get, wanted: &[Wanted]) -> Outcome<Found> {
     let mut found = Found::default();
     let namespace = &context.settings.namespace;
     let here = |key: &PodKey| args.all_namespaces || key.namespace == *namespace;
@@ -71,7 +88,7 @@ fn find(context: &Context, status: &Status, args: &Get, wanted: &[Wanted]) -> Fo
         |pod: &PodStatus| args.selector.as_ref().is_none_or(|selector| selector.matches(&pod.labels));
     for Wanted { kind, name } in wanted {
         let named = |key: &PodKey| here(key) && name.as_ref().is_none_or(|name| key.name == *name);
-        let before = found.pods.len() + found.deployments.len();
+        let before = found.len();
         match kind {
             Kind::Pod => {
                 found.pods.extend(status.pods.iter().filter(|pod| named(&pod.key) && labelled(pod)).cloned());
@@ -83,12 +100,24 @@ fn find(context: &Context, status: &Status, args: &Get, wanted: &[Wanted]) -> Fo
                 };
                 found.deployments.extend(status.deployments.iter().filter(fits).cloned());
             }
+            Kind::ConfigMap | Kind::Secret => {
+                let declared = world::contents(context)?;
+                let fits = |object: &Object| {
+                    let key = object.key();
+                    let place = PodKey { namespace: key.namespace, name: key.name };
+                    let labels = &contents::metadata(object).labels;
+                    key.kind == kind.name()
+                        && named(&place)
+                        && args.selector.as_ref().is_none_or(|selector| selector.matches(labels))
+                };
+                found.contents.extend(declared.into_iter().filter(fits));
+            }
         }
-        if let (Some(name), true) = (name, before == found.pods.len() + found.deployments.len()) {
+        if let (Some(name), true) = (name, before == found.len()) {
             found.missing.push(object::not_found(status, *kind, namespace, name));
         }
     }
-    found
+    Ok(found)
 }
 
 fn owned<'a>(status: &'a Status, deployment: &'a DeploymentStatus) -> impl Iterator<Item = &'a PodStatus> {
@@ -115,11 +144,23 @@ fn render(context: &Context, args: &Get, found: &Found, one: bool) -> String {
             if !found.deployments.is_empty() {
                 tables.push(objects::render_deployments(&found.deployments, columns));
             }
+            for kind in [Kind::ConfigMap, Kind::Secret] {
+                let of = found.contents.iter().filter(|object| object.key().kind == kind.name());
+                let of: Vec<&Object> = of.collect();
+                if !of.is_empty() {
+                    tables.push(contents::render(&of, columns));
+                }
+            }
             tables.join("\n")
         }
         Form::Name => {
             let pods = found.pods.iter().map(|pod| format!("pod/{}\n", pod.key.name));
-            pods.chain(found.deployments.iter().map(|d| format!("deployment/{}\n", d.key.name))).collect()
+            let deployments = found.deployments.iter().map(|d| format!("deployment/{}\n", d.key.name));
+            let contents = found.contents.iter().map(|object| {
+                let key = object.key();
+                format!("{}/{}\n", key.kind.to_lowercase(), key.name)
+            });
+            pods.chain(deployments).chain(contents).collect()
         }
         Form::Json | Form::Yaml => data(args.output, &items(context, found), one),
     }
@@ -139,7 +180,8 @@ fn items(context: &Context, found: &Found) -> Vec<Value> {
         item
     };
     let pods = found.pods.iter().map(pod);
-    pods.chain(found.deployments.iter().map(|d| with_kind(Kind::Deployment, d))).collect()
+    let deployments = found.deployments.iter().map(|d| with_kind(Kind::Deployment, d));
+    pods.chain(deployments).chain(found.contents.iter().map(contents::data)).collect()
 }
 
 /// In Kubernetes' shape, so that `jq` and templates that know a Pod know this one: who it is under `metadata`, how it is
@@ -187,9 +229,10 @@ fn watch(context: &Context, args: &Get, wanted: &[Wanted]) -> Outcome {
     client_runtime()?.block_on(async {
         let mut snapshots = client.watch_status().await?;
         while let Some(snapshot) = snapshots.next().await? {
-            let mut found = find(context, &snapshot.status, args, wanted);
+            let mut found = find(context, &snapshot.status, args, wanted)?;
             found.pods.retain(|pod| changed(&mut shown, format!("Pod/{}", pod.key), &**pod));
             found.deployments.retain(|d| changed(&mut shown, format!("Deployment/{}", d.key), d));
+            found.contents.retain(|object| changed(&mut shown, object.key().to_string(), &object.to_json()));
             let columns = Columns {
                 headers,
                 wide: args.output == Form::Wide,
@@ -234,7 +277,7 @@ pub(crate) fn describe(context: &Context, args: &Describe) -> Outcome {
         all_namespaces: false,
         ignore_not_found: false,
     };
-    let found = find(context, &status, &look, &wanted);
+    let found = find(context, &status, &look, &wanted)?;
     if matches!(args.output, Form::Json | Form::Yaml) {
         let one = matches!(&wanted[..], [Wanted { name: Some(_), .. }]);
         context.term.print(&data(args.output, &items(context, &found), one))?;
@@ -254,13 +297,15 @@ pub(crate) fn describe(context: &Context, args: &Describe) -> Outcome {
         let pods: Vec<&PodStatus> = owned(&status, deployment).collect();
         objects::describe_deployment(deployment, &pods, &of(format!("Deployment/{}", deployment.key)), now)
     });
-    let texts: Vec<String> = pods.chain(deployments).collect();
+    let contents = found.contents.iter().map(contents::describe);
+    let texts: Vec<String> = pods.chain(deployments).chain(contents).collect();
     context.term.print(&texts.join("\n\n"))?;
     missing(context, found.missing, false)
 }
 
 pub(crate) fn status(context: &Context, args: &cli::Status) -> Outcome {
     let status = world::status(context)?;
+    note_no_daemon(context, &status, args.output);
     let well = objects::all_well(&status);
     let text = match args.output {
         Form::Json | Form::Yaml => {

@@ -1,5 +1,6 @@
 //! Views. Pure: a value in, text out.
 
+pub(crate) mod contents;
 pub(crate) mod objects;
 pub(crate) mod progress;
 pub(crate) mod report;
