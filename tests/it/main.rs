@@ -10,6 +10,7 @@ mod manifests;
 mod network;
 mod podspec;
 mod review_cli;
+mod review_host;
 mod runtime;
 mod seccomp;
 mod shim;

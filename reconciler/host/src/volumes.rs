@@ -393,7 +393,8 @@ fn create_beneath(root: &File, path: &Path) -> nix::Result<OwnedFd> {
 }
 
 fn bind_fd(found: &OwnedFd, pin: &Path) -> Result<(), PathError> {
-    let is_dir = nix::sys::stat::fstat(found).map(|s| SFlag::from_bits_truncate(s.st_mode) & SFlag::S_IFMT == SFlag::S_IFDIR);
+    let is_dir = nix::sys::stat::fstat(found)
+        .map(|s| SFlag::from_bits_truncate(s.st_mode) & SFlag::S_IFMT == SFlag::S_IFDIR);
     let parent = pin.parent().unwrap_or(pin);
     make_dir(parent)?;
     unmount(pin)?;
