@@ -217,3 +217,17 @@ fn a_restart_makes_new_containers() {
     );
     instance.keel(&["restart", "web", "-c", "other"]).expect_code(4);
 }
+
+#[test]
+fn an_image_has_more_names_and_travels_as_an_archive() {
+    let instance = busybox();
+    instance.keel(&["image", "tag", BUSYBOX, "other:1"]).expect_code(0);
+    let archive = instance.path().join("saved.tar");
+    let archive = archive.to_str().unwrap();
+    instance.keel(&["image", "save", "other:1", "-o", archive]).expect_code(0);
+    instance.keel(&["image", "rm", "other:1"]).expect_code(0);
+    instance.keel(&["image", "import", archive]).expect_code(0);
+    let names = instance.keel(&["image", "ls", "-o", "name"]).expect_code(0).stdout;
+    assert!(names.contains("docker.io/library/other:1"), "{names}");
+    instance.keel(&["image", "tag", "absent", "x"]).expect_code(4);
+}

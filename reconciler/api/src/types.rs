@@ -105,6 +105,16 @@ pub enum ImageRequest {
         #[serde(default)]
         force: bool,
     },
+    /// One more reference for an image.
+    Tag {
+        image: String,
+        reference: String,
+    },
+    /// As one OCI archive. `path` is absolute, on the daemon's host.
+    Save {
+        images: Vec<String>,
+        path: std::path::PathBuf,
+    },
     List,
     Inspect {
         image: String,

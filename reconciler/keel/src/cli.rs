@@ -448,6 +448,20 @@ pub(crate) enum Image {
         #[arg(long)]
         ignore_not_found: bool,
     },
+    /// Give an image one more name
+    Tag {
+        #[arg(value_name = "IMAGE")]
+        image: String,
+        #[arg(value_name = "NAME")]
+        reference: String,
+    },
+    /// Write images as one OCI archive
+    Save {
+        #[arg(value_name = "IMAGE", required = true)]
+        images: Vec<String>,
+        #[arg(short, long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+        output: PathBuf,
+    },
     /// Configuration and layers
     Inspect {
         #[arg(value_name = "IMAGE", required = true)]

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use keel_api::{ControlError, ControlEvent, ErrorCode, EventSender, ImageRequest, Status, exit};
 use keel_plan::{ContainerStatus, PodStatus};
 use keel_registry::{Client, Platform, PullProgress};
-use keel_store::{Digest, Image, ImportOptions, ImportProgress, Roots, Store};
+use keel_store::{Digest, Image, ImportOptions, ImportProgress, Roots, SaveFormat, Store};
 use serde_json::{Value, json};
 
 use crate::failure::chain;
@@ -86,6 +86,27 @@ fn blocking(
             let reference = known(store, &image)?.reference;
             store.remove_image(&reference).map_err(|error| failed(&error))?;
             Ok(format!("removed {reference}; its layers go with: keel image prune"))
+        }
+        ImageRequest::Tag { image, reference } => {
+            let from = known(store, &image)?.reference;
+            let tagged = store.tag_image(&from, &reference).map_err(|error| failed(&error))?;
+            Ok(tagged
+                .map(|image| format!("{} {}", image.reference, image.manifest_digest))
+                .unwrap_or_default())
+        }
+        ImageRequest::Save { images, path } => {
+            for image in &images {
+                known(store, image)?;
+            }
+            let fail = |error: &dyn std::fmt::Display| {
+                ControlError::new(ErrorCode::Internal, format!("write {}: {error}", path.display()))
+            };
+            let mut file = std::fs::File::create(&path).map_err(|error| fail(&error))?;
+            let references: Vec<&str> = images.iter().map(String::as_str).collect();
+            store
+                .save(&references, SaveFormat::OciArchive, &mut file)
+                .map_err(|error| fail(&chain(&error)))?;
+            Ok(format!("saved {} to {}", crate::text::count(images.len(), "image"), path.display()))
         }
         ImageRequest::Prune => {
             let gone = store.collect_garbage(roots).map_err(|error| failed(&error))?;

@@ -34,7 +34,7 @@ fn offline(context: &Context) -> Outcome<Status> {
 /// Declared ConfigMaps and Secrets. They are on disk, whoever acts.
 pub(crate) fn contents(context: &Context) -> Outcome<Vec<keel_manifest::Object>> {
     let mut objects = crate::oneshot::declared(context)?;
-    objects.retain(|object| crate::render::contents::is_contents(object));
+    objects.retain(crate::render::contents::is_contents);
     Ok(objects)
 }
 

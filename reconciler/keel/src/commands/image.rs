@@ -31,6 +31,15 @@ pub(crate) fn image(context: &Context, command: &Image) -> Outcome {
                 other => other.map(drop),
             })
         }
+        Image::Tag { image, reference } => {
+            let (image, reference) = (image.clone(), reference.clone());
+            act(context, ImageRequest::Tag { image, reference }).map(drop)
+        }
+        Image::Save { images, output } => {
+            let path = std::path::absolute(output)
+                .map_err(|error| Failure::io("write", output.display(), &error).code(exit::INVALID))?;
+            act(context, ImageRequest::Save { images: images.clone(), path }).map(drop)
+        }
         Image::Prune => act(context, ImageRequest::Prune).map(drop),
         Image::Ls { output, no_headers } => {
             let found = act(context, ImageRequest::List)?.unwrap_or_default();
