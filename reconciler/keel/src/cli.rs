@@ -385,7 +385,7 @@ pub(crate) struct Delete {
     /// Return at once
     #[arg(long)]
     pub(crate) no_wait: bool,
-    /// Seconds between the stop signal and the kill, instead of the pod's own
+    /// Seconds between the stop signal and the kill, instead of the pod's own (which are 2 at least)
     #[arg(long, value_name = "SECONDS")]
     pub(crate) grace_period: Option<u64>,
     /// Kill at once
