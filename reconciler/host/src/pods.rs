@@ -572,3 +572,29 @@ pub fn purge_network(paths: &Paths) -> Result<(), HostError> {
     remove_file(&paths.network_record())?;
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nix::mount::{MntFlags, MsFlags, mount, umount2};
+    use std::os::unix::fs::MetadataExt;
+
+    #[test]
+    fn a_full_disk_never_shortens_what_containers_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let size = Some("size=8k");
+        mount(Some("tmpfs"), dir.path(), Some("tmpfs"), MsFlags::empty(), size).unwrap();
+        let path = dir.path().join("hosts");
+        rewrite_in_place(&path, &[b'a'; 4096]).unwrap();
+        let inode = fs::metadata(&path).unwrap().ino();
+        let refused = rewrite_in_place(&path, &[b'a'; 64 << 10]);
+        let kept = fs::read(&path).unwrap();
+        let shorter = rewrite_in_place(&path, b"short");
+        let (after, same) = (fs::read(&path).unwrap(), fs::metadata(&path).unwrap().ino() == inode);
+        umount2(dir.path(), MntFlags::MNT_DETACH).unwrap();
+        assert!(refused.is_err());
+        assert!(kept.starts_with(&[b'a'; 4096]), "{}", kept.len());
+        assert!(shorter.is_ok() && same);
+        assert_eq!(after, b"short");
+    }
+}
