@@ -65,7 +65,7 @@ impl Work {
 
 impl Drop for Work {
     fn drop(&mut self) {
-        let _ = umount2(&self.dir.path().join("run"), MntFlags::MNT_DETACH);
+        unmount_below(self.dir.path());
     }
 }
 
@@ -104,15 +104,20 @@ impl Disk {
 
 impl Drop for Disk {
     fn drop(&mut self) {
-        let text = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-        let targets = text.lines().filter_map(|line| line.split(' ').nth(4)).map(PathBuf::from);
-        let mut below: Vec<PathBuf> = targets.filter(|target| target.starts_with(&self.path)).collect();
-        below.sort();
-        // A detached file system is written back by nobody who measures after us.
-        for target in below.iter().rev() {
-            let _ = umount2(target, MntFlags::empty()).or_else(|_| umount2(target, MntFlags::MNT_DETACH));
-        }
+        unmount_below(&self.path);
         let _ = fs::remove_file(&self.file);
+    }
+}
+
+/// Engines leave mounts in their directories, and what is mounted cannot be removed.
+fn unmount_below(dir: &Path) {
+    let text = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let targets = text.lines().filter_map(|line| line.split(' ').nth(4)).map(PathBuf::from);
+    let below: Vec<PathBuf> = targets.filter(|target| target.starts_with(dir)).collect();
+    // The newest mount is the last line and may cover an older one. What is detached is written back later, while
+    // somebody else is measured: only for those who are busy.
+    for target in below.iter().rev() {
+        let _ = umount2(target, MntFlags::empty()).or_else(|_| umount2(target, MntFlags::MNT_DETACH));
     }
 }
 

@@ -3,7 +3,7 @@
 use std::fs;
 use std::time::Instant;
 
-use crate::engines::engines;
+use crate::engines::{engine, engines, present};
 use crate::failure::{Doing, Outcome};
 use crate::host::Work;
 use crate::keel::{Keel, manifest};
@@ -58,16 +58,15 @@ pub(crate) fn many(work: &Work, count: usize) -> Outcome<Vec<Measure>> {
     for name in &names {
         keel.declare(name)?;
     }
-    let engines = engines(work, &work.state("peers-many")?);
-    let podman = engines.iter().find(|engine| engine.name() == "podman");
-    if let Some(podman) = podman {
+    let podman = present("podman", engine("podman", work, &work.state("peers-many")?));
+    if let Some(podman) = &podman {
         podman.load(&archive)?;
     }
     let mut measure = Measure::new("fifty", format!("{MANY} pods, cold"), "ms");
     for _ in 0..count {
         measure.sample("keel apply", ms(keel.apply(&keel.manifests)?));
         keel.reset()?;
-        if let Some(podman) = podman {
+        if let Some(podman) = &podman {
             let start = Instant::now();
             for name in &names {
                 podman.start(name)?;
