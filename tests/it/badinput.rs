@@ -208,7 +208,7 @@ fn a_full_disk_fails_one_pull_leaves_no_half_and_everything_else_goes_on() {
     let registry = Registry::start();
     let mut layout = Layout::new();
     let base = Layer::busybox(Packing::Gzip);
-    layout.image(Some("small"), architecture(), &[base.clone()]);
+    layout.image(Some("small"), architecture(), std::slice::from_ref(&base));
     layout.image(Some("big"), architecture(), &[base, Layer::noise(Packing::Gzip, "noise", 48 << 20)]);
     let small = registry.push_layout(&layout, "small", "app/small:1");
     let big = registry.push_layout(&layout, "big", "app/big:1");
