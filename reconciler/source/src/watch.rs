@@ -300,10 +300,20 @@ impl Worker {
                 Round::Failed(ListError::Missing { .. }) => self.publish(Condition::Missing),
                 Round::Failed(error) => self.publish(Condition::Unreadable(chain(&error))),
             }
+            // A directory that came while it was looked for has been read, but is not watched: its first event would be the
+            // last that anybody missed.
+            if self.is_outdated() {
+                continue;
+            }
             if self.wait(next) {
                 return;
             }
         }
+    }
+
+    /// Whether the watch is on another directory than the one that is there now.
+    fn is_outdated(&self) -> bool {
+        self.events.as_ref().is_some_and(|events| events.identity != Identity::of(&self.dir))
     }
 
     /// Looks until two looks agree, or time is up.
