@@ -523,7 +523,11 @@ fn lower_resources(context: &Context<'_>, privileged: bool) -> Value {
     }
     let mut resources = json!({"cpu": cpu, "pids": {"limit": DEFAULT_PIDS_LIMIT}});
     if let Some(bytes) = wanted.memory_limit {
-        resources["memory"] = json!({"limit": bytes});
+        resources["memory"]["limit"] = json!(bytes);
+    }
+    // What was asked for is the last to be taken back when the host runs short.
+    if let Some(bytes) = wanted.memory_request {
+        resources["memory"]["reservation"] = json!(bytes);
     }
     resources["devices"] = json!([{"allow": privileged, "access": "rwm"}]);
     resources

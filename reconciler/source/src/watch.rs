@@ -300,8 +300,7 @@ impl Worker {
                 Round::Failed(ListError::Missing { .. }) => self.publish(Condition::Missing),
                 Round::Failed(error) => self.publish(Condition::Unreadable(chain(&error))),
             }
-            // A directory that came while it was looked for has been read, but is not watched: its first event would be the
-            // last that anybody missed.
+            // A directory that came while it was looked for has been read, but nobody would hear of its changes yet.
             if self.is_outdated() {
                 continue;
             }
