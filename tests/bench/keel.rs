@@ -78,6 +78,10 @@ impl Keel {
         wall(&mut self.command(&["system", "reset", "--force"])?).map(drop)
     }
 
+    pub(crate) fn delete(&self, pod: &str) -> Outcome {
+        wall(&mut self.command(&["delete", "pod", pod])?).map(drop)
+    }
+
     pub(crate) fn apply(&self, from: &Path) -> Outcome<Duration> {
         wall(self.command(&["--quiet", "apply", "--wait", "-f"])?.arg(from))
     }

@@ -30,8 +30,8 @@ pub struct Options {
     pub max_file_bytes: u64,
     /// Quiet time after the last event before the directory is read.
     pub settle: Duration,
-    /// The same, and the time between the two looks, after nothing but renames of whole files into place: those are
-    /// complete, and only their neighbours of the same batch are waited for.
+    /// The same after nothing but renames of whole files into place: those are complete, and only their neighbours of the
+    /// same batch are waited for. The second look follows at once.
     pub settle_placed: Duration,
     /// Time between two looks at a changed directory that must agree.
     pub confirm: Duration,
@@ -57,7 +57,7 @@ impl Default for Options {
             follow_outside: false,
             max_file_bytes: 1 << 20,
             settle: Duration::from_millis(250),
-            settle_placed: Duration::from_millis(10),
+            settle_placed: Duration::from_millis(4),
             confirm: Duration::from_millis(100),
             relist: Duration::from_secs(20),
             poll: Duration::from_secs(2),

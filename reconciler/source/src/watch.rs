@@ -383,7 +383,7 @@ impl Worker {
         let is_recent = |at: Option<Instant>| at.is_some_and(|at| at.elapsed() < self.options.settle * 2);
         // Nobody told of a change that is not recent: it may be half of anything.
         let is_placed = is_recent(hints.last_event) && !is_recent(hints.last_unfinished);
-        if is_placed { self.options.settle_placed } else { self.options.confirm }
+        if is_placed { Duration::ZERO } else { self.options.confirm }
     }
 
     fn look(&mut self) -> Result<Scan, ListError> {

@@ -1,7 +1,7 @@
 //! From a file to running processes.
 
 use std::fs;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::engines::{engine, engines, present};
 use crate::failure::{Doing, Outcome};
@@ -9,11 +9,13 @@ use crate::host::Work;
 use crate::keel::{Keel, manifest};
 use crate::report::{Aim, Measure};
 
+/// The kernel's teardown of a container is over by then.
+const SETTLE: Duration = Duration::from_millis(300);
 /// Pods of the cold start.
 const MANY: usize = 50;
 
 /// One pod, image present: our two ways against the peers' one. The contenders take turns, so that a busy moment of the
-/// host hits all of them.
+/// host hits all of them; each starts with a disk that has nothing left to write, so that nobody pays for the one before.
 pub(crate) fn one(work: &Work, count: usize) -> Outcome<Vec<Measure>> {
     let archive = keel_tests::image::busybox_archive_in(work.path());
     let keel = Keel::new(work, "one-shot")?;
@@ -31,14 +33,18 @@ pub(crate) fn one(work: &Work, count: usize) -> Outcome<Vec<Measure>> {
     for round in 0..count {
         let name = format!("one-{round}");
         fs::write(&file, manifest(&name)).doing_at("write", &file)?;
+        settle();
         one_shot.sample("keel apply", ms(keel.apply(&file)?));
-        keel.reset()?;
+        // A reset would keep what was applied, and the next round would start it again beside its own.
+        keel.delete(&name)?;
+        settle();
         let start = Instant::now();
         with_daemon.declare(&name)?;
         declared.sample("keel daemon", ms(with_daemon.await_running(start, &name)?));
         with_daemon.retract(&name)?;
         with_daemon.await_count(0)?;
         for engine in &engines {
+            settle();
             let took = ms(engine.start(&name)?);
             one_shot.sample(&format!("{} run -d", engine.name()), took);
             declared.sample(&format!("{} run -d", engine.name()), took);
@@ -64,9 +70,11 @@ pub(crate) fn many(work: &Work, count: usize) -> Outcome<Vec<Measure>> {
     }
     let mut measure = Measure::new("fifty", format!("{MANY} pods, cold"), "ms");
     for _ in 0..count {
+        settle();
         measure.sample("keel apply", ms(keel.apply(&keel.manifests)?));
         keel.reset()?;
         if let Some(podman) = &podman {
+            settle();
             let start = Instant::now();
             for name in &names {
                 podman.start(name)?;
@@ -78,6 +86,13 @@ pub(crate) fn many(work: &Work, count: usize) -> Outcome<Vec<Measure>> {
     Ok(vec![measure.aim(Aim::Ratio("podman loop", 0.1))])
 }
 
-fn ms(time: std::time::Duration) -> f64 {
+fn ms(time: Duration) -> f64 {
     time.as_secs_f64() * 1000.0
+}
+
+/// What the contender before has left behind is over: nothing to write, and the kernel has taken its namespaces and
+/// control groups down, which it does in the background with locks held that the next one needs.
+fn settle() {
+    nix::unistd::sync();
+    std::thread::sleep(SETTLE);
 }
