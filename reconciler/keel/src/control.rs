@@ -169,11 +169,8 @@ impl Controller {
                 record(&format!("Layer/{}", damage.digest), "Repaired", &damage.problem);
             }
             for image in &report.lost_images {
-                record(
-                    &format!("Image/{image}"),
-                    "Damaged",
-                    "damaged on disk and set aside; it is pulled again when needed",
-                );
+                let message = format!("{}; it is set aside and pulled again when needed", image.problem);
+                record(&format!("Image/{}", image.reference), "Damaged", &message);
             }
             engine.hint();
         });

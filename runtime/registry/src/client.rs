@@ -318,7 +318,11 @@ fn take_in(
 ) -> Result<(), LayerError> {
     let descriptor = &layer.descriptor;
     if store.has_blob(&descriptor.digest) {
-        return store.unpack_blob(&descriptor.digest, &layer.diff_id);
+        match store.unpack_blob(&descriptor.digest, &layer.diff_id) {
+            // It was damaged and is gone: it comes from the registry.
+            Err(_) if !store.has_blob(&descriptor.digest) => {}
+            other => return other,
+        }
     }
     let mut ingest = store.layer_ingest(&descriptor.digest, descriptor.size, &layer.diff_id)?;
     if opened.send(ingest.offset()).is_err() {

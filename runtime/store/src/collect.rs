@@ -78,6 +78,7 @@ impl Store {
         self.sweep_blobs(&needed, &mut done)?;
         self.sweep_layers(&needed, &mut done)?;
         self.sweep_partials(PARTIAL_MAX_AGE, &mut done)?;
+        self.sweep_aside()?;
         Ok(done)
     }
 
@@ -191,7 +192,42 @@ impl Store {
     }
 }
 
+impl Store {
+    /// Removes the layers that were set aside and that no mount can be using. A mount names a layer, not the directory
+    /// that it had then, so the good layer in its place keeps the bad one until it is not mounted either.
+    pub(crate) fn sweep_aside(&self) -> Result<(), FsError> {
+        let dir = self.inner.layers_dir();
+        let names = fsio::list(&dir)?.into_iter();
+        let aside: Vec<_> = names.filter(|name| name.as_bytes().starts_with(ASIDE.as_bytes())).collect();
+        if aside.is_empty() {
+            return Ok(());
+        }
+        let mounted = mounted_layers(&dir)?;
+        for name in aside {
+            let hex = name.to_str().and_then(|name| name.strip_prefix(ASIDE)?.get(..64));
+            let id = hex.and_then(|hex| Digest::from_hex(hex).ok());
+            if !id.is_some_and(|id| mounted.contains(&id)) {
+                fsio::remove_tree(&dir.join(name))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Names of damaged layers that a container may still run on: this, the diff id, and something unique.
+const ASIDE: &str = ".aside-";
+
 impl crate::store::Inner {
+    /// Gives the place of a layer free. A container that runs on it goes on.
+    pub(crate) fn set_layer_aside(&self, diff_id: &Digest) -> Result<(), FsError> {
+        let away = self.layers_dir().join(format!("{ASIDE}{}-{}", diff_id.hex(), fsio::unique()));
+        let path = self.layer_dir(diff_id);
+        match fs::rename(&path, &away) {
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(()),
+            other => other.at("set aside", &path),
+        }
+    }
+
     /// First out of sight by one rename, so that a crash in the middle leaves no half layer, then removed.
     pub(crate) fn discard_layer(&self, path: &Path) -> Result<(), FsError> {
         let away = self.layers_dir().join(format!("{TEMPORARY}{}", fsio::unique()));

@@ -49,6 +49,16 @@ impl<T> At<T> for nix::Result<T> {
 
 /// Replaces `path` by `bytes`: after a power cut it holds the old or the new content, never part of either.
 pub(crate) fn write_durably(path: &Path, bytes: &[u8]) -> Result<(), FsError> {
+    replace(path, bytes, true)?;
+    sync_dir(parent(path))
+}
+
+/// As [`write_durably`], for what means nothing after a power cut.
+pub(crate) fn write_for_this_boot(path: &Path, bytes: &[u8]) -> Result<(), FsError> {
+    replace(path, bytes, false)
+}
+
+fn replace(path: &Path, bytes: &[u8], durably: bool) -> Result<(), FsError> {
     let dir = parent(path);
     let temporary = dir.join(format!("{TEMPORARY}{}", unique()));
     let written = (|| {
@@ -59,7 +69,9 @@ pub(crate) fn write_durably(path: &Path, bytes: &[u8]) -> Result<(), FsError> {
             .open(&temporary)
             .at("create", &temporary)?;
         file.write_all(bytes).at("write", &temporary)?;
-        file.sync_all().at("sync", &temporary)?;
+        if durably {
+            file.sync_all().at("sync", &temporary)?;
+        }
         fs::rename(&temporary, path).at("rename into place", path)
     })();
     if let Err(e) = written {
@@ -67,7 +79,7 @@ pub(crate) fn write_durably(path: &Path, bytes: &[u8]) -> Result<(), FsError> {
         let _ = fs::remove_file(&temporary);
         return Err(e);
     }
-    sync_dir(dir)
+    Ok(())
 }
 
 /// Makes names created, renamed or removed in `dir` durable.

@@ -7,13 +7,13 @@ use crate::{Digest, ReferenceError, Store, canonical_reference};
 use oci_spec::image::{ImageConfiguration, ImageManifest};
 use serde::{Deserialize, Serialize};
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 /// The registries' own limit for manifests, and every client's.
 pub const MAX_MANIFEST: u64 = 4 << 20;
 pub const MAX_CONFIG: u64 = 4 << 20;
-const MAX_RECORD: u64 = 1 << 20;
+pub(crate) const MAX_RECORD: u64 = 1 << 20;
 /// The kernel stacks at most 500 overlay layers.
 const MAX_LAYERS: usize = 490;
 
@@ -53,6 +53,8 @@ pub struct Layer {
 pub enum ImageError {
     #[error(transparent)]
     Fs(#[from] FsError),
+    #[error("a damaged layer cannot be unpacked again")]
+    Heal(#[from] crate::LayerError),
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -108,7 +110,7 @@ impl Store {
         let Ok(reference) = canonical_reference(reference) else { return Ok(None) };
         let path = self.inner.record_path(&reference);
         match self.read_record(&path)? {
-            Some(record) if record.reference == reference => self.load(record, &path),
+            Some(record) if record.reference == reference => Ok(self.load(record, &path)?),
             _ => Ok(None),
         }
     }
@@ -177,7 +179,7 @@ impl Store {
         let record = ImageRecord { reference: new, ..record };
         let target = self.inner.record_path(&record.reference);
         self.write_record(&record)?;
-        Ok(self.load(record, &target).map_err(|ImageError::Fs(e)| e)?)
+        Ok(self.load(record, &target)?)
     }
 
     /// Pins an image or lets garbage collection have it; `false` when there is no such image.
@@ -193,6 +195,8 @@ impl Store {
         let path = self.inner.record_path(&record.reference);
         let bytes = serde_json::to_vec_pretty(record).map_err(io::Error::from).at("write", &path)?;
         fsio::write_durably(&path, &bytes)?;
+        // What an earlier damage has left is of no interest any more.
+        fsio::remove_file(&aside(&path))?;
         self.refresh_index()
     }
 
@@ -212,7 +216,7 @@ impl Store {
     }
 
     /// `None` when there is none or when it is damaged, which sets it aside.
-    pub(crate) fn read_record(&self, path: &std::path::Path) -> Result<Option<ImageRecord>, FsError> {
+    pub(crate) fn read_record(&self, path: &Path) -> Result<Option<ImageRecord>, FsError> {
         let Some(bytes) = fsio::read_small(path, MAX_RECORD)? else { return Ok(None) };
         match serde_json::from_slice(&bytes) {
             Ok(record) => Ok(Some(record)),
@@ -224,11 +228,11 @@ impl Store {
     }
 
     /// The record with its config; `None` sets a record aside whose config is lost or damaged.
-    fn load(&self, record: ImageRecord, path: &std::path::Path) -> Result<Option<Image>, ImageError> {
+    fn load(&self, record: ImageRecord, path: &Path) -> Result<Option<Image>, FsError> {
         let config = match self.read_blob(&record.config, MAX_CONFIG) {
             Ok(Some(bytes)) => serde_json::from_slice(&bytes).ok(),
             Ok(None) | Err(BlobError::WrongDigest { .. }) => None,
-            Err(BlobError::Fs(e)) => return Err(e.into()),
+            Err(BlobError::Fs(e)) => return Err(e),
             Err(_) => None,
         };
         match config {
@@ -241,10 +245,8 @@ impl Store {
     }
 
     /// A damaged record keeps its bytes for a person to look at, under a name that nobody reads.
-    pub(crate) fn quarantine(&self, path: &std::path::Path) -> Result<(), FsError> {
-        let mut name = path.as_os_str().to_owned();
-        name.push(".damaged");
-        std::fs::rename(path, &name).at("set aside", path)
+    pub(crate) fn quarantine(&self, path: &Path) -> Result<(), FsError> {
+        std::fs::rename(path, aside(path)).at("set aside", path)
     }
 
     /// Rewrites `index.json` from the records when it says something else.
@@ -257,6 +259,12 @@ impl Store {
             _ => fsio::write_durably(&path, &bytes),
         }
     }
+}
+
+fn aside(path: &Path) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(".damaged");
+    name.into()
 }
 
 /// The `index.json` of a layout that holds these images.

@@ -68,9 +68,10 @@ pub(crate) struct LayerRecord {
 }
 
 impl Store {
-    /// Whether the layer is unpacked: verified when it was, durable or about to be with the next commit.
+    /// Whether the layer is unpacked: verified when it was, durable or about to be with the next commit. One without a
+    /// readable record is not: unpacking it again takes its place.
     pub fn has_layer(&self, diff_id: &Digest) -> bool {
-        self.inner.state().layers.contains_key(diff_id) || self.inner.layer_dir(diff_id).is_dir()
+        self.inner.state().layers.contains_key(diff_id) || self.inner.is_published(diff_id)
     }
 
     /// Unpacks a layer from its compressed bytes, which end up nowhere else: checks both digests, is durable when it
@@ -94,15 +95,7 @@ impl Store {
         if self.has_layer(diff_id) {
             return Ok(());
         }
-        let path = self.blob_path(blob).unwrap_or_else(|| self.inner.blob_path(blob));
-        let file = File::open(&path).at("open", &path)?;
-        let (layer, sums) = self.inner.unpack_aside(file, true, blob, diff_id)?;
-        if let Some(actual) = sums.compressed
-            && actual != *blob
-        {
-            return Err(BlobError::WrongDigest { digest: *blob, actual }.into());
-        }
-        layer.stage();
+        self.inner.unpack_kept(blob, diff_id)?.stage();
         Ok(())
     }
 
@@ -151,13 +144,18 @@ impl Store {
         let staged = self.inner.state().layers.get(diff_id).cloned();
         // A staged one may be published, and so be gone from its place, between the two looks.
         for dir in staged.into_iter().chain([self.inner.layer_dir(diff_id)]) {
-            let path = dir.join("layer.json");
-            if let Some(bytes) = fsio::read_small(&path, MAX_RECORD)? {
-                return serde_json::from_slice(&bytes).map(Some).map_err(io::Error::from).at("read", &path);
+            if let Some(record) = read_record(&dir)? {
+                return Ok(Some(record));
             }
         }
         Ok(None)
     }
+}
+
+fn read_record(dir: &Path) -> Result<Option<LayerRecord>, FsError> {
+    let path = dir.join("layer.json");
+    let Some(bytes) = fsio::read_small(&path, MAX_RECORD)? else { return Ok(None) };
+    serde_json::from_slice(&bytes).map(Some).map_err(io::Error::from).at("read", &path)
 }
 
 /// A layer that is arriving. Write the blob's bytes from [`LayerIngest::offset`] on, then [`LayerIngest::finish`].
@@ -319,6 +317,39 @@ impl Read for Pieces {
 }
 
 impl Inner {
+    /// Whether a layer is in its place, with a record that says so.
+    pub(crate) fn is_published(&self, diff_id: &Digest) -> bool {
+        let dir = self.layer_dir(diff_id);
+        matches!(read_record(&dir), Ok(Some(record)) if record.diff_id == *diff_id) && dir.join("fs").is_dir()
+    }
+
+    /// Unpacks a kept blob. One that turns out to be damaged is removed, so that the next pull fetches it.
+    pub(crate) fn unpack_kept(
+        self: &Arc<Self>,
+        blob: &Digest,
+        diff_id: &Digest,
+    ) -> Result<TemporaryLayer, LayerError> {
+        let staged = self.state().blobs.get(blob).cloned();
+        let path = staged.filter(|path| path.is_file()).unwrap_or_else(|| self.blob_path(blob));
+        let file = File::open(&path).at("open", &path)?;
+        let reader = file.try_clone().at("open", &path)?;
+        let failed = match self.unpack_aside(reader, true, blob, diff_id) {
+            Ok((layer, sums)) if sums.compressed == Some(*blob) => return Ok(layer),
+            Ok(_) => None,
+            Err(e) if is_no_space(&e) || matches!(e, LayerError::Fs(_)) => return Err(e),
+            Err(e) => Some(e),
+        };
+        // Unpacking may have ended early: only the digest of the whole tells whose fault it is.
+        let actual = crate::verify::hash(&file).at("read", &path);
+        match (failed, actual) {
+            (Some(e), Ok(actual)) if actual == *blob => Err(e),
+            (_, actual) => {
+                fsio::remove_file(&path)?;
+                Err(BlobError::WrongDigest { digest: *blob, actual: actual? }.into())
+            }
+        }
+    }
+
     pub(crate) fn unpack_aside(
         self: &Arc<Self>,
         reader: impl Read,
@@ -398,7 +429,7 @@ impl TemporaryLayer {
     pub(crate) fn stage(mut self) {
         let mut state = self.inner.state();
         // Two pulls of one layer at the same time: the first one stays.
-        if self.inner.layer_dir(&self.diff_id).is_dir() {
+        if self.inner.is_published(&self.diff_id) {
             return;
         }
         if let std::collections::btree_map::Entry::Vacant(vacant) = state.layers.entry(self.diff_id) {

@@ -21,6 +21,7 @@ mod collect;
 mod digest;
 mod fixup;
 mod fsio;
+mod heal;
 mod image;
 mod import;
 mod layer;
@@ -60,7 +61,7 @@ pub use tar::TarError;
 pub use unpack::UnpackError;
 pub use usage::{ImageUsage, Usage};
 pub use user::{User, UserError, resolve_user};
-pub use verify::{Damage, Depth, Report};
+pub use verify::{Damage, Depth, LostImage, Report};
 
 #[cfg(test)]
 mod tests;

@@ -24,8 +24,12 @@ const OPTIONS: [(&CStr, &CStr); 3] =
 
 #[derive(Debug, thiserror::Error)]
 pub enum MountError {
-    #[error("layer {0} is not in the store")]
-    LayerMissing(Digest),
+    #[error(
+        "layer {layer} is damaged ({problem}) and there is no good blob to make it from: the image has to be pulled again"
+    )]
+    Damaged { layer: Digest, problem: String },
+    #[error("a damaged layer cannot be unpacked again")]
+    Heal(#[from] crate::LayerError),
     #[error(transparent)]
     Fs(#[from] FsError),
     #[error("cannot mount overlay on {}: {step}{messages}", target.display())]
@@ -71,11 +75,7 @@ impl Store {
     }
 
     fn lowers(&self, image: &Image) -> Result<Vec<PathBuf>, MountError> {
-        let mut layers = Vec::new();
-        for layer in &image.layers {
-            let record = self.layer_record(&layer.diff_id)?.ok_or(MountError::LayerMissing(layer.diff_id))?;
-            layers.push(record);
-        }
+        let layers = self.sound_layers(image)?;
         let fs = |id: &Digest| self.inner.layer_dir(id).join("fs");
         let mut lowers: Vec<PathBuf> = Vec::new();
         lowers.extend(image.fixup.as_ref().map(fs));

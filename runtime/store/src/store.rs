@@ -1,6 +1,7 @@
 //! The store as a whole: its directories, what is under way in it, and the moment when things become durable.
 
 use crate::fsio::{self, At, FsError, TEMPORARY};
+use crate::heal::Checked;
 use crate::{Digest, Space, space};
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
@@ -28,6 +29,8 @@ pub(crate) struct Inner {
     layers: File,
     /// Held while staged things are published and while image records change.
     commit: Mutex<()>,
+    /// Held while one layer is looked at and put right. Taken before `commit`, never after it.
+    healing: Mutex<()>,
 }
 
 /// What is under way in this process.
@@ -41,6 +44,8 @@ pub(crate) struct State {
     pub(crate) writing: std::collections::BTreeSet<Digest>,
     /// Digests that garbage collection must not touch, with the number of leases.
     pub(crate) leases: BTreeMap<Digest, usize>,
+    /// Layers that need no look before they are used.
+    pub(crate) checked: Checked,
 }
 
 /// Bounds that hostile images run into. The defaults let every image pass that somebody would run on purpose.
@@ -96,7 +101,9 @@ impl Store {
             state: Mutex::default(),
             layers: File::open(&layers).at("open", &layers).map_err(unusable)?,
             commit: Mutex::default(),
+            healing: Mutex::default(),
         };
+        inner.state().checked = Checked::load(root);
         let store = Store { inner: Arc::new(inner) };
         store.check_layout()?;
         store.sweep().map_err(unusable)?;
@@ -162,7 +169,7 @@ impl Store {
                 }
             }
         }
-        Ok(())
+        self.sweep_aside()
     }
 }
 
@@ -200,6 +207,10 @@ impl Inner {
         self.commit.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    pub(crate) fn healing(&self) -> MutexGuard<'_, ()> {
+        self.healing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// [`Store::settle`] for a caller that holds the commit lock.
     pub(crate) fn settle_locked(&self) -> Result<(), FsError> {
         // Taken out now and not while syncing: what is staged meanwhile waits for the next call.
@@ -227,10 +238,17 @@ impl Inner {
         }
         for (diff_id, from) in &layers {
             let to = self.layer_dir(diff_id);
+            let taken = [libc::ENOTEMPTY, libc::EEXIST, libc::ENOTDIR];
             match fs::rename(from, &to) {
                 // Somebody else has published the same content.
-                Err(e) if matches!(e.raw_os_error(), Some(libc::ENOTEMPTY | libc::EEXIST)) => {
+                Err(e)
+                    if e.raw_os_error().is_some_and(|e| taken.contains(&e)) && self.is_published(diff_id) =>
+                {
                     fsio::remove_tree(from)?;
+                }
+                Err(e) if e.raw_os_error().is_some_and(|e| taken.contains(&e)) => {
+                    self.set_layer_aside(diff_id)?;
+                    fs::rename(from, &to).at("rename into place", &to)?;
                 }
                 Err(e) if e.kind() == io::ErrorKind::NotFound && to.exists() => {}
                 other => other.at("rename into place", &to)?,
@@ -250,6 +268,7 @@ impl Inner {
         }
         for diff_id in layers.keys() {
             state.layers.remove(diff_id);
+            state.checked.add(diff_id);
         }
         Ok(())
     }

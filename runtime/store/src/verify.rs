@@ -1,17 +1,15 @@
 //! Whether what is on disk is still what was written, and putting it right.
 
-use crate::blob::BlobError;
 use crate::census::{self, Census};
 use crate::digest::Hasher;
 use crate::fsio::{self, At, FsError};
 use crate::image::{ImageError, ImageRecord, MAX_CONFIG, MAX_MANIFEST};
-use crate::layer::LayerRecord;
-use crate::{Digest, Store, collect};
+use crate::{Digest, Store, heal};
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{self, Read};
+use std::io;
 use std::os::fd::AsFd;
-use std::path::Path;
+use std::os::unix::fs::FileExt;
 
 /// How closely to look.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,8 +26,17 @@ pub struct Report {
     pub layers: u64,
     pub blobs: u64,
     pub damage: Vec<Damage>,
-    /// Images that cannot be run any more and were set aside (with repair) or would be: pull or import them again.
-    pub lost_images: Vec<String>,
+    /// Images that cannot be run and were set aside (with repair, or earlier) or would be: pull or import them again.
+    pub lost_images: Vec<LostImage>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LostImage {
+    pub reference: String,
+    /// What has to be pulled to have the same image again.
+    pub manifest: Digest,
+    pub pinned: bool,
+    pub problem: String,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -45,39 +52,52 @@ pub struct Damage {
 impl Store {
     /// Whether the machine has been started since the store was last verified.
     pub fn needs_verify(&self) -> bool {
-        let path = self.inner.root.join("verified");
-        !matches!((fsio::read_small(&path, 4096), boot_id()), (Ok(Some(seen)), Some(boot)) if seen == boot)
+        !self.inner.state().checked.all
     }
 
     /// Checks every layer and every blob that an image needs. With `repair`, damaged layers are unpacked again from
     /// their blobs, damaged blobs are removed, and images that cannot be made whole here are set aside.
     pub fn verify(&self, depth: Depth, repair: bool) -> Result<Report, ImageError> {
         let mut report = Report::default();
+        for (_, record) in self.records_aside()? {
+            report.lost_images.push(LostImage::new(record, "set aside as damaged earlier".into()));
+        }
         let records: Vec<ImageRecord> = self.records()?.into_iter().map(|(_, record)| record).collect();
         self.verify_blobs(&records, depth, repair, &mut report)?;
         self.verify_layers(&records, depth, repair, &mut report)?;
         for record in records {
-            let whole = record.layers.iter().map(|l| l.diff_id).chain(record.fixup).all(|id| {
-                self.has_layer(&id) && !report.damage.iter().any(|d| d.digest == id && !d.repaired)
-            });
-            let readable = matches!(self.read_blob(&record.manifest.digest, MAX_MANIFEST), Ok(Some(_)))
-                && matches!(self.read_blob(&record.config, MAX_CONFIG), Ok(Some(_)));
-            if whole && readable {
-                continue;
-            }
+            let Some(problem) = self.why_lost(&record, &report) else { continue };
             if repair {
+                let _commit = self.inner.commit();
                 self.quarantine(&self.inner.record_path(&record.reference))?;
             }
-            report.lost_images.push(record.reference);
+            report.lost_images.push(LostImage::new(record, problem));
         }
         if repair {
             let _commit = self.inner.commit();
             self.refresh_index()?;
-            if let Some(boot) = boot_id() {
-                fsio::write_durably(&self.inner.root.join("verified"), &boot)?;
-            }
+            self.sweep_aside()?;
+            self.inner.state().checked.all = true;
+            self.inner.note_checked();
         }
         Ok(report)
+    }
+
+    /// Why an image cannot be used; `None` when it can.
+    fn why_lost(&self, record: &ImageRecord, report: &Report) -> Option<String> {
+        for id in record.layers.iter().map(|layer| layer.diff_id).chain(record.fixup) {
+            if let Some(damage) = report.damage.iter().find(|damage| damage.digest == id && !damage.repaired)
+            {
+                return Some(format!("layer {id} is damaged: {}", damage.problem));
+            }
+        }
+        let unreadable = |what: &str, digest: &Digest, limit| match self.read_blob(digest, limit) {
+            Ok(Some(_)) => None,
+            Ok(None) => Some(format!("its {what} {digest} is not there")),
+            Err(e) => Some(format!("its {what} cannot be used: {e}")),
+        };
+        unreadable("manifest", &record.manifest.digest, MAX_MANIFEST)
+            .or_else(|| unreadable("config", &record.config, MAX_CONFIG))
     }
 
     fn verify_blobs(
@@ -102,10 +122,11 @@ impl Store {
             let problem = match size {
                 Some(size) if size != len => Some(format!("blob has {len} bytes instead of {size}")),
                 // Manifests and configs are short and everything hangs on them.
-                _ if depth == Depth::Full || len <= MAX_CONFIG => {
-                    let actual = hash(file).at("read", &path)?;
-                    (actual != digest).then(|| format!("blob has the wrong content: its digest is {actual}"))
-                }
+                _ if depth == Depth::Full || len <= MAX_CONFIG => match hash(&file) {
+                    Ok(actual) if actual == digest => None,
+                    Ok(actual) => Some(format!("blob has the wrong content: its digest is {actual}")),
+                    Err(e) => Some(format!("blob is not readable: {e}")),
+                },
                 _ => None,
             };
             if let Some(problem) = problem {
@@ -135,107 +156,56 @@ impl Store {
         }
         for (diff_id, blob) in wanted {
             report.layers += 1;
-            let Some(problem) = self.layer_problem(&diff_id, depth)? else { continue };
-            let repaired = repair
-                && match blob {
-                    Some(blob) => self.rebuild_layer(&diff_id, &blob)?,
-                    None => self.rebuild_fixup(&diff_id, records)?,
-                };
-            let images = users(records, |record| {
-                record.fixup == Some(diff_id) || record.layers.iter().any(|layer| layer.diff_id == diff_id)
-            });
+            let healing = self.inner.healing();
+            let Some(problem) = self.layer_problem(&diff_id, depth) else { continue };
+            let repaired = repair && self.rebuild(&diff_id, blob.as_ref())?;
+            drop(healing);
+            let images = users(records, |record| heal::needs(record, &diff_id));
             report.damage.push(Damage { digest: diff_id, problem, images, repaired });
         }
         Ok(())
     }
 
     /// What is wrong with a layer; `None` when nothing is.
-    fn layer_problem(&self, diff_id: &Digest, depth: Depth) -> Result<Option<String>, FsError> {
-        let record: LayerRecord = match self.layer_record(diff_id) {
+    pub(crate) fn layer_problem(&self, diff_id: &Digest, depth: Depth) -> Option<String> {
+        let record = match self.layer_record(diff_id) {
             Ok(Some(record)) if record.diff_id == *diff_id => record,
-            Ok(None) => return Ok(Some("layer is not there".into())),
-            Ok(Some(_)) => return Ok(Some("layer.json is of another layer".into())),
-            Err(e) => return Ok(Some(format!("layer.json is not readable: {}", e.source))),
+            Ok(None) => return Some("it is not there".into()),
+            Ok(Some(_)) => return Some("layer.json is of another layer".into()),
+            Err(e) => return Some(format!("layer.json is not readable: {}", e.source)),
         };
         let path = self.inner.layer_dir(diff_id).join("fs");
-        let root = match File::open(&path) {
-            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Some("layer has no files".into())),
-            other => other.at("open", &path)?,
-        };
         // An I/O error is damage too: the disk has lost what was written.
+        let root = match File::open(&path) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Some("it has no files".into()),
+            Err(e) => return Some(format!("its files are not readable: {e}")),
+            Ok(root) => root,
+        };
         let now: Census = match census::take(root.as_fd(), depth == Depth::Full) {
             Ok(now) => now,
-            Err(e) => return Ok(Some(format!("layer is not readable: {e}"))),
+            Err(e) => return Some(format!("its files are not readable: {e}")),
         };
         let then = record.census;
-        Ok(if now.names != then.names {
-            Some(format!("layer has {} files and directories instead of {}", now.names, then.names))
+        if now.names != then.names {
+            Some(format!("it has {} files and directories instead of {}", now.names, then.names))
         } else if now.meta != then.meta {
             Some("lengths, owners or modes of files have changed".into())
         } else if depth == Depth::Full && now.content != then.content {
             Some("contents of files have changed".into())
         } else {
             None
-        })
-    }
-
-    /// Unpacks a damaged layer again from its blob and puts it in the old one's place; `false` when the blob is not
-    /// there or damaged too, which removes the layer.
-    fn rebuild_layer(&self, diff_id: &Digest, blob: &Digest) -> Result<bool, ImageError> {
-        let rebuilt = match self.blob_path(blob) {
-            None => None,
-            Some(path) => {
-                let file = File::open(&path).at("open", &path)?;
-                match self.inner.unpack_aside(file, true, blob, diff_id) {
-                    Ok((layer, sums)) if sums.compressed == Some(*blob) => Some(layer),
-                    Err(crate::LayerError::Fs(e)) => return Err(e.into()),
-                    Err(crate::LayerError::Blob(BlobError::Fs(e))) => return Err(e.into()),
-                    _ => None,
-                }
-            }
-        };
-        let _commit = self.inner.commit();
-        self.remove_layer(diff_id)?;
-        match rebuilt {
-            Some(layer) => {
-                layer.stage();
-                self.inner.settle_locked()?;
-                Ok(true)
-            }
-            None => Ok(false),
         }
     }
+}
 
-    fn rebuild_fixup(&self, id: &Digest, records: &[ImageRecord]) -> Result<bool, ImageError> {
-        let _commit = self.inner.commit();
-        self.remove_layer(id)?;
-        let Some(record) = records.iter().find(|record| record.fixup == Some(*id)) else { return Ok(false) };
-        let mut layers = Vec::new();
-        for layer in &record.layers {
-            match self.layer_record(&layer.diff_id) {
-                Ok(Some(record)) => layers.push(record),
-                _ => return Ok(false),
-            }
+impl LostImage {
+    fn new(record: ImageRecord, problem: String) -> LostImage {
+        LostImage {
+            pinned: record.pinned,
+            manifest: record.manifest.digest,
+            reference: record.reference,
+            problem,
         }
-        if self.fixup(&layers).is_err() {
-            return Ok(false);
-        }
-        self.inner.settle_locked()?;
-        Ok(true)
-    }
-
-    /// A container that runs on the layer keeps its directories open: they are only moved out of the way then, and
-    /// removed by the next open.
-    fn remove_layer(&self, diff_id: &Digest) -> Result<(), FsError> {
-        let path = self.inner.layer_dir(diff_id);
-        if !path.exists() {
-            return Ok(());
-        }
-        if collect::mounted_layers(&self.inner.layers_dir())?.contains(diff_id) {
-            let away = self.inner.layers_dir().join(format!("{}{}", fsio::TEMPORARY, fsio::unique()));
-            return std::fs::rename(&path, away).at("move away", &path);
-        }
-        self.inner.discard_layer(&path)
     }
 }
 
@@ -243,18 +213,17 @@ fn users(records: &[ImageRecord], uses: impl Fn(&ImageRecord) -> bool) -> Vec<St
     records.iter().filter(|record| uses(record)).map(|record| record.reference.clone()).collect()
 }
 
-fn hash(mut file: File) -> io::Result<Digest> {
+/// The digest of a whole file, wherever its position is.
+pub(crate) fn hash(file: &File) -> io::Result<Digest> {
     let mut hasher = Hasher::default();
     let mut buffer = vec![0; 256 * 1024];
+    let mut at = 0;
     loop {
-        let n = file.read(&mut buffer)?;
+        let n = file.read_at(&mut buffer, at)?;
+        at += n as u64;
         if n == 0 {
             return Ok(hasher.finish());
         }
         hasher.update(&buffer[..n]);
     }
-}
-
-fn boot_id() -> Option<Vec<u8>> {
-    fsio::read_small(Path::new("/proc/sys/kernel/random/boot_id"), 4096).ok().flatten()
 }

@@ -4,6 +4,7 @@ mod basics;
 mod collect;
 mod corpus;
 mod crash;
+mod heal;
 mod import;
 mod speed;
 
