@@ -13,26 +13,22 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use keel_proto::{Phase, Stream};
 use keel_sys::epoll::{BATCH, ERR, Epoll, HUP, IN, Ready};
-use keel_sys::monitor::{Buffer, Reaped, Status, pidfd_exit_status, reap, shed_memory, take_inherited};
+use keel_sys::monitor::{Reaped, Status, pidfd_exit_status, reap, take_inherited};
 use keel_sys::process::{block_signals, pidfd_send_signal, read_signal, set_name};
 
 use crate::args::Inherited;
 use crate::clients::Clients;
-use crate::cri::Formatter;
 use crate::error::{Context, Error};
 use crate::log::{Limits, Log};
 use crate::machine::{Effect, Event, step};
 use crate::memory::Memory;
 use crate::progress::Progress;
+use crate::pump::{Output, Pump};
 use crate::replay;
 use crate::runtime::DELETE_TIMEOUT;
 use crate::sessions::Sessions;
 use crate::setup;
 
-/// As much as a pipe holds: one read empties it.
-const INPUT: usize = 64 << 10;
-/// Four times as much as is read: lines shorter than 13 bytes take more than one write.
-const OUTPUT: usize = 256 << 10;
 /// How long the buffers of a burst are kept. Giving pages back costs less than a millisecond.
 const WARM: Duration = Duration::from_millis(200);
 /// Output that comes later than this after the end is from somebody who is not the container.
@@ -86,13 +82,7 @@ struct Hold {
     listener: Option<OwnedFd>,
     stdin: Option<Stdin>,
     outputs: [Option<Output>; 2],
-    log: Option<Log>,
-    /// Absent where nothing is to be kept safe: no log, or a terminal, which cannot be looked into.
-    progress: Option<Progress>,
-    input: Buffer,
-    output: Buffer,
-    /// The buffers have pages to give back.
-    warm: bool,
+    pump: Pump,
     clients: Clients,
     sessions: Sessions,
     phase: Phase,
@@ -106,11 +96,6 @@ struct Hold {
     record: Option<String>,
     /// Child that runs `delete`.
     deleting: Option<i32>,
-}
-
-struct Output {
-    file: File,
-    formatter: Formatter,
 }
 
 struct Stdin {
@@ -143,15 +128,13 @@ impl Hold {
             Some(_) if !o.tty => Progress::open(&o.dir).ok(),
             _ => None,
         };
-        let mut buffer = Buffer::new(OUTPUT).doing("map buffer")?;
+        let mut pump = Pump::new(log, progress)?;
         let within = match &o.log {
-            Some(log) if memory.resumed => replay::within_lines(log, &mut buffer),
+            Some(log) if memory.resumed => replay::within_lines(log, &mut pump.output),
             _ => [false; 2],
         };
-        buffer.discard();
-        let output = |fd: Option<OwnedFd>, stream, in_line| {
-            fd.map(|fd| Output { file: fd.into(), formatter: Formatter::new(stream, in_line) })
-        };
+        let output =
+            |fd: Option<OwnedFd>, stream, in_line| fd.map(|fd| Output::new(fd.into(), stream, in_line));
         Ok(Hold {
             epoll: Epoll::new().doing("create epoll")?,
             signals: block_signals().doing("block signals")?,
@@ -159,12 +142,7 @@ impl Hold {
             listener,
             stdin: stdin.map(|fd| Stdin { file: fd.into(), pending: Vec::new() }),
             outputs: [output(stdout, Stream::Stdout, within[0]), output(stderr, Stream::Stderr, within[1])],
-            log,
-            progress,
-            input: Buffer::new(INPUT).doing("map buffer")?,
-            output: buffer,
-            // Start-up counts as a burst.
-            warm: true,
+            pump,
             clients: Clients::new(CLIENTS),
             sessions: Sessions::new(SESSIONS),
             phase: Phase::Running,
@@ -207,11 +185,8 @@ impl Hold {
     fn turn(&mut self) -> Result<(), Error> {
         let mut ready = [Ready::default(); BATCH];
         let got = self.epoll.wait(&mut ready, self.timeout()).doing("wait for events")?;
-        if got == 0 && self.warm {
-            self.input.discard();
-            self.output.discard();
-            shed_memory();
-            self.warm = false;
+        if got == 0 && self.pump.warm {
+            self.pump.cool();
         }
         for ready in &ready[..got] {
             self.dispatch(*ready);
@@ -232,7 +207,7 @@ impl Hold {
         let now = Instant::now();
         let due = [self.deadline, self.reaper_due].into_iter().flatten().min();
         let due = due.map(|d| d.saturating_duration_since(now));
-        let warm = self.warm.then_some(WARM);
+        let warm = self.pump.warm.then_some(WARM);
         [due, warm].into_iter().flatten().min()
     }
 
@@ -253,8 +228,8 @@ impl Hold {
             STDOUT => self.pump(0),
             STDERR => self.pump(1),
             token if self.sessions.owns(token) => {
-                self.warm = true;
-                self.sessions.ready(token, &mut self.input, &self.epoll, &mut self.clients);
+                self.pump.warm = true;
+                self.sessions.ready(token, &mut self.pump.input, &self.epoll, &mut self.clients);
             }
             token => {
                 if let Some(index) = self.clients.index(token) {

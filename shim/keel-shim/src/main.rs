@@ -23,6 +23,7 @@ mod memory;
 mod pause;
 mod process;
 mod progress;
+mod pump;
 mod record;
 mod replay;
 mod runtime;

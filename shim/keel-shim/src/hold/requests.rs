@@ -106,7 +106,7 @@ impl Hold {
             Request::Stdin(bytes) => self.take_stdin(index, bytes),
             Request::StdinEof => self.end_stdin(),
             Request::Reopen => {
-                let done = self.log.as_mut().map_or(Ok(()), Log::reopen);
+                let done = self.pump.log.as_mut().map_or(Ok(()), Log::reopen);
                 self.acknowledge(index, done);
             }
             Request::Wait => self.wait(index),
@@ -171,8 +171,8 @@ impl Hold {
         if what.replay_kib > 0
             && let Some(log) = &self.memory.options.log
         {
-            self.warm = true;
-            let _ = replay::send(client, log, what, &mut self.output, &mut self.input);
+            self.pump.warm = true;
+            let _ = replay::send(client, log, what, &mut self.pump.output, &mut self.pump.input);
         }
         if let Some(record) = &self.record {
             let _ = client.send(&Reply::Exited { record });
