@@ -10,6 +10,7 @@ use reqwest::{Method, Url};
 use serde::Deserialize;
 
 use crate::credentials::Credential;
+use crate::endpoint::Link;
 use crate::error::PullError;
 use crate::transport::{Outgoing, Payload, Transport};
 use keel_store::Digest;
@@ -46,6 +47,8 @@ pub(crate) struct TokenRequest<'a> {
     /// For messages.
     pub(crate) registry: &'a str,
     pub(crate) repository: &'a str,
+    /// Settings of the connection, where the token service is the registry itself.
+    pub(crate) link: Option<&'a Link>,
 }
 
 /// All challenges of a response, in order; unknown schemes are left out.
@@ -135,7 +138,7 @@ async fn fetch(
     request: &TokenRequest<'_>,
 ) -> Result<(HeaderValue, Duration), PullError> {
     let realm = Url::parse(request.realm).map_err(|e| request.malformed(e.to_string()))?;
-    let plain = realm.scheme() == "http" && transport.may_be_plain(&realm);
+    let plain = realm.scheme() == "http" && transport.may_be_plain(&realm, request.link);
     if realm.scheme() != "https" && !plain {
         return Err(request.malformed("logins are sent over https only"));
     }
@@ -143,7 +146,7 @@ async fn fetch(
         Some(Credential::IdentityToken(token)) => refresh_request(realm, request, token),
         other => simple_request(realm, request, other),
     };
-    let response = transport.send(outgoing).await?;
+    let response = transport.send(Outgoing { link: request.link.cloned(), ..outgoing }).await?;
     let status = response.status();
     match status.as_u16() {
         200..=299 => {}
@@ -325,8 +328,16 @@ mod tests {
     #[test]
     fn logins_do_not_share_tokens() {
         let key = |credential: Option<&Credential>| {
-            TokenRequest { realm: "r", service: None, scope: "s", credential, registry: "", repository: "" }
-                .key()
+            TokenRequest {
+                realm: "r",
+                service: None,
+                scope: "s",
+                credential,
+                registry: "",
+                repository: "",
+                link: None,
+            }
+            .key()
         };
         let a = Credential::Basic { username: "u".into(), password: "a".into() };
         let b = Credential::Basic { username: "u".into(), password: "b".into() };

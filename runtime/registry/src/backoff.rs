@@ -74,7 +74,17 @@ impl<'a> Backoff<'a> {
 
     /// Waits before the next try, or gives the error back.
     pub(crate) async fn pause(&mut self, error: PullError) -> Result<(), PullError> {
-        match self.after(&error, random()) {
+        let delay = self.after(&error, random());
+        self.pause_for(error, delay).await
+    }
+
+    /// The same with a delay that was decided on already.
+    pub(crate) async fn pause_for(
+        &mut self,
+        error: PullError,
+        delay: Option<Duration>,
+    ) -> Result<(), PullError> {
+        match delay {
             Some(delay) => {
                 tracing::debug!(%error, delay_ms = delay.as_millis() as u64, "trying again");
                 self.tracker.waiting(&error, delay);
@@ -93,7 +103,7 @@ fn jitter(delay: Duration, chance: u64) -> Duration {
 }
 
 /// Randomness for jitter only: the standard library's hash keys differ per call and per process.
-fn random() -> u64 {
+pub(crate) fn random() -> u64 {
     use std::hash::{BuildHasher, Hasher};
     std::hash::RandomState::new().build_hasher().finish()
 }

@@ -1,12 +1,13 @@
 //! A blob as a stream: resumed where it broke, never longer than announced, handed to a thread that may block.
 
+use std::collections::BTreeSet;
+
 use bytes::Bytes;
 use tokio::sync::mpsc;
 
-use crate::backoff::Backoff;
 use crate::error::PullError;
 use crate::manifest::Descriptor;
-use crate::session::Session;
+use crate::source::{Need, Source, Turns};
 use crate::transport::Incoming;
 
 /// Pieces in flight between network and store, per layer. The store has a longer queue of its own before the
@@ -18,7 +19,7 @@ const RESET_BYTES: u64 = 1 << 20;
 
 /// Reads a blob from the registry over as many connections as it takes.
 pub(crate) struct Fetch<'a> {
-    session: &'a Session<'a>,
+    turns: Turns<'a>,
     descriptor: &'a Descriptor,
     what: &'a str,
     incoming: Option<Incoming>,
@@ -27,31 +28,31 @@ pub(crate) struct Fetch<'a> {
     /// Bytes of the current response that are there already (the registry ignored the range).
     skip: u64,
     since_failure: u64,
-    backoff: Backoff<'a>,
+    /// The places that bytes came from.
+    served: BTreeSet<usize>,
 }
 
 impl<'a> Fetch<'a> {
     /// `from`: bytes that are there from an earlier pull.
-    pub(crate) fn new(
-        session: &'a Session<'a>,
-        descriptor: &'a Descriptor,
-        what: &'a str,
-        from: u64,
-    ) -> Self {
+    pub(crate) fn new(source: &'a Source<'a>, descriptor: &'a Descriptor, what: &'a str, from: u64) -> Self {
         Self {
-            session,
+            turns: source.turns(Need::Pull),
             descriptor,
             what,
             incoming: None,
             done: from,
             skip: 0,
             since_failure: 0,
-            backoff: Backoff::new(session.retry, session.tracker),
+            served: BTreeSet::new(),
         }
     }
 
     pub(crate) fn done(&self) -> u64 {
         self.done
+    }
+
+    pub(crate) fn served(self) -> BTreeSet<usize> {
+        self.served
     }
 
     /// The next bytes, `None` once exactly the announced number was handed out.
@@ -61,7 +62,7 @@ impl<'a> Fetch<'a> {
                 Ok(Some(piece)) => {
                     self.since_failure += piece.len() as u64;
                     if self.since_failure >= RESET_BYTES {
-                        self.backoff.reset();
+                        self.turns.reset();
                     }
                     return Ok(Some(piece));
                 }
@@ -69,7 +70,7 @@ impl<'a> Fetch<'a> {
                 Err(error) => {
                     self.incoming = None;
                     self.since_failure = 0;
-                    self.backoff.pause(error).await?;
+                    self.turns.failed(error).await?;
                 }
             }
         }
@@ -80,11 +81,13 @@ impl<'a> Fetch<'a> {
         loop {
             // Nothing is read beyond the announced size, whatever else is on its way.
             if self.done == size {
-                self.incoming = None;
+                if self.incoming.take().is_some() {
+                    self.turns.succeeded();
+                }
                 return Ok(None);
             }
             if self.incoming.is_none() {
-                let response = self.session.blob(self.descriptor, self.what, self.done).await?;
+                let response = self.turns.session().blob(self.descriptor, self.what, self.done).await?;
                 self.skip = self.place(&response)?;
                 self.incoming = Some(response);
             }
@@ -106,6 +109,7 @@ impl<'a> Fetch<'a> {
                 return Err(self.wrong_length(&host, "more bytes".to_owned()));
             }
             self.done += piece.len() as u64;
+            self.served.insert(self.turns.place());
             return Ok(Some(piece));
         }
     }

@@ -1,6 +1,6 @@
 //! The client: options, and a pull from the reference to the committed image.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, Weak};
 
@@ -13,12 +13,15 @@ use crate::auth::TokenCache;
 use crate::backoff::{Backoff, RetryPolicy};
 use crate::blob::{Feeder, Fetch, Pieces, pipe};
 use crate::credentials::{self, InlineAuth};
+use crate::endpoint::Endpoint;
 use crate::error::PullError;
 use crate::manifest::{self, Descriptor, Document, Manifest};
+use crate::mirrors;
 use crate::platform::Platform;
 use crate::progress::{LayerState, OnProgress, PullProgress, Tracker};
 use crate::reference::Reference;
 use crate::session::{Access, CONFIG_LIMIT, Fetched, Session};
+use crate::source::{Health, Source};
 use crate::tls::Tls;
 use crate::transport::{Timeouts, Transport};
 
@@ -34,6 +37,10 @@ pub struct ClientOptions {
     pub auth_files: Vec<PathBuf>,
     /// Directories with one directory per `host[:port]`: `*.crt` authorities, `X.cert` + `X.key` client.
     pub certs_dirs: Vec<PathBuf>,
+    /// Directories with one directory per `host[:port]`, or `_default`, that may hold containerd's `hosts.toml`.
+    pub hosts_dirs: Vec<PathBuf>,
+    /// podman's `registries.conf`, each with its `.d` directory.
+    pub registries_conf: Vec<PathBuf>,
     /// PEM files of authorities to trust for every registry, beside the system's.
     pub extra_ca_files: Vec<PathBuf>,
     /// `host` or `host:port` whose certificate is not checked and that may speak plain http.
@@ -49,6 +56,8 @@ impl Default for ClientOptions {
         Self {
             auth_files: credentials::default_auth_files(),
             certs_dirs: vec!["/etc/containers/certs.d".into(), "/etc/docker/certs.d".into()],
+            hosts_dirs: vec!["/etc/containerd/certs.d".into()],
+            registries_conf: mirrors::default_registries_conf(),
             extra_ca_files: Vec::new(),
             insecure_registries: Vec::new(),
             parallel_layers: DEFAULT_PARALLEL_LAYERS,
@@ -80,6 +89,7 @@ pub struct Client {
     pub(crate) options: ClientOptions,
     pub(crate) transport: Transport,
     pub(crate) tokens: TokenCache,
+    pub(crate) health: Health,
     flights: Flights,
 }
 
@@ -100,7 +110,13 @@ impl Client {
     pub fn new(options: ClientOptions) -> Self {
         let tls = Tls::new(options.certs_dirs.clone(), options.extra_ca_files.clone());
         let transport = Transport::new(tls, options.timeouts.clone(), options.insecure_registries.clone());
-        Self { options, transport, tokens: TokenCache::default(), flights: Flights::default() }
+        Self {
+            options,
+            transport,
+            tokens: TokenCache::default(),
+            health: Health::default(),
+            flights: Flights::default(),
+        }
     }
 
     /// Makes the image of `reference` for `platform` present in `store`.
@@ -132,12 +148,12 @@ impl Client {
             return Ok(image);
         }
         let tracker = Tracker::new(progress);
-        let session = self.session(&reference, &tracker, &options.auth, Access::Pull).await?;
-        let (fetched, manifest) = self.image_manifest(&session, &options.platform).await?;
+        let source = self.source(&reference, &tracker, &options.auth).await?;
+        let (fetched, manifest) = self.image_manifest(&source, &options.platform).await?;
         let config = match store.read_blob(&manifest.config.digest, CONFIG_LIMIT) {
             Ok(Some(there)) => there.into(),
             // Damage of a kept config is healed by fetching it again.
-            Ok(None) | Err(_) => session.config(&manifest.config).await?,
+            Ok(None) | Err(_) => source.config(&manifest.config).await?,
         };
         let layers = plan_layers(&reference, &manifest, &config)?;
         warn_about_platform(&reference, &config, &options.platform);
@@ -147,33 +163,61 @@ impl Client {
         let layers = missing_layers(store, layers, &tracker);
         preflight(store, &reference, &layers)?;
         let unfinished = Unfinished(Some(store.clone()));
-        self.fetch_layers(store, &session, layers, &tracker).await?;
+        self.fetch_layers(store, &source, layers, &tracker).await?;
         let image = commit(store, &reference, fetched, manifest, config, options.pinned).await?;
         unfinished.done();
         Ok(image)
     }
 
+    /// All places that may have the image.
+    async fn source<'a>(
+        &'a self,
+        reference: &'a Reference,
+        tracker: &'a Tracker,
+        inline: &[InlineAuth],
+    ) -> Result<Source<'a>, PullError> {
+        let mut sessions = Vec::new();
+        for endpoint in self.route(reference)? {
+            let (name, origin) = (endpoint.registry.clone(), endpoint.origin);
+            match self.session(reference, endpoint, tracker, inline, Access::Pull).await {
+                Ok(session) => sessions.push(session),
+                Err(error) if !origin => tracing::warn!(%error, mirror = name, "the mirror is not used"),
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(Source::new(reference, tracker, &self.options.retry, sessions, &self.health))
+    }
+
+    /// Where the image may be, the registry that its name says last.
+    pub(crate) fn route(&self, reference: &Reference) -> Result<Vec<Endpoint>, PullError> {
+        let options = &self.options;
+        let hosts_dirs: Vec<PathBuf> =
+            options.certs_dirs.iter().chain(&options.hosts_dirs).cloned().collect();
+        mirrors::route(reference, &hosts_dirs, &options.registries_conf)
+    }
+
     pub(crate) async fn session<'a>(
         &'a self,
         reference: &'a Reference,
+        endpoint: Endpoint,
         tracker: &'a Tracker,
         inline: &[InlineAuth],
         access: Access,
     ) -> Result<Session<'a>, PullError> {
         let credential =
-            credentials::find(inline, &self.options.auth_files, reference.registry(), reference.repository())
+            credentials::find(inline, &self.options.auth_files, &endpoint.registry, &endpoint.repository)
                 .await?;
-        Ok(Session::new(self, tracker, reference, credential, access))
+        Ok(Session::new(self, tracker, reference, endpoint, credential, access))
     }
 
     /// From the reference through indexes to one image.
     async fn image_manifest(
         &self,
-        session: &Session<'_>,
+        source: &Source<'_>,
         platform: &Platform,
     ) -> Result<(Fetched, Manifest), PullError> {
-        let reference = session.reference;
-        let mut fetched = session.document(&reference.selector(), reference.digest(), None).await?;
+        let reference = source.reference;
+        let mut fetched = source.document(&reference.selector(), reference.digest(), None).await?;
         for _ in 0..MAX_INDEX_DEPTH {
             let index = match fetched.document.clone() {
                 Document::Manifest(manifest) => return Ok((fetched, manifest)),
@@ -181,7 +225,7 @@ impl Client {
             };
             let entry = manifest::choose(&index, platform, reference.canonical())?;
             let selector = entry.digest.to_string();
-            fetched = session.document(&selector, Some(&entry.digest), Some(entry.size)).await?;
+            fetched = source.document(&selector, Some(&entry.digest), Some(entry.size)).await?;
         }
         match fetched.document.clone() {
             Document::Manifest(manifest) => Ok((fetched, manifest)),
@@ -196,12 +240,12 @@ impl Client {
     async fn fetch_layers(
         &self,
         store: &Arc<Store>,
-        session: &Session<'_>,
+        source: &Source<'_>,
         layers: Vec<LayerPlan>,
         tracker: &Tracker,
     ) -> Result<(), PullError> {
         futures_util::stream::iter(layers)
-            .map(|layer| self.fetch_layer(store, session, layer, tracker))
+            .map(|layer| self.fetch_layer(store, source, layer, tracker))
             .buffer_unordered(self.options.parallel_layers.max(1))
             .try_collect::<()>()
             .await
@@ -210,26 +254,36 @@ impl Client {
     async fn fetch_layer(
         &self,
         store: &Arc<Store>,
-        session: &Session<'_>,
+        source: &Source<'_>,
         layer: LayerPlan,
         tracker: &Tracker,
     ) -> Result<(), PullError> {
-        let flight = self.flights.of(session.reference.host(), layer.descriptor.digest);
+        let flight = self.flights.of(source.reference.host(), layer.descriptor.digest);
         // Never closed, so acquiring cannot fail; a cancelled holder gives the permit back.
         let _permit = flight.acquire().await;
         if store.has_layer(&layer.diff_id) {
             tracker.finished(layer.index, LayerState::Present);
             return Ok(());
         }
-        let mut backoff = Backoff::new(session.retry, session.tracker);
+        let mut backoff = Backoff::new(source.retry, source.tracker);
+        let mut blamed = BTreeSet::new();
         loop {
-            match ingest(store, session, &layer, tracker).await {
+            let failure = match ingest(store, source, &layer, tracker).await {
                 Ok(()) => break,
+                Err(failure) => failure,
+            };
+            let from_new_places = !failure.served.is_subset(&blamed);
+            blamed.extend(failure.served);
+            match failure.error {
                 // Bytes of an earlier pull may be what is wrong; they are gone now.
-                Err(Failure { resumed: true, error: PullError::WrongDigest { .. }, .. }) => {}
+                PullError::WrongDigest { .. } if failure.resumed => {}
                 // The transfer has tried as often as the policy says.
-                Err(Failure { of_transfer: true, error, .. }) => return Err(error),
-                Err(Failure { error, .. }) => backoff.pause(error).await?,
+                error if failure.of_transfer => return Err(error),
+                // Other places may have the true bytes.
+                error if error.is_the_data() && from_new_places && blamed.len() < source.places() => {
+                    tracing::debug!(%error, "asking elsewhere");
+                }
+                error => backoff.pause(error).await?,
             }
         }
         tracker.finished(layer.index, LayerState::Done);
@@ -253,6 +307,8 @@ impl Flights {
 
 struct Failure {
     error: PullError,
+    /// The places that the bytes came from.
+    served: BTreeSet<usize>,
     /// Bytes of an earlier pull were used.
     resumed: bool,
     /// Fetching failed, not storing.
@@ -262,7 +318,7 @@ struct Failure {
 /// One pass: network -> bounded channel -> the store's hash, blob, inflate, hash, files.
 async fn ingest(
     store: &Arc<Store>,
-    session: &Session<'_>,
+    source: &Source<'_>,
     layer: &LayerPlan,
     tracker: &Tracker,
 ) -> Result<(), Failure> {
@@ -275,38 +331,47 @@ async fn ingest(
     // No offset: the store has an error to tell.
     let offset = offset.await.ok();
     let fed = match offset {
-        Some(offset) => feed(session, layer, tracker, feeder, offset).await,
-        None => Ok(()),
+        Some(offset) => feed(source, layer, tracker, feeder, offset).await,
+        None => Ok(BTreeSet::new()),
     };
     let stored = job.await;
-    let of_transfer = fed.is_err();
-    let error = match (fed, stored) {
-        (Ok(()), Ok(Ok(()))) => return Ok(()),
-        (Err(error), _) => error,
-        (_, Ok(Err(error))) => PullError::from_layer(&layer.what, session.reference.registry(), error),
-        (_, Err(panic)) => PullError::Setup { detail: format!("unpacking ended abnormally: {panic}") },
+    let resumed = offset.is_some_and(|n| n > 0);
+    let (served, error) = match (fed, stored) {
+        (Ok(_), Ok(Ok(()))) => return Ok(()),
+        (Err(error), _) => {
+            return Err(Failure { error, served: BTreeSet::new(), resumed, of_transfer: true });
+        }
+        (Ok(served), Ok(Err(error))) => {
+            (served, PullError::from_layer(&layer.what, source.reference.registry(), error))
+        }
+        (Ok(served), Err(panic)) => {
+            (served, PullError::Setup { detail: format!("unpacking ended abnormally: {panic}") })
+        }
     };
-    Err(Failure { error, resumed: offset.is_some_and(|n| n > 0), of_transfer })
+    if error.is_the_data() {
+        source.blame(served.iter().copied());
+    }
+    Err(Failure { error, served, resumed, of_transfer: false })
 }
 
-/// The asynchronous half: registry to channel. A store that stops taking has its own error to tell.
+/// The asynchronous half: registry to channel; gives the places that the bytes came from. A store that stops taking has its own error to tell.
 async fn feed(
-    session: &Session<'_>,
+    source: &Source<'_>,
     layer: &LayerPlan,
     tracker: &Tracker,
     feeder: Feeder,
     offset: u64,
-) -> Result<(), PullError> {
+) -> Result<BTreeSet<usize>, PullError> {
     tracker.fetched(layer.index, offset);
-    let mut fetch = Fetch::new(session, &layer.descriptor, &layer.what, offset);
+    let mut fetch = Fetch::new(source, &layer.descriptor, &layer.what, offset);
     while let Some(piece) = fetch.next().await? {
         if feeder.feed(piece).await.is_err() {
-            return Ok(());
+            return Ok(fetch.served());
         }
         tracker.fetched(layer.index, fetch.done());
     }
     let _ = feeder.end().await;
-    Ok(())
+    Ok(fetch.served())
 }
 
 /// The blocking half: channel to store. What has arrived is kept when the other half gives up.

@@ -109,6 +109,19 @@ pub enum PullError {
     #[error("{path} cannot be used as a certificate or key: {detail}")]
     CertificateFile { path: PathBuf, detail: String },
 
+    #[error("{path} cannot be used for mirrors: {detail}")]
+    MirrorFile { path: PathBuf, detail: String },
+
+    #[error("{reference} is blocked by {path}")]
+    Blocked { reference: String, path: PathBuf },
+
+    #[error("{error} (mirrors: {mirrors})")]
+    AllPlaces {
+        /// What the registry itself said, or the last place that was asked. Part of the message, so not its source.
+        error: Box<PullError>,
+        mirrors: String,
+    },
+
     #[error("no space is left for {what}")]
     DiskFull {
         what: String,
@@ -142,6 +155,8 @@ impl PullError {
             | Self::DiskFull { .. } => true,
             Self::Server { status, .. } => *status >= 500 || *status == 408 || *status == 425,
             Self::CredentialHelper { .. } | Self::Store { .. } => true,
+            // A mirror may get well, or get the image.
+            Self::AllPlaces { .. } => true,
             Self::Reference { .. }
             | Self::NotFound { .. }
             | Self::Unauthorized { .. }
@@ -159,6 +174,8 @@ impl PullError {
             | Self::NoMatchingPlatform { .. }
             | Self::AuthFile { .. }
             | Self::CertificateFile { .. }
+            | Self::MirrorFile { .. }
+            | Self::Blocked { .. }
             | Self::Setup { .. } => false,
         }
     }
@@ -223,6 +240,11 @@ impl PullError {
             Self::CertificateFile { path, .. } => {
                 format!("correct or remove {}", path.display())
             }
+            Self::MirrorFile { path, .. } => format!("correct or remove {}", path.display()),
+            Self::Blocked { path, .. } => {
+                format!("take `blocked` out of {} if it is meant to be used", path.display())
+            }
+            Self::AllPlaces { error, .. } => return error.hint(),
             Self::DiskFull { .. } => "remove images that are not needed: `keel image ls`, `keel image rm`".into(),
             Self::Tls { .. }
             | Self::Server { .. }
@@ -246,12 +268,13 @@ impl PullError {
             | Self::WrongDigest { .. }
             | Self::WrongLength { .. }
             | Self::BadLayer { .. } => Patience::Short,
+            Self::AllPlaces { error, .. } => error.patience(),
             _ => Patience::None,
         }
     }
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Patience {
     None,
     Short,
@@ -274,7 +297,44 @@ fn list(items: &[String]) -> String {
     }
 }
 
+impl Patience {
+    pub(crate) fn is_some(self) -> bool {
+        self != Self::None
+    }
+}
+
+/// The error of the registry itself, with what its mirrors said.
+pub(crate) fn with_places<'a>(
+    last: PullError,
+    others: impl Iterator<Item = (&'a str, &'a PullError)>,
+) -> PullError {
+    let mirrors: Vec<String> = others.map(|(place, error)| format!("{place}: {error}")).collect();
+    if mirrors.is_empty() {
+        return last;
+    }
+    PullError::AllPlaces { error: Box::new(last), mirrors: mirrors.join("; ") }
+}
+
 impl PullError {
+    /// Whether it is a reason to ask elsewhere first for a while: what is missing or forbidden in one place says
+    /// nothing about its health.
+    pub(crate) fn is_the_places_fault(&self) -> bool {
+        !matches!(
+            self,
+            Self::NotFound { .. }
+                | Self::BlobNotFound { .. }
+                | Self::Unauthorized { .. }
+                | Self::Denied { .. }
+                | Self::NotAnImage { .. }
+                | Self::Schema1 { .. }
+        )
+    }
+
+    /// What was sent is not what the manifest says.
+    pub(crate) fn is_the_data(&self) -> bool {
+        matches!(self, Self::WrongDigest { .. } | Self::WrongLength { .. } | Self::BadLayer { .. })
+    }
+
     /// Sorts an error of the store: wrong contents and a full disk have messages of their own.
     pub(crate) fn from_layer(what: &str, registry: &str, error: LayerError) -> Self {
         let (what, registry) = (what.to_owned(), registry.to_owned());

@@ -13,13 +13,16 @@ mod backoff;
 mod blob;
 mod client;
 mod credentials;
+mod endpoint;
 mod error;
 mod manifest;
+mod mirrors;
 mod platform;
 mod progress;
 mod push;
 mod reference;
 mod session;
+mod source;
 mod tls;
 mod transport;
 

@@ -88,7 +88,9 @@ impl Client {
         let manifest = read_manifest(store, &image, &source)?;
         let uploads = plan(store, &image, &source)?;
         let tracker = Tracker::new(progress);
-        let mut session = self.session(&target, &tracker, auth, Access::Push).await?;
+        // Mirrors are for reading; what is pushed goes where the name says.
+        let endpoint = self.route(&target)?.pop().expect("a route ends with the registry itself");
+        let mut session = self.session(&target, endpoint, &tracker, auth, Access::Push).await?;
         if source.registry() == target.registry() && source.repository() != target.repository() {
             session.mount_from(source.repository());
         }

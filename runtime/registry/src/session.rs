@@ -7,9 +7,10 @@ use reqwest::header::HeaderValue;
 use reqwest::{Method, StatusCode, Url};
 
 use crate::auth::{Challenge, TokenCache, TokenRequest, basic_header, bearer_header, challenges};
-use crate::backoff::{Backoff, RetryPolicy};
+use crate::backoff::RetryPolicy;
 use crate::client::Client;
 use crate::credentials::Credential;
+use crate::endpoint::Endpoint;
 use crate::error::PullError;
 use crate::manifest::{ACCEPT, Descriptor, Document, lower_document};
 use keel_store::Digest;
@@ -35,6 +36,7 @@ pub(crate) struct Session<'a> {
     pub(crate) retry: &'a RetryPolicy,
     pub(crate) tracker: &'a Tracker,
     pub(crate) reference: &'a Reference,
+    pub(crate) endpoint: Endpoint,
     pub(crate) credential: Option<Credential>,
     access: Access,
     /// A repository of the same registry that has the blobs of a push.
@@ -57,6 +59,7 @@ impl<'a> Session<'a> {
         client: &'a Client,
         tracker: &'a Tracker,
         reference: &'a Reference,
+        endpoint: Endpoint,
         credential: Option<Credential>,
         access: Access,
     ) -> Self {
@@ -66,6 +69,7 @@ impl<'a> Session<'a> {
             retry: &client.options.retry,
             tracker,
             reference,
+            endpoint,
             credential,
             access,
             mount_from: None,
@@ -74,23 +78,8 @@ impl<'a> Session<'a> {
         }
     }
 
-    /// Fetches a manifest or index by tag or digest, with retries, checked against the digest.
-    pub(crate) async fn document(
-        &self,
-        selector: &str,
-        expected: Option<&Digest>,
-        size: Option<u64>,
-    ) -> Result<Fetched, PullError> {
-        let mut backoff = Backoff::new(self.retry, self.tracker);
-        loop {
-            match self.document_once(selector, expected, size).await {
-                Ok(fetched) => return Ok(fetched),
-                Err(error) => backoff.pause(error).await?,
-            }
-        }
-    }
-
-    async fn document_once(
+    /// Fetches a manifest or index by tag or digest, checked against the digest.
+    pub(crate) async fn document_once(
         &self,
         selector: &str,
         expected: Option<&Digest>,
@@ -110,31 +99,12 @@ impl<'a> Session<'a> {
             &body,
             content_type.as_deref(),
             self.reference.canonical(),
-            self.reference.registry(),
+            &self.endpoint.registry,
         )?;
         Ok(Fetched { document, body, digest })
     }
 
-    /// Fetches an image config, with retries, checked against its descriptor.
-    pub(crate) async fn config(&self, descriptor: &Descriptor) -> Result<Bytes, PullError> {
-        let what = format!("the config of {}", self.reference);
-        if descriptor.size > CONFIG_LIMIT {
-            return Err(PullError::TooLarge {
-                what,
-                registry: self.reference.registry().to_owned(),
-                limit: CONFIG_LIMIT,
-            });
-        }
-        let mut backoff = Backoff::new(self.retry, self.tracker);
-        loop {
-            match self.config_once(descriptor, &what).await {
-                Ok(body) => return Ok(body),
-                Err(error) => backoff.pause(error).await?,
-            }
-        }
-    }
-
-    async fn config_once(&self, descriptor: &Descriptor, what: &str) -> Result<Bytes, PullError> {
+    pub(crate) async fn config_once(&self, descriptor: &Descriptor, what: &str) -> Result<Bytes, PullError> {
         let response = self.get(&format!("blobs/{}", descriptor.digest), None, None).await?;
         let response = self.accept_blob(response, what).await?;
         let host = response.host().to_owned();
@@ -229,7 +199,7 @@ impl<'a> Session<'a> {
     /// Sends a request, logging in once when the registry asks for it.
     pub(crate) async fn call(&self, outgoing: impl Fn() -> Outgoing) -> Result<Incoming, PullError> {
         let tried = self.authorization();
-        let response = self.transport.send(Outgoing { authorization: tried.clone(), ..outgoing() }).await?;
+        let response = self.transport.send(self.at_home(outgoing(), tried.clone())).await?;
         // A challenge from a host that we were redirected to is not ours to answer.
         if response.status() != StatusCode::UNAUTHORIZED || !response.at_home {
             return Ok(response);
@@ -240,7 +210,15 @@ impl<'a> Session<'a> {
             _ => return Ok(response),
         };
         *self.lock() = Some(header.clone());
-        self.transport.send(Outgoing { authorization: Some(header), ..outgoing() }).await
+        self.transport.send(self.at_home(outgoing(), Some(header))).await
+    }
+
+    /// With what belongs to this place: login, connection settings, the name that it stands for.
+    fn at_home(&self, mut outgoing: Outgoing, authorization: Option<HeaderValue>) -> Outgoing {
+        if let Some(namespace) = &self.endpoint.namespace {
+            outgoing.url.query_pairs_mut().append_pair("ns", namespace);
+        }
+        Outgoing { authorization, link: self.endpoint.link.clone(), ..outgoing }
     }
 
     async fn log_in(
@@ -267,8 +245,9 @@ impl<'a> Session<'a> {
                 service: service.as_deref(),
                 scope,
                 credential: self.credential.as_ref(),
-                registry: self.reference.registry(),
-                repository: self.reference.repository(),
+                registry: &self.endpoint.registry,
+                repository: &self.endpoint.repository,
+                link: self.endpoint.link.as_ref(),
             };
             return self.tokens.token(self.transport, &request, stale).await.map(Some);
         }
@@ -285,7 +264,7 @@ impl<'a> Session<'a> {
             Access::Pull => "pull",
             Access::Push => "pull,push",
         };
-        let own = format!("repository:{}:{actions}", self.reference.repository());
+        let own = format!("repository:{}:{actions}", self.endpoint.repository);
         match &self.mount_from {
             Some(other) => format!("{own} repository:{other}:pull"),
             None => own,
@@ -300,19 +279,32 @@ impl<'a> Session<'a> {
         self.authorization.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
-    /// The address to try, and the one to fall back to where plain http is allowed. A login is never part of a first request, so finding out
-    /// that a host speaks plain http gives nothing away.
+    /// The address to try, and the one to fall back to where plain http is allowed. A login is never part of a first
+    /// request, so finding out that a host speaks plain http gives nothing away.
     fn bases(&self) -> Result<(Url, Option<Url>), PullError> {
-        let base = |scheme: &str| {
-            let text = format!("{scheme}://{}/v2/{}/", self.reference.host(), self.reference.repository());
-            Url::parse(&text).map_err(|e| PullError::Reference {
+        let base = |root: &Url| {
+            let base = root.join(&format!("{}/", self.endpoint.repository));
+            base.map_err(|e| PullError::Reference {
                 text: self.reference.canonical().to_owned(),
                 detail: e.to_string(),
             })
         };
-        let secure = base("https")?;
-        let plain = self.transport.may_be_plain(&secure).then(|| base("http")).transpose()?;
-        Ok((secure, plain))
+        let first = base(&self.endpoint.roots[0])?;
+        let plain = match self.endpoint.roots.get(1) {
+            Some(root) => Some(base(root)?),
+            None if first.scheme() == "https" && self.transport.may_be_plain(&first, None) => {
+                let mut plain = first.clone();
+                // A host that is listed as insecure, named without a scheme.
+                plain.set_scheme("http").is_ok().then_some(plain)
+            }
+            None => None,
+        };
+        Ok((first, plain))
+    }
+
+    /// What the health of the place is remembered by.
+    pub(crate) fn place(&self) -> &str {
+        self.endpoint.roots[0].as_str()
     }
 
     /// The address of the repository, once the first request has found it.
@@ -351,16 +343,12 @@ impl<'a> Session<'a> {
     }
 
     fn missing(&self, what: &str, detail: String) -> PullError {
-        PullError::BlobNotFound {
-            what: what.to_owned(),
-            registry: self.reference.registry().to_owned(),
-            detail,
-        }
+        PullError::BlobNotFound { what: what.to_owned(), registry: self.endpoint.registry.clone(), detail }
     }
 
     pub(crate) async fn refusal(&self, response: Incoming, what: &str) -> PullError {
-        let registry = self.reference.registry().to_owned();
-        let repository = self.reference.repository().to_owned();
+        let registry = self.endpoint.registry.clone();
+        let repository = self.endpoint.repository.clone();
         match response.status() {
             StatusCode::UNAUTHORIZED if response.at_home => PullError::Unauthorized {
                 registry,

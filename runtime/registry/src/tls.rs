@@ -10,6 +10,7 @@ use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use rustls::{ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme};
 
+use crate::endpoint::Link;
 use crate::error::PullError;
 use crate::reference::{DOCKER_HUB, DOCKER_HUB_HOST};
 
@@ -45,11 +46,20 @@ impl Tls {
         self.certs_dirs.iter().any(|dir| names(host).any(|name| dir.join(name).is_dir()))
     }
 
-    pub(crate) fn config(&self, host: Option<&str>, verify: bool) -> Result<ClientConfig, PullError> {
-        let files = match host {
+    pub(crate) fn config(
+        &self,
+        host: Option<&str>,
+        link: Option<&Link>,
+        verify: bool,
+    ) -> Result<ClientConfig, PullError> {
+        let mut files = match host {
             Some(host) => self.host_files(host)?,
             None => HostFiles::default(),
         };
+        if let Some(link) = link {
+            files.authorities.extend(link.authorities.iter().cloned());
+            files.client = link.client.clone().or(files.client);
+        }
         let builder = ClientConfig::builder_with_provider(self.provider.clone())
             .with_safe_default_protocol_versions()
             .map_err(|e| PullError::Setup { detail: e.to_string() })?;

@@ -12,7 +12,8 @@ use std::time::{Duration, SystemTime};
 use bytes::{Bytes, BytesMut};
 use reqwest::dns::{Addrs, Name, Resolve, Resolving};
 use reqwest::header::{
-    ACCEPT, AUTHORIZATION, CONTENT_LENGTH, CONTENT_TYPE, HeaderMap, HeaderValue, LOCATION, RANGE, RETRY_AFTER,
+    ACCEPT, AUTHORIZATION, CONTENT_LENGTH, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, LOCATION, RANGE,
+    RETRY_AFTER,
 };
 use reqwest::{Method, StatusCode, Url};
 use rustls::CertificateError;
@@ -21,6 +22,7 @@ use tokio::io::{AsyncReadExt, AsyncSeekExt};
 use tokio::time::{Instant, timeout};
 
 use crate::backoff::parse_retry_after;
+use crate::endpoint::Link;
 use crate::error::PullError;
 use crate::tls::Tls;
 
@@ -69,8 +71,8 @@ enum ClientKey {
     Common,
     /// The same without proxies.
     Loopback,
-    /// `certs.d` files or insecure, by host.
-    Own(String),
+    /// `certs.d` files, insecure or the settings of a mirror, by host.
+    Own(String, Option<Link>),
 }
 
 /// A request as data.
@@ -80,6 +82,8 @@ pub(crate) struct Outgoing {
     pub(crate) accept: Option<&'static str>,
     pub(crate) range_from: Option<u64>,
     pub(crate) authorization: Option<HeaderValue>,
+    /// Holds for its host only.
+    pub(crate) link: Option<Link>,
     pub(crate) content_type: Option<String>,
     pub(crate) content_range: Option<String>,
     pub(crate) body: Payload,
@@ -124,14 +128,22 @@ impl Outgoing {
             accept: None,
             range_from: None,
             authorization: None,
+            link: None,
             content_type: None,
             content_range: None,
             body: Payload::Nothing,
         }
     }
 
-    fn headers(&self, authorization: Option<&HeaderValue>) -> HeaderMap {
+    fn headers(&self, authorization: Option<&HeaderValue>, link: Option<&Link>) -> HeaderMap {
         let mut headers = HeaderMap::new();
+        for (name, value) in link.iter().flat_map(|link| &link.headers) {
+            let pair = (HeaderName::try_from(name.as_str()), HeaderValue::try_from(value.as_str()));
+            if let (Ok(name), Ok(mut value)) = pair {
+                value.set_sensitive(true);
+                headers.append(name, value);
+            }
+        }
         let mut put = |name, value: Option<String>| {
             if let Some(value) = value.and_then(|v| HeaderValue::try_from(v).ok()) {
                 headers.insert(name, value);
@@ -189,8 +201,9 @@ impl Transport {
     }
 
     /// Plain http is acceptable on this machine and where the configuration says so.
-    pub(crate) fn may_be_plain(&self, url: &Url) -> bool {
-        is_loopback(url) || self.is_insecure(&host_of(url))
+    pub(crate) fn may_be_plain(&self, url: &Url, link: Option<&Link>) -> bool {
+        let host = host_of(url);
+        is_loopback(url) || self.is_insecure(&host) || link.is_some_and(|l| l.skip_verify && l.host == host)
     }
 
     fn is_insecure(&self, host: &str) -> bool {
@@ -239,8 +252,10 @@ impl Transport {
         authorization: Option<&HeaderValue>,
     ) -> Result<reqwest::Response, PullError> {
         let host = host_of(&url);
+        let link = outgoing.link.as_ref().filter(|link| link.host == host);
+        let client = self.client(&url, link)?;
         let mut request =
-            self.client(&url)?.request(outgoing.method.clone(), url).headers(outgoing.headers(authorization));
+            client.request(outgoing.method.clone(), url).headers(outgoing.headers(authorization, link));
         let taken = match &outgoing.body {
             Payload::Nothing => None,
             Payload::Bytes(bytes) => {
@@ -294,10 +309,10 @@ impl Transport {
         self.clients.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn client(&self, url: &Url) -> Result<reqwest::Client, PullError> {
+    fn client(&self, url: &Url, link: Option<&Link>) -> Result<reqwest::Client, PullError> {
         let host = host_of(url);
-        let key = if self.is_insecure(&host) || self.tls.has_own_files(&host) {
-            ClientKey::Own(host)
+        let key = if link.is_some() || self.is_insecure(&host) || self.tls.has_own_files(&host) {
+            ClientKey::Own(host, link.map(Link::without_headers))
         } else if is_loopback(url) {
             ClientKey::Loopback
         } else {
@@ -316,19 +331,21 @@ impl Transport {
     }
 
     fn build(&self, key: &ClientKey, loopback: bool) -> Result<reqwest::Client, PullError> {
-        let (host, verify) = match key {
-            ClientKey::Own(host) => (Some(host.as_str()), !self.is_insecure(host)),
-            ClientKey::Common | ClientKey::Loopback => (None, true),
+        let (host, link) = match key {
+            ClientKey::Own(host, link) => (Some(host.as_str()), link.as_ref()),
+            ClientKey::Common | ClientKey::Loopback => (None, None),
         };
+        let verify = !host.is_some_and(|host| self.is_insecure(host)) && !link.is_some_and(|l| l.skip_verify);
+        let connect = link.and_then(|link| link.connect).unwrap_or(self.timeouts.connect);
         let mut builder = reqwest::Client::builder()
             .user_agent(concat!("evenkeel/", env!("CARGO_PKG_VERSION")))
             .redirect(reqwest::redirect::Policy::none())
             .retry(reqwest::retry::never())
             .referer(false)
-            .connect_timeout(self.timeouts.connect)
+            .connect_timeout(connect)
             .pool_idle_timeout(Duration::from_secs(20))
-            .dns_resolver(Arc::new(SystemResolver { deadline: self.timeouts.connect }))
-            .tls_backend_preconfigured(self.tls.config(host, verify)?);
+            .dns_resolver(Arc::new(SystemResolver { deadline: connect }))
+            .tls_backend_preconfigured(self.tls.config(host, link, verify)?);
         if loopback {
             builder = builder.no_proxy();
         }

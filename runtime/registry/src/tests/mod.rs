@@ -3,6 +3,7 @@
 mod fixture;
 mod garbage;
 mod hostile;
+mod mirrors;
 mod push;
 mod real;
 mod server;
@@ -20,6 +21,8 @@ fn options() -> ClientOptions {
     ClientOptions {
         auth_files: Vec::new(),
         certs_dirs: Vec::new(),
+        hosts_dirs: Vec::new(),
+        registries_conf: Vec::new(),
         timeouts: Timeouts { connect: Duration::from_secs(5), no_progress: Duration::from_millis(700) },
         retry: RetryPolicy {
             base: Duration::from_millis(5),
