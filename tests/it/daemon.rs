@@ -218,6 +218,51 @@ fn a_directory_that_vanishes_or_is_suddenly_empty_deletes_nothing() {
 }
 
 #[test]
+fn most_of_a_directory_going_at_once_waits_for_a_word() {
+    let mut instance = Instance::new();
+    let config =
+        |n: usize| format!("apiVersion: v1\nkind: ConfigMap\nmetadata: {{name: c{n}}}\ndata: {{a: '1'}}\n");
+    for n in 0..8 {
+        instance.write(&format!("c{n}.yaml"), &config(n));
+    }
+    instance.start_daemon();
+    let names = |instance: &Instance| -> Vec<String> {
+        let ran = instance.keel(&["get", "configmap", "-o", "name"]).expect_code(0);
+        ran.stdout.lines().map(str::to_owned).collect()
+    };
+    eventually("all are there", || (names(&instance).len() == 8).then_some(()));
+    // Moved to one file: nothing is gone.
+    let all: Vec<String> = (0..8).map(config).collect();
+    for n in 0..8 {
+        fs::remove_file(instance.manifests().join(format!("c{n}.yaml"))).unwrap();
+    }
+    instance.write("all.yaml", &all.join("---\n"));
+    settle(&instance);
+    assert_eq!(names(&instance).len(), 8);
+    instance.write("all.yaml", &all[..3].join("---\n"));
+    eventually("the status says what would go", || {
+        instance.keel(&["status"]).all().contains("5 of the 8 objects").then_some(())
+    });
+    assert_eq!(names(&instance).len(), 8);
+    instance.kill_daemon();
+    instance.start_daemon();
+    eventually("it says so again", || {
+        instance.keel(&["status"]).all().contains("5 of the 8 objects").then_some(())
+    });
+    assert_eq!(names(&instance).len(), 8, "also for a daemon that starts over it");
+    instance.keel(&["reconcile", "--accept-removals"]).expect_code(0);
+    eventually("confirmed, it is taken at its word", || (names(&instance).len() == 3).then_some(()));
+    instance.write("all.yaml", &all[0]);
+    eventually("a few may go", || (names(&instance).len() == 1).then_some(()));
+    fs::remove_file(instance.manifests().join("all.yaml")).unwrap();
+    eventually("an empty directory is asked about", || {
+        instance.keel(&["status"]).all().contains("--accept-removals").then_some(())
+    });
+    instance.keel(&["reconcile", "--accept-removals"]).expect_code(0);
+    eventually("and taken at its word", || names(&instance).is_empty().then_some(()));
+}
+
+#[test]
 fn crash_back_off_counts_and_survives_the_daemon() {
     let mut instance = Instance::new();
     instance.import_busybox();

@@ -97,8 +97,9 @@ impl Client {
         self.stream(Method::GET, &path, None::<&()>).await
     }
 
-    pub async fn reconcile(&self) -> Result<(), ClientError> {
-        let _: serde_json::Value = self.whole(Method::POST, "reconcile").await?;
+    pub async fn reconcile(&self, accept_removals: bool) -> Result<(), ClientError> {
+        let path = format!("reconcile?accept-removals={}", u8::from(accept_removals));
+        let _: serde_json::Value = self.whole(Method::POST, &path).await?;
         Ok(())
     }
 

@@ -58,8 +58,9 @@ pub trait Control: Send + Sync + 'static {
         wait: bool,
     ) -> impl Future<Output = Result<Vec<Event>, ControlError>> + Send;
 
-    /// Reads every source and the host again now. Returns once that round is over.
-    fn reconcile(&self) -> impl Future<Output = Result<(), ControlError>> + Send;
+    /// Reads every source and the host again now. Returns once that round is over. `accept_removals`: a directory that
+    /// was not taken at its word, because most of what it declared has gone from it, is now.
+    fn reconcile(&self, accept_removals: bool) -> impl Future<Output = Result<(), ControlError>> + Send;
 
     /// `Err` says what is missing until the first complete round.
     fn ready(&self) -> Result<(), String>;

@@ -136,7 +136,7 @@ impl<C: Control> Server<C> {
             (&Method::POST, "delete") => self.delete(request).await,
             (&Method::POST, "restart") => self.restart(request).await,
             (&Method::POST, "images") => self.images(request).await,
-            (&Method::POST, "reconcile") => self.reconcile().await,
+            (&Method::POST, "reconcile") => self.reconcile(&request).await,
             (&Method::GET, "status") => self.status(&request).await,
             (&Method::GET, "events") => self.events(&request).await,
             (&Method::GET, "version") => json(&self.about),
@@ -173,8 +173,8 @@ impl<C: Control> Server<C> {
         operation(|events| async move { control.images(body, events).await }).await
     }
 
-    async fn reconcile(self: Arc<Self>) -> Answer {
-        self.control.reconcile().await?;
+    async fn reconcile(self: Arc<Self>, request: &Request<Incoming>) -> Answer {
+        self.control.reconcile(flag(request, "accept-removals")).await?;
         json(&serde_json::json!({}))
     }
 

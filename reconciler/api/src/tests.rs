@@ -73,7 +73,7 @@ impl Control for Told {
         Ok(events.iter().filter(|e| e.seq > after).cloned().collect())
     }
 
-    async fn reconcile(&self) -> Result<(), ControlError> {
+    async fn reconcile(&self, _: bool) -> Result<(), ControlError> {
         Ok(())
     }
 
@@ -191,7 +191,7 @@ fn no_daemon_differs_from_a_daemon_in_trouble() {
     with_server(&Told::new(false), async |client| {
         client.probe().unwrap();
         assert_eq!(client.version().await.unwrap(), about());
-        client.reconcile().await.unwrap();
+        client.reconcile(false).await.unwrap();
     });
 }
 

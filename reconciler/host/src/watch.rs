@@ -38,7 +38,9 @@ impl Lock {
             path: paths.run().to_path_buf(),
             source,
         })?;
-        let lock = Lock { _files: [lock(&paths.lock())?, lock(&paths.root_lock())?] };
+        let run = lock(&paths.lock())?;
+        let root = lock(&paths.root_lock()).map_err(|held| holder_elsewhere(paths).unwrap_or(held))?;
+        let lock = Lock { _files: [run, root] };
         refuse_second_run(paths)?;
         Ok(lock)
     }
@@ -63,8 +65,7 @@ struct InstanceRecord {
 }
 
 fn refuse_second_run(paths: &Paths) -> Result<(), HostError> {
-    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
-    let boot = boot.trim().to_owned();
+    let boot = this_boot();
     if let Some(last) = read_json::<InstanceRecord>(&paths.instance_record())? {
         if last.run == paths.run() && last.boot == boot {
             return Ok(());
@@ -77,6 +78,17 @@ fn refuse_second_run(paths: &Paths) -> Result<(), HostError> {
     }
     write_json(&paths.instance_record(), &InstanceRecord { run: paths.run().to_owned(), boot }, Keep::Boot)?;
     Ok(())
+}
+
+/// Whoever holds the state works with another run directory: waiting does not help, for no socket appears in ours.
+fn holder_elsewhere(paths: &Paths) -> Option<HostError> {
+    let last = read_json::<InstanceRecord>(&paths.instance_record()).ok()??;
+    let elsewhere = last.boot == this_boot() && last.run != paths.run();
+    elsewhere.then(|| HostError::OtherRun { root: paths.root().to_owned(), run: last.run })
+}
+
+fn this_boot() -> String {
+    std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().to_owned()
 }
 
 fn lock(path: &Path) -> Result<Flock<File>, HostError> {

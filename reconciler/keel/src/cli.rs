@@ -121,7 +121,7 @@ pub(crate) enum Command {
     /// Stop containers and let their restart policy go on
     Restart(Restart),
     /// Ask the daemon for a full round now
-    Reconcile,
+    Reconcile(Reconcile),
     /// Images of the store
     #[command(subcommand, visible_alias = "images")]
     Image(Image),
@@ -210,7 +210,7 @@ pub(crate) struct Daemon {
     /// Directory of manifests [default: `manifests` of the configuration]
     #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath, env = "KEEL_MANIFESTS", hide_env_values = true)]
     pub(crate) manifests: Option<PathBuf>,
-    /// An empty directory means: delete everything
+    /// The directory is taken at its word also when it is empty, or when most of what it declared has gone at once
     #[arg(long)]
     pub(crate) allow_empty: bool,
     /// Also serve the control API on a loopback address, e.g. 127.0.0.1:7300
@@ -414,6 +414,13 @@ pub(crate) struct Restart {
     pub(crate) timeout: Duration,
     #[arg(short, long, value_name = "FORM", default_value = "text")]
     pub(crate) output: TextOrJson,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Reconcile {
+    /// Confirm that what has gone from the directory is meant to go, also when that is most of it
+    #[arg(long)]
+    pub(crate) accept_removals: bool,
 }
 
 #[derive(Debug, Subcommand)]

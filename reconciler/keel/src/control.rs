@@ -23,6 +23,9 @@ use keel_plan::{Action, Desired, Plan, PodKey, Reason, Status, lower_desired};
 use tokio::sync::{broadcast, watch};
 use tokio::time::Instant;
 
+/// Told to read the directory again, and whether what has gone from it is meant to go.
+type OnRelist = Box<dyn Fn(bool) + Send>;
+
 /// What the manifest directory says now.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Directory {
@@ -43,7 +46,7 @@ pub(crate) struct Controller {
     snapshots: watch::Receiver<Snapshot>,
     files: Arc<Lock<StatusFiles>>,
     recorded: Arc<watch::Sender<u64>>,
-    relist: Lock<Option<Box<dyn Fn() + Send>>>,
+    relist: Lock<Option<OnRelist>>,
     /// True from the first status on that knows both the host and what is declared. An earlier one would say that
     /// nothing is there.
     known: Arc<watch::Sender<bool>>,
@@ -119,7 +122,7 @@ impl Controller {
     }
 
     /// What `reconcile` calls besides looking at the host.
-    pub(crate) fn on_relist(&self, relist: Box<dyn Fn() + Send>) {
+    pub(crate) fn on_relist(&self, relist: OnRelist) {
         *self.relist.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = Some(relist);
     }
 
@@ -616,9 +619,9 @@ impl Control for Controller {
         }
     }
 
-    async fn reconcile(&self) -> Result<(), ControlError> {
+    async fn reconcile(&self, accept_removals: bool) -> Result<(), ControlError> {
         if let Some(relist) = &*self.relist.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) {
-            relist();
+            relist(accept_removals);
         }
         let mut status = self.engine.status();
         let first = status.wait_for(|status| status.sources_complete);

@@ -1,6 +1,6 @@
 //! The loop: a directory, made true and kept true.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -51,15 +51,25 @@ async fn serve(context: &Context, args: &Daemon, manifests: PathBuf) -> Outcome 
     controller.begin().await?;
     controller.verify_images();
 
-    let (keep, kept) = open_keep(context)?;
+    let keep = Keep::open(&context.paths.sources()).map_err(|error| Failure::of(&error))?;
+    let kept = keep.repair().map_err(|error| Failure::of(&error))?;
+    for problem in &kept.problems {
+        tracing::warn!(problem, "last good manifests");
+    }
     let options =
         Options { allow_empty: args.allow_empty, had_files: !kept.files.is_empty(), ..Options::default() };
     let watcher = Watcher::new(&manifests, options)
         .map_err(|error| Failure::io("watch", manifests.display(), &error))?;
     let watcher = Arc::new(tokio::sync::Mutex::new(watcher));
-    let (relist_sender, relists) = watch::channel(0u64);
-    controller.on_relist(Box::new(move || relist_sender.send_modify(|n| *n = n.wrapping_add(1))));
-    let source = Source::new(&manifests, keep, kept.files);
+    let (relist_sender, relists) = watch::channel(Relist::default());
+    controller.on_relist(Box::new(move |accept_removals| {
+        relist_sender.send_modify(|relist| {
+            relist.rounds = relist.rounds.wrapping_add(1);
+            relist.accepted = relist.accepted.wrapping_add(u64::from(accept_removals));
+        });
+    }));
+    let mut source = Source::new(&manifests, keep, kept.files);
+    source.guards_removals = !args.allow_empty;
     tokio::spawn(follow_directory(watcher, relists, source, controller.clone()));
 
     let (stop_sender, stop) = watch::channel(false);
@@ -82,7 +92,7 @@ async fn serve(context: &Context, args: &Daemon, manifests: PathBuf) -> Outcome 
             _ = interrupt.recv() => break,
             _ = hangup.recv() => {
                 let controller = controller.clone();
-                tokio::spawn(async move { controller.reconcile().await });
+                tokio::spawn(async move { controller.reconcile(false).await });
             }
         }
     }
@@ -95,21 +105,13 @@ async fn serve(context: &Context, args: &Daemon, manifests: PathBuf) -> Outcome 
     Ok(())
 }
 
-fn open_keep(context: &Context) -> Outcome<(Keep, keel_source::Kept)> {
-    let keep = Keep::open(&context.paths.sources()).map_err(|error| Failure::of(&error))?;
-    let kept = keep.load().map_err(|error| Failure::of(&error))?;
-    for problem in &kept.problems {
-        tracing::warn!(problem, "last good manifests");
-    }
-    Ok((keep, kept))
-}
-
 /// What the directory declared when the last daemon ended.
 pub(crate) fn last_declared(context: &Context) -> Outcome<Vec<keel_manifest::Object>> {
     if !context.paths.sources().exists() {
         return Ok(Vec::new());
     }
-    let (keep, kept) = open_keep(context)?;
+    let keep = Keep::open(&context.paths.sources()).map_err(|error| Failure::of(&error))?;
+    let kept = keep.load().map_err(|error| Failure::of(&error))?;
     Ok(Source::new(Path::new(""), keep, kept.files).restored.objects)
 }
 
@@ -144,6 +146,25 @@ struct Source {
     restored: Effective,
     /// Reading a file again that has not changed is a waste.
     cache: BTreeMap<String, (FileState, Parsed)>,
+    /// The disk does not know `kept` yet.
+    unsaved: bool,
+    /// A directory from which most objects go at once is a mistake until somebody says otherwise.
+    guards_removals: bool,
+    /// Somebody has, about the next look.
+    accepts_removals: bool,
+}
+
+/// So many objects may go without a question, however few stay.
+const FEW_REMOVALS: usize = 4;
+
+/// A disk that was full or broken may be better by then.
+const SAVE_AGAIN: Duration = Duration::from_secs(5);
+
+/// What was asked of the reading of the directory, counted.
+#[derive(Clone, Copy, Debug, Default)]
+struct Relist {
+    rounds: u64,
+    accepted: u64,
 }
 
 impl Source {
@@ -153,23 +174,53 @@ impl Source {
         let last_good = LastGood::restore(parsed.clone());
         let restored = effective(&last_good, parsed);
         let dir = dir.display().to_string();
-        Source { dir, keep, kept, last_good, restored, cache: BTreeMap::new() }
+        Source {
+            dir,
+            keep,
+            kept,
+            last_good,
+            restored,
+            cache: BTreeMap::new(),
+            unsaved: false,
+            guards_removals: true,
+            accepts_removals: false,
+        }
     }
 
     fn take(&mut self, snapshot: &Snapshot) -> Directory {
         if let Some(reason) = self.held(&snapshot.condition) {
-            return Directory {
-                objects: self.restored.objects.clone(),
-                held: Some(reason),
-                ..Directory::default()
-            };
+            return self.as_before(reason);
         }
         let parsed = self.parse(snapshot);
         let now = effective(&self.last_good, parsed);
+        let accepts = std::mem::take(&mut self.accepts_removals) || !self.guards_removals;
+        if let Some(reason) = self.removal(&now).filter(|_| !accepts) {
+            return self.as_before(reason);
+        }
         self.remember(snapshot, &now);
         self.last_good = now.last_good.clone();
         self.restored = now.clone();
         Directory { objects: now.objects, frozen: now.frozen, conditions: now.conditions, held: None }
+    }
+
+    /// What was in force stays so.
+    fn as_before(&self, reason: String) -> Directory {
+        let objects = self.restored.objects.clone();
+        Directory { objects, held: Some(reason), ..Directory::default() }
+    }
+
+    /// Whether most of what was declared would go. An object that moves to another file does not go.
+    fn removal(&self, now: &Effective) -> Option<String> {
+        let stays: BTreeSet<_> = now.objects.iter().map(|object| object.key()).collect();
+        let before = self.restored.objects.len();
+        let gone = self.restored.objects.iter().filter(|object| !stays.contains(&object.key())).count();
+        (gone > FEW_REMOVALS && gone * 2 > before).then(|| {
+            format!(
+                "{gone} of the {before} objects in {} are gone at once; nothing changes until that is confirmed: keel \
+                 reconcile --accept-removals",
+                self.dir
+            )
+        })
     }
 
     fn held(&self, condition: &Condition) -> Option<String> {
@@ -183,7 +234,7 @@ impl Source {
                 Some(format!("{dir} cannot be read; nothing is deleted until it can: {why}"))
             }
             Condition::SuddenlyEmpty => Some(format!(
-                "{dir} is suddenly empty; nothing is deleted (if that is meant, start the daemon with --allow-empty)"
+                "{dir} is suddenly empty; nothing is deleted until that is confirmed: keel reconcile --accept-removals"
             )),
         }
     }
@@ -228,31 +279,53 @@ impl Source {
             }
         }
         if kept != self.kept {
-            if let Err(error) = self.keep.store(&kept) {
-                tracing::warn!(%error, "last good manifests could not be kept");
-            }
             self.kept = kept;
+            self.save();
+        }
+    }
+
+    /// What is in force, on disk for the next daemon and for commands that look.
+    fn save(&mut self) {
+        let stored = self.keep.store(&self.kept);
+        self.unsaved = stored.is_err();
+        if let Err(error) = stored {
+            tracing::warn!(error = %crate::failure::chain(&error), "last good manifests could not be kept");
         }
     }
 }
 
 async fn follow_directory(
     watcher: Arc<tokio::sync::Mutex<Watcher>>,
-    mut relists: watch::Receiver<u64>,
+    mut relists: watch::Receiver<Relist>,
     mut source: Source,
     controller: Arc<Controller>,
 ) {
+    let mut accepted = 0;
+    let mut last: Option<Arc<Snapshot>> = None;
     loop {
         let mut watcher = watcher.lock().await;
         let snapshot = tokio::select! {
             // Cancel-safe, both: an unread snapshot stays the newest one.
             snapshot = watcher.next() => snapshot,
+            () = tokio::time::sleep(SAVE_AGAIN), if source.unsaved => {
+                tokio::task::block_in_place(|| source.save());
+                continue;
+            }
             changed = relists.changed() => {
                 if changed.is_err() {
                     return;
                 }
                 watcher.relist();
-                continue;
+                let asked = relists.borrow_and_update().accepted;
+                if std::mem::replace(&mut accepted, asked) == asked {
+                    continue;
+                }
+                watcher.accept_empty();
+                source.accepts_removals = true;
+                match &last {
+                    Some(last) if last.condition == Condition::Ok => Some(last.clone()),
+                    _ => continue,
+                }
             }
         };
         drop(watcher);
@@ -260,6 +333,7 @@ async fn follow_directory(
             tracing::error!("the manifest directory is no longer watched");
             return;
         };
+        last = Some(snapshot.clone());
         // Parsing and the disk are not for the threads that serve sockets.
         let taken = tokio::task::spawn_blocking(move || {
             let directory = source.take(&snapshot);

@@ -97,7 +97,7 @@ fn acts(command: &Command) -> bool {
         | Command::Daemon(_)
         | Command::Delete(_)
         | Command::Restart(_)
-        | Command::Reconcile
+        | Command::Reconcile(_)
         | Command::Exec(_)
         | Command::Image(_)
         | Command::System(_) => true,
@@ -132,7 +132,7 @@ fn dispatch(context: &Context, command: &Command) -> Outcome<u8> {
         Command::Events(args) => done(see::events(context, args)),
         Command::Delete(args) => done(delete::delete(context, args)),
         Command::Restart(args) => done(delete::restart(context, args)),
-        Command::Reconcile => done(delete::reconcile(context)),
+        Command::Reconcile(args) => done(delete::reconcile(context, args)),
         Command::Image(command) => done(image::image(context, command)),
         Command::System(cli::System::Reset(args)) => done(commands::system::reset(context, args)),
         // Answered before there was a context.

@@ -56,16 +56,35 @@ impl Keep {
         Ok(Keep { dir: dir.to_owned() })
     }
 
-    /// Everything that is kept. What cannot be read is renamed to `*.broken` and reported, never an obstacle.
+    /// Everything that is kept. What cannot be read is reported, never an obstacle. Changes nothing: another process may
+    /// be writing.
     pub fn load(&self) -> Result<Kept, KeepError> {
+        self.read_all(|_| (), |_, _| "left out".into())
+    }
+
+    /// The same for the one process that writes: removes what a dead one left half written, and renames what cannot be
+    /// read to `*.broken`.
+    pub fn repair(&self) -> Result<Kept, KeepError> {
+        // The version before is whole.
+        let clean = |path: &Path| drop(fs::remove_file(path));
+        self.read_all(clean, |path, name| {
+            let aside = self.dir.join(format!("{name}{QUARANTINE}"));
+            fs::rename(path, &aside).map_or_else(|e| format!("stays: {e}"), |()| "set aside".into())
+        })
+    }
+
+    fn read_all(
+        &self,
+        unfinished: impl Fn(&Path),
+        unreadable: impl Fn(&Path, &str) -> String,
+    ) -> Result<Kept, KeepError> {
         let mut kept = Kept::default();
         let entries = fs::read_dir(&self.dir).map_err(|source| error("read directory", &self.dir, source))?;
         for entry in entries {
             let path = entry.map_err(|source| error("read directory", &self.dir, source))?.path();
             let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
             if name.starts_with(TEMPORARY) {
-                // Left by a process that died while writing; the version before is whole.
-                let _ = fs::remove_file(&path);
+                unfinished(&path);
                 continue;
             }
             if name.ends_with(QUARANTINE) {
@@ -76,10 +95,8 @@ impl Keep {
                     kept.files.insert(file, text);
                 }
                 Err(reason) => {
-                    let aside = self.dir.join(format!("{name}{QUARANTINE}"));
-                    let moved = fs::rename(&path, &aside)
-                        .map_or_else(|e| format!("stays: {e}"), |()| "set aside".into());
-                    kept.problems.push(format!("{}: {reason}; {moved}", path.display()));
+                    let outcome = unreadable(&path, &name);
+                    kept.problems.push(format!("{}: {reason}; {outcome}", path.display()));
                 }
             }
         }

@@ -464,7 +464,10 @@ fn kept_texts_come_back_and_broken_ones_are_set_aside() {
     dir.write("sources/.new-left", "half");
     dir.write("sources/bad-0000", "no header");
     dir.write("sources/newer-0000", "{\"version\":99,\"file\":\"x\"}\n");
-    let kept = keep.load().unwrap();
+    let read = keep.load().unwrap();
+    assert_eq!((read.files, read.problems.len()), (fewer.clone(), 2));
+    assert!(dir.path("sources/.new-left").exists(), "who only reads leaves a writer's file alone");
+    let kept = keep.repair().unwrap();
     assert_eq!((kept.files, kept.problems.len()), (fewer.clone(), 2));
     let again = keep.load().unwrap();
     assert_eq!((again.files, again.problems.len()), (fewer, 0), "set aside once");

@@ -2,7 +2,7 @@
 
 use keel_api::{ClientError, DeleteRequest, RestartRequest, exit};
 
-use crate::cli::{Delete, Restart};
+use crate::cli::{Delete, Reconcile, Restart};
 use crate::commands::apply::{
     Operation, Reporter, client_runtime, one_shot, say_diagnostics, through_daemon,
 };
@@ -104,6 +104,6 @@ pub(crate) fn restart(context: &Context, args: &Restart) -> Outcome {
     Ok(())
 }
 
-pub(crate) fn reconcile(context: &Context) -> Outcome {
-    Ok(client_runtime()?.block_on(context.client().reconcile())?)
+pub(crate) fn reconcile(context: &Context, args: &Reconcile) -> Outcome {
+    Ok(client_runtime()?.block_on(context.client().reconcile(args.accept_removals))?)
 }
