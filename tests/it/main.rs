@@ -14,5 +14,6 @@ mod review_host;
 mod runtime;
 mod seccomp;
 mod shim;
+mod storage;
 mod vm;
 mod walls;

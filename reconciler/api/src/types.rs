@@ -119,6 +119,15 @@ pub enum ImageRequest {
     Inspect {
         image: String,
     },
+    /// Checks what is on disk.
+    Verify {
+        /// Reads all contents, and not only names, owners, modes and lengths.
+        #[serde(default)]
+        full: bool,
+        /// Heals what is damaged, or sets it aside.
+        #[serde(default)]
+        repair: bool,
+    },
     Prune,
 }
 

@@ -152,7 +152,7 @@ fn canonical(reference: &str) -> Result<String, HostError> {
 }
 
 /// One static binary and an account that is not root.
-fn make_demo_image(store: &Store) -> Result<(), HostError> {
+pub(crate) fn make_demo_image(store: &Store) -> Result<(), HostError> {
     let failed = |source: Box<dyn std::error::Error + Send + Sync>| HostError::Pull {
         image: DEMO_IMAGE.to_string(),
         retry: false,

@@ -477,6 +477,17 @@ pub(crate) enum Image {
         #[arg(short, long, value_name = "FORM", default_value = "json")]
         output: Form,
     },
+    /// Check that what is on disk is what was pulled; ends with 1 when something is damaged and not healed
+    Verify {
+        /// Heal damage: from kept blobs, then from the registry; what cannot be healed is set aside
+        #[arg(long)]
+        repair: bool,
+        /// Only names, owners, modes and lengths, as after each start of the machine
+        #[arg(long)]
+        quick: bool,
+        #[arg(short, long, value_name = "FORM", default_value = "text")]
+        output: TextOrJson,
+    },
     /// Remove images and layers that nothing uses
     Prune,
 }

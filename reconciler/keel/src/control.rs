@@ -150,30 +150,33 @@ impl Controller {
         });
     }
 
-    /// Once a boot: whether a power cut has damaged a layer. Damage is healed from the kept blob, or the image is set aside
-    /// and pulled again; what runs goes on. In the background, since it reads the names of every file.
+    /// Once a boot: whether a power cut has damaged what is in the store. In the background, since it looks at every
+    /// file; a layer that is used meanwhile is looked at first.
     pub(crate) fn verify_images(&self) {
-        let (store, events, engine) = (self.host.store().clone(), self.events.clone(), self.engine.clone());
-        tokio::task::spawn_blocking(move || {
-            if !store.needs_verify() {
-                return;
-            }
-            let report = match store.verify(keel_store::Depth::Quick, true) {
-                Ok(report) => report,
-                Err(error) => return tracing::warn!(%error, "images could not be verified"),
+        if !self.host.store().needs_verify() {
+            return;
+        }
+        let (host, events, recorded, engine) =
+            (self.host.clone(), self.events.clone(), self.recorded.clone(), self.engine.clone());
+        tokio::spawn(async move {
+            let found =
+                keel_host::verify_images(host.store(), host.registry(), keel_store::Depth::Quick, true).await;
+            let verified = match found {
+                Ok(verified) => verified,
+                Err(error) => return tracing::warn!(error = error.chain(), "images could not be verified"),
             };
-            let record = |object: &str, reason: &str, message: &str| {
-                tracing::warn!(object, reason, "{message}");
-                if let Err(error) = events.record(keel_host::now(), true, object, reason, message) {
-                    tracing::warn!(%error, "event log");
-                }
+            let tell = |object: String, reason: &str, message: &str| {
+                record(&events, &recorded, true, &object, reason, message);
             };
-            for damage in report.damage.iter().filter(|damage| damage.repaired) {
-                record(&format!("Layer/{}", damage.digest), "Repaired", &damage.problem);
+            for damage in verified.report.damage.iter().filter(|damage| damage.repaired) {
+                tell(format!("Layer/{}", damage.digest), "Repaired", &damage.problem);
             }
-            for image in &report.lost_images {
-                let message = format!("{}; it is set aside and pulled again when needed", image.problem);
-                record(&format!("Image/{}", image.reference), "Damaged", &message);
+            for image in &verified.pulled {
+                tell(format!("Image/{image}"), "Repaired", "damaged on disk; pulled again");
+            }
+            for lost in &verified.lost {
+                let message = format!("{}; it is set aside and pulled when needed", lost.message());
+                tell(format!("Image/{}", lost.image.reference), "Damaged", &message);
             }
             engine.hint();
         });

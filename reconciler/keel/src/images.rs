@@ -7,7 +7,7 @@ use std::sync::Arc;
 use keel_api::{ControlError, ControlEvent, ErrorCode, EventSender, ImageRequest, Status, exit};
 use keel_plan::{ContainerStatus, PodStatus};
 use keel_registry::{Client, Platform, PullProgress};
-use keel_store::{Digest, Image, ImportOptions, ImportProgress, Roots, SaveFormat, Store};
+use keel_store::{Depth, Digest, Image, ImportOptions, ImportProgress, Roots, SaveFormat, Store};
 use serde_json::{Value, json};
 
 use crate::failure::chain;
@@ -22,6 +22,7 @@ pub(crate) async fn run(
 ) -> Result<(), ControlError> {
     let message = match request {
         ImageRequest::Pull { image } => pull(store, registry, &image, events).await?,
+        ImageRequest::Verify { full, repair } => verify(store, registry, full, repair, events).await?,
         request => {
             if let ImageRequest::Remove { image, force: false } = &request {
                 refuse_used(&known(store, image)?, status)?;
@@ -63,6 +64,48 @@ async fn pull(
     Ok(format!("{} {}", pulled.reference, pulled.manifest_digest))
 }
 
+async fn verify(
+    store: &Arc<Store>,
+    registry: &Client,
+    full: bool,
+    repair: bool,
+    events: &EventSender,
+) -> Result<String, ControlError> {
+    let depth = if full { Depth::Full } else { Depth::Quick };
+    let verified = keel_host::verify_images(store, registry, depth, repair).await;
+    let verified = verified.map_err(crate::instance::refused)?;
+    let damage: Vec<Value> = verified
+        .report
+        .damage
+        .iter()
+        .map(|damage| {
+            json!({
+                "digest": damage.digest.to_string(),
+                "problem": damage.problem,
+                "images": damage.images,
+                "repaired": damage.repaired,
+            })
+        })
+        .collect();
+    let lost: Vec<Value> = verified
+        .lost
+        .iter()
+        .map(|lost| json!({ "reference": lost.image.reference, "problem": lost.message() }))
+        .collect();
+    // A damaged blob that is gone harms nobody: what it was for is there, or the image is lost.
+    let whole = lost.is_empty() && (repair || damage.is_empty());
+    let value = json!({
+        "layers": verified.report.layers,
+        "blobs": verified.report.blobs,
+        "whole": whole,
+        "damage": damage,
+        "pulled": verified.pulled,
+        "lost": lost,
+    });
+    let _ = events.send(ControlEvent::Data { value }).await;
+    Ok(String::new())
+}
+
 fn blocking(
     store: &Store,
     roots: &Roots,
@@ -70,8 +113,8 @@ fn blocking(
     events: &EventSender,
 ) -> Result<String, ControlError> {
     match request {
-        ImageRequest::Pull { .. } => {
-            Err(ControlError::new(ErrorCode::Internal, "a pull is not a blocking operation"))
+        ImageRequest::Pull { .. } | ImageRequest::Verify { .. } => {
+            Err(ControlError::new(ErrorCode::Internal, "what asks registries is not a blocking operation"))
         }
         ImageRequest::List => {
             let images = store.images().map_err(|error| failed(&error))?;

@@ -150,6 +150,9 @@ impl Store {
         }
         let fixup = self.fixup(&records)?;
         self.inner.settle_locked()?;
+        // What was imported for a host without a registry stays, also when there is one once.
+        let pinned =
+            pinned || self.read_record(&self.inner.record_path(&reference))?.is_some_and(|r| r.pinned);
         let record = ImageRecord {
             version: 1,
             reference,

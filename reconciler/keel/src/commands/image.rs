@@ -41,6 +41,20 @@ pub(crate) fn image(context: &Context, command: &Image) -> Outcome {
             act(context, ImageRequest::Save { images: images.clone(), path }).map(drop)
         }
         Image::Prune => act(context, ImageRequest::Prune).map(drop),
+        Image::Verify { repair, quick, output } => {
+            let request = ImageRequest::Verify { full: !quick, repair: *repair };
+            let found = act(context, request)?.unwrap_or_default();
+            let text = match output {
+                TextOrJson::Json => as_data(Form::Json, &found),
+                TextOrJson::Text => render_verified(&found),
+            };
+            context.term.print(&text)?;
+            if found["whole"].as_bool().unwrap_or(false) {
+                Ok(())
+            } else {
+                Err(Failure::silent(exit::FAILED))
+            }
+        }
         Image::Ls { output, no_headers } => {
             let found = act(context, ImageRequest::List)?.unwrap_or_default();
             let images = found.as_array().map(Vec::as_slice).unwrap_or_default();
@@ -133,6 +147,23 @@ fn render_images(images: &[Value], headers: bool, wide: bool, now: u64) -> Strin
         table.row(row);
     }
     table.render(0)
+}
+
+fn render_verified(found: &Value) -> String {
+    let list = |field: &str| found[field].as_array().cloned().unwrap_or_default();
+    let mut lines = Vec::new();
+    for damage in list("damage") {
+        let outcome = if damage["repaired"].as_bool().unwrap_or(false) { "repaired" } else { "damaged" };
+        lines.push(format!("{outcome} {}: {}", text(&damage, "digest"), text(&damage, "problem")));
+    }
+    for image in list("pulled") {
+        lines.push(format!("pulled again {}", image.as_str().unwrap_or_default()));
+    }
+    for image in list("lost") {
+        lines.push(format!("lost {}: {}", text(&image, "reference"), text(&image, "problem")));
+    }
+    lines.push(format!("checked {} layers and {} blobs", found["layers"], found["blobs"]));
+    lines.join("\n") + "\n"
 }
 
 fn text<'a>(image: &'a Value, field: &str) -> &'a str {
