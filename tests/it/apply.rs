@@ -162,3 +162,20 @@ fn a_second_actor_on_one_state_directory_is_told_who_holds_it() {
     let ran = instance.keel(&["daemon", "--manifests", manifests.to_str().unwrap()]).expect_code(5);
     assert!(ran.all().contains(&pid.to_string()), "{}", ran.all());
 }
+
+#[test]
+fn an_immutable_map_is_not_changed() {
+    let instance = Instance::new();
+    let map = |value: &str| {
+        format!(
+            "apiVersion: v1\nkind: ConfigMap\nmetadata: {{name: x}}\nimmutable: true\ndata: {{v: '{value}'}}\n"
+        )
+    };
+    instance.keel_with_input(&["apply", "-f", "-"], &map("1")).expect_code(0);
+    let refused = instance.keel_with_input(&["apply", "-f", "-"], &map("2")).expect_code(2);
+    assert!(refused.stderr.contains("ConfigMap default/x is immutable"), "{}", refused.all());
+    assert!(refused.stderr.contains(":3:"), "{}", refused.all());
+    instance.keel_with_input(&["apply", "-f", "-"], &map("1")).expect_code(0);
+    instance.keel(&["delete", "configmap", "x"]).expect_code(0);
+    instance.keel_with_input(&["apply", "-f", "-"], &map("2")).expect_code(0);
+}

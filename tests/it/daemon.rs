@@ -82,6 +82,10 @@ fn two_hundred_pods_in_one_directory() {
         fs::remove_file(instance.manifests().join(name)).unwrap();
     }
     fs::write(instance.manifests().join("keep.yaml"), sleeper("keep")).unwrap();
+    eventually("so many do not go without a word", || {
+        instance.keel(&["status"]).all().contains("200 of the 200 objects").then_some(())
+    });
+    instance.keel(&["reconcile", "--accept-removals"]).expect_code(0);
     eventually_or(
         || format!("only one pod is left: {}", instance.pids().len()),
         || (instance.pods().keys().collect::<Vec<_>>() == ["keep"]).then_some(()),

@@ -68,6 +68,15 @@ struct Declared {
 }
 
 impl Declared {
+    /// The version of an object that is in force.
+    fn object(&self, key: &ObjectKey) -> Option<&Object> {
+        let in_directory = || self.directory.iter().flat_map(|d| &d.objects).find(|o| o.key() == *key);
+        match self.watched {
+            true => in_directory().or_else(|| self.applied.get(key)),
+            false => self.applied.get(key).or_else(in_directory),
+        }
+    }
+
     fn with(&self, applied: BTreeMap<ObjectKey, Object>) -> Declared {
         let damaged = self.damaged.iter().filter(|key| !applied.contains_key(*key)).cloned().collect();
         Declared {
@@ -393,7 +402,12 @@ impl Controller {
         let applied = declared.applied.values().filter(|_| !request.prune);
         let others = directory.chain(applied).filter(|o| !given.contains(&o.key()));
         let all: Vec<Object> = others.chain(objects).cloned().collect();
-        keel_manifest::check(&all).into_iter().filter(|d| names.contains(d.file.as_str())).collect()
+        let changes = objects.iter().filter_map(|object| {
+            let in_force = declared.object(&object.key())?;
+            keel_manifest::check_change(in_force, object)
+        });
+        let found = keel_manifest::check(&all).into_iter().filter(|d| names.contains(d.file.as_str()));
+        found.chain(changes).collect()
     }
 
     fn next_applied(

@@ -18,6 +18,31 @@ pub fn check(objects: &[Object]) -> Vec<Diagnostic> {
     found
 }
 
+/// What a new version of an object may not change: the contents of a ConfigMap or Secret that says it is immutable.
+pub fn check_change(before: &Object, after: &Object) -> Option<Diagnostic> {
+    let is_changed = match (&before.kind, &after.kind) {
+        (Kind::ConfigMap(old), Kind::ConfigMap(new)) => {
+            old.immutable == Some(true)
+                && (new.immutable != old.immutable
+                    || new.data != old.data
+                    || new.binary_data != old.binary_data)
+        }
+        (Kind::Secret(old), Kind::Secret(new)) => {
+            old.immutable == Some(true)
+                && (new.immutable != old.immutable
+                    || new.kind != old.kind
+                    || new.data != old.data
+                    || new.string_data != old.string_data)
+        }
+        _ => false,
+    };
+    is_changed.then(|| {
+        let message = format!("{} is immutable: it cannot be changed any more", after.key());
+        let help = "give the changed one another name and refer to that, or delete this one first";
+        error(after, place(after, 0), message, Some(help), related(before, 0, "immutable since here"))
+    })
+}
+
 /// Something in a pod that concerns other objects.
 pub(crate) enum Use<'a> {
     HostPort { port: u16, protocol: Protocol, host_ip: Option<&'a str> },

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 
+use crate::check::check_change;
 use crate::object::{Object, ObjectKey};
 use crate::parse::Parsed;
 
@@ -52,6 +53,15 @@ impl LastGood {
         LastGood { files, ..LastGood::default() }
     }
 
+    /// The version of an object that is in force.
+    fn object(&self, key: &ObjectKey) -> Option<&Object> {
+        let of = |file: &String| self.files.get(file)?.iter().find(|object| object.key() == *key);
+        match self.owners.get(key) {
+            Some(owner) => of(owner),
+            None => self.files.keys().find_map(of),
+        }
+    }
+
     /// Files that have a good version.
     pub fn files(&self) -> impl Iterator<Item = &str> {
         self.files.keys().map(String::as_str)
@@ -70,7 +80,10 @@ pub fn effective(previous: &LastGood, parsed: BTreeMap<String, Parsed>) -> Effec
     let mut result = Effective::default();
     let names: BTreeSet<String> = parsed.keys().cloned().collect();
     let mut claims: BTreeMap<String, Vec<ObjectKey>> = BTreeMap::new();
-    for (file, parsed) in parsed {
+    for (file, mut parsed) in parsed {
+        let refused = parsed.objects.iter().filter_map(|o| check_change(previous.object(&o.key())?, o));
+        let refused: Vec<_> = refused.collect();
+        parsed.diagnostics.extend(refused);
         if !parsed.has_errors() {
             result.conditions.insert(file.clone(), FileCondition::Valid);
             result.last_good.files.insert(file, parsed.objects);
@@ -208,6 +221,26 @@ mod tests {
         assert_eq!(force, ["w=2@b", "x=3@a"]);
         let (force, _) = round(&mut state, &[("b", map("w", "2"))]);
         assert_eq!(force, ["w=2@b"], "a deleted file takes its objects along");
+    }
+
+    #[test]
+    fn an_immutable_map_keeps_its_contents() {
+        let mut state = LastGood::default();
+        let fixed = |value: &str| map("x", value).replace("---", "immutable: true\n---");
+        round(&mut state, &[("a", fixed("1"))]);
+        for changed in [fixed("2"), map("x", "1"), fixed("2").replace("kind", "# a comment\nkind")] {
+            for file in ["a", "b"] {
+                let (force, result) = round(&mut state, &[(file, changed.clone())]);
+                assert_eq!(force, ["x=1@a"], "{file}: {changed}");
+                assert!(!result.conditions[file].is_valid());
+            }
+            round(&mut state, &[("a", fixed("1"))]);
+        }
+        let (force, _) = round(&mut state, &[("a", fixed("1").replace("kind", "# a comment\nkind"))]);
+        assert_eq!(force, ["x=1@a"]);
+        round(&mut state, &[]);
+        let (force, _) = round(&mut state, &[("a", fixed("2"))]);
+        assert_eq!(force, ["x=2@a"], "deleted first");
     }
 
     #[test]
