@@ -116,9 +116,10 @@ pub fn die_with_parent(command: &mut Command) -> &mut Command {
     unsafe { command.pre_exec(hook) }
 }
 
-/// Descriptors below this can be claimed; a process that re-executes itself passes a handful of small ones.
-const CLAIMABLE: RawFd = 64;
-static CLAIMED: AtomicU64 = AtomicU64::new(0b111);
+/// Descriptors below this can be claimed. A process that re-executes itself passes a handful of small ones; one that holds
+/// what others left open for it has a descriptor for each published port of a container.
+const CLAIMABLE: RawFd = 4096;
+static CLAIMED: [AtomicU64; CLAIMABLE as usize / 64] = [const { AtomicU64::new(0) }; CLAIMABLE as usize / 64];
 
 /// Takes ownership of a descriptor that came through `execve`, and sets close-on-exec on it again.
 ///
@@ -126,11 +127,11 @@ static CLAIMED: AtomicU64 = AtomicU64::new(0b111);
 /// called first thing in `main`, before anything else opens files.
 pub fn take_inherited(fd: RawFd) -> io::Result<OwnedFd> {
     let invalid = || io::Error::from(io::ErrorKind::InvalidInput);
-    if !(0..CLAIMABLE).contains(&fd) {
+    if !(3..CLAIMABLE).contains(&fd) {
         return Err(invalid());
     }
-    let bit = 1u64 << fd;
-    if CLAIMED.fetch_or(bit, Ordering::Relaxed) & bit != 0 {
+    let (word, bit) = (fd as usize / 64, 1u64 << (fd % 64));
+    if CLAIMED[word].fetch_or(bit, Ordering::Relaxed) & bit != 0 {
         return Err(invalid());
     }
     // SAFETY: F_SETFD takes an integer; a bad number gives EBADF.

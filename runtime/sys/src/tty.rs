@@ -70,13 +70,26 @@ pub fn restore(fd: impl AsFd, saved: &Saved) -> io::Result<()> {
 
 /// Clears ONLCR, so that a terminal whose output is recorded does not grow carriage returns.
 pub fn clear_onlcr(fd: impl AsFd) -> io::Result<()> {
+    onlcr(fd, false)
+}
+
+/// Sets ONLCR: a terminal in raw mode that shows the output has no other way to the start of a line.
+pub fn set_onlcr(fd: impl AsFd) -> io::Result<()> {
+    onlcr(fd, true)
+}
+
+fn onlcr(fd: impl AsFd, on: bool) -> io::Result<()> {
     let raw = fd.as_fd().as_raw_fd();
     let mut termios = MaybeUninit::<libc::termios>::uninit();
     // SAFETY: termios is large enough.
     check(i64::from(unsafe { libc::tcgetattr(raw, termios.as_mut_ptr()) }))?;
     // SAFETY: the call succeeded, so termios is filled.
     let mut termios = unsafe { termios.assume_init() };
-    termios.c_oflag &= !libc::ONLCR;
+    if on {
+        termios.c_oflag |= libc::ONLCR;
+    } else {
+        termios.c_oflag &= !libc::ONLCR;
+    }
     // SAFETY: a complete structure.
     check(i64::from(unsafe { libc::tcsetattr(raw, libc::TCSANOW, &termios) }))?;
     Ok(())

@@ -14,7 +14,7 @@ use crate::error::{Context, Error};
 use crate::replay::parse;
 
 /// Logs may hold secrets: the owner writes, the group reads.
-const MODE: u32 = 0o640;
+pub(crate) const MODE: u32 = 0o640;
 
 /// How a record begins that the monitor itself wrote, on the stderr stream.
 pub(crate) const MARK: &str = "keel-shim: ";
@@ -97,6 +97,11 @@ impl Log {
     /// Opens the file by name again, after somebody moved it away.
     pub(crate) fn reopen(&mut self) -> Result<(), Error> {
         self.open_end().at("open log", &self.path)
+    }
+
+    /// Begins a new file whatever the size of the current one.
+    pub(crate) fn rotate_now(&mut self) -> Result<(), Error> {
+        self.rotate().at("rotate log", &self.path)
     }
 
     fn open_end(&mut self) -> io::Result<()> {

@@ -14,9 +14,11 @@ mod adopt;
 mod args;
 mod cgroup;
 mod clients;
+mod conmon;
 mod cri;
 mod error;
 mod hold;
+mod journal;
 mod log;
 mod machine;
 mod memory;
@@ -40,7 +42,11 @@ use error::Error;
 const USAGE: u8 = 2;
 
 fn main() -> ExitCode {
-    let words: Vec<_> = std::env::args_os().skip(1).collect();
+    let mut words: Vec<_> = std::env::args_os().collect();
+    let program = if words.is_empty() { None } else { Some(words.remove(0)) };
+    if let Some(code) = conmon::called(program.as_deref(), &words) {
+        return code;
+    }
     match Command::parse(&words) {
         Ok(Command::Help) => print(args::HELP),
         Ok(Command::Version) => print(concat!("keel-shim ", env!("CARGO_PKG_VERSION"), "\n")),

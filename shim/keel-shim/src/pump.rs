@@ -9,6 +9,7 @@ use keel_sys::monitor::{Buffer, shed_memory};
 
 use crate::cri::Formatter;
 use crate::error::{Context, Error};
+use crate::journal::Journal;
 use crate::log::Log;
 use crate::progress::Progress;
 
@@ -21,6 +22,7 @@ const LAST_READS: u32 = 256;
 
 pub(crate) struct Pump {
     pub(crate) log: Option<Log>,
+    pub(crate) journal: Option<Box<Journal>>,
     /// Absent where nothing is to be kept safe: no log, or a terminal, which cannot be looked into.
     pub(crate) progress: Option<Progress>,
     pub(crate) input: Buffer,
@@ -53,6 +55,7 @@ impl Pump {
     pub(crate) fn new(log: Option<Log>, progress: Option<Progress>) -> Result<Pump, Error> {
         Ok(Pump {
             log,
+            journal: None,
             progress,
             input: Buffer::new(INPUT).doing("map buffer")?,
             output: Buffer::new(OUTPUT).doing("map buffer")?,
@@ -90,6 +93,9 @@ impl Pump {
                 rest = &rest[taken..];
             }
         }
+        if let Some(journal) = &mut self.journal {
+            journal.append(output.stream, bytes);
+        }
         if let Some(progress) = &self.progress {
             progress.take(&output.file, bytes.len());
         }
@@ -113,6 +119,9 @@ impl Pump {
             let mut closing = [0; 64];
             output.formatter.set_time(SystemTime::now());
             log.append(output.formatter.close(&mut closing));
+        }
+        if let Some(journal) = &mut self.journal {
+            journal.close(output.stream);
         }
     }
 

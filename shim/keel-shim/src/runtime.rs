@@ -4,7 +4,7 @@ use std::fs::{self, File};
 use std::io::Read as _;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use keel_proto::json;
@@ -78,41 +78,18 @@ impl<'a> Runtime<'a> {
     pub(crate) fn wait_also(
         &self,
         verb: &str,
-        mut child: Child,
+        child: Child,
         deadline: Instant,
         also: Option<&OwnedFd>,
-        mut meanwhile: impl FnMut(&Epoll) -> Result<(), Error>,
+        meanwhile: impl FnMut(&Epoll) -> Result<(), Error>,
     ) -> Result<(), Error> {
-        const CHILD: u64 = 0;
-        const ALSO: u64 = 1;
-        let pid = i32::try_from(child.id()).unwrap_or(0);
-        let pidfd = pidfd_open(pid).doing("open pidfd of the runtime")?;
-        let epoll = Epoll::new().doing("create epoll")?;
-        epoll.add(&pidfd, IN, CHILD).doing("watch the runtime")?;
-        if let Some(also) = also {
-            epoll.add(also, IN, ALSO).doing("watch the console socket")?;
-        }
-        let mut ready = [Ready::default(); BATCH];
-        loop {
-            let left = deadline.saturating_duration_since(Instant::now());
-            let got = epoll.wait(&mut ready, Some(left)).doing("wait for the runtime")?;
-            if ready[..got].iter().any(|r| r.token != CHILD) {
-                meanwhile(&epoll)?;
+        match await_end(child, deadline, also, meanwhile)? {
+            None => Err(Error::new(format!("runtime {verb} did not finish in time and was killed"))),
+            Some(status) if !status.success() => {
+                Err(Error::new(format!("runtime {verb} failed with {status}")))
             }
-            if ready[..got].iter().any(|r| r.token == CHILD) {
-                break;
-            }
-            if got == 0 && Instant::now() >= deadline {
-                let _ = child.kill();
-                let _ = child.wait();
-                return Err(Error::new(format!("runtime {verb} did not finish in time and was killed")));
-            }
+            Some(_) => Ok(()),
         }
-        let status = child.wait().doing("wait for the runtime")?;
-        if status.success() {
-            return Ok(());
-        }
-        Err(Error::new(format!("runtime {verb} failed with {status}")))
     }
 
     fn wait(
@@ -158,7 +135,41 @@ impl<'a> Runtime<'a> {
     }
 }
 
-fn read_now(file: &mut File) -> Option<String> {
+/// How a runtime's call ended; `None` if it had to be killed at the deadline.
+pub(crate) fn await_end(
+    mut child: Child,
+    deadline: Instant,
+    also: Option<&OwnedFd>,
+    mut meanwhile: impl FnMut(&Epoll) -> Result<(), Error>,
+) -> Result<Option<ExitStatus>, Error> {
+    const CHILD: u64 = 0;
+    const ALSO: u64 = 1;
+    let pid = i32::try_from(child.id()).unwrap_or(0);
+    let pidfd = pidfd_open(pid).doing("open pidfd of the runtime")?;
+    let epoll = Epoll::new().doing("create epoll")?;
+    epoll.add(&pidfd, IN, CHILD).doing("watch the runtime")?;
+    if let Some(also) = also {
+        epoll.add(also, IN, ALSO).doing("watch the console socket")?;
+    }
+    let mut ready = [Ready::default(); BATCH];
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let got = epoll.wait(&mut ready, Some(left)).doing("wait for the runtime")?;
+        if ready[..got].iter().any(|r| r.token != CHILD) {
+            meanwhile(&epoll)?;
+        }
+        if ready[..got].iter().any(|r| r.token == CHILD) {
+            return child.wait().map(Some).doing("wait for the runtime");
+        }
+        if got == 0 && Instant::now() >= deadline {
+            let _ = child.kill();
+            let _ = child.wait();
+            return Ok(None);
+        }
+    }
+}
+
+pub(crate) fn read_now(file: &mut File) -> Option<String> {
     let mut bytes = Vec::new();
     // A FIFO that somebody still holds ends with WouldBlock; what was read before that counts.
     let _ = file.take(MAX_MESSAGE as u64 * 4).read_to_end(&mut bytes);

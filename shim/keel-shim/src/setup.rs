@@ -27,7 +27,7 @@ use crate::process::{Identity, replace};
 use crate::runtime::{CREATE_TIMEOUT, Runtime, read_pid};
 
 /// This very program, even if its name is another one's by now.
-const SELF: &str = "/proc/self/exe";
+pub(crate) const SELF: &str = "/proc/self/exe";
 const NONBLOCK: i32 = 0o4000;
 const FIFO: u32 = 0o010_000;
 /// Programs open `/dev/stdout` anew, as the container's user, and need write permission for that. Nobody else gets so
@@ -250,7 +250,7 @@ fn create_with_terminal(runtime: &Runtime<'_>, options: &Options) -> Result<(i32
     command.stderr(runtime.error_output()?);
     let mut command = insert_console(command, &short, id);
     let child = runtime.spawn("create", &mut command)?;
-    let mut console = Console { listener: &listener, connection: None, master: None };
+    let mut console = Console::new(&listener);
     let deadline = Instant::now() + CREATE_TIMEOUT;
     let done = runtime.wait_also("create", child, deadline, Some(&listener), |epoll| console.progress(epoll));
     done.map_err(|e| runtime.explain(e, None))?;
@@ -283,14 +283,18 @@ fn pid_file(options: &Options) -> PathBuf {
 }
 
 /// Receives the terminal that a runtime sends over its console socket.
-struct Console<'a> {
+pub(crate) struct Console<'a> {
     listener: &'a OwnedFd,
     connection: Option<OwnedFd>,
-    master: Option<OwnedFd>,
+    pub(crate) master: Option<OwnedFd>,
 }
 
 impl Console<'_> {
-    fn progress(&mut self, epoll: &Epoll) -> Result<(), Error> {
+    pub(crate) fn new(listener: &OwnedFd) -> Console<'_> {
+        Console { listener, connection: None, master: None }
+    }
+
+    pub(crate) fn progress(&mut self, epoll: &Epoll) -> Result<(), Error> {
         if self.connection.is_none() {
             match seqpacket::accept(self.listener.as_fd()) {
                 Ok(connection) => {
@@ -339,7 +343,7 @@ pub(crate) fn open(dir: &Path, name: &str, access: Access) -> Result<File, Error
     options.open(&path).at("open", &path)
 }
 
-fn make_fifo(dir: &Path, name: &str, mode: u32) -> Result<(), Error> {
+pub(crate) fn make_fifo(dir: &Path, name: &str, mode: u32) -> Result<(), Error> {
     let path = dir.join(name);
     let _ = fs::remove_file(&path);
     let c_name = c_path(&path).at("name", &path)?;

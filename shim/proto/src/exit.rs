@@ -58,7 +58,7 @@ impl ExitRecord {
 
     /// One line, with its newline; members always in this order.
     pub fn to_json(&self) -> String {
-        let mut line = Writer::new()
+        let mut line = Writer::default()
             .raw("version", 1)
             .text("id", &self.id)
             .raw("pid", self.pid)

@@ -3,13 +3,15 @@
 use std::fmt::Write as _;
 
 /// Writes `{"a":1,...}` on one line.
-pub(crate) struct Writer(String);
+pub struct Writer(String);
 
-impl Writer {
-    pub(crate) fn new() -> Writer {
+impl Default for Writer {
+    fn default() -> Writer {
         Writer(String::from("{"))
     }
+}
 
+impl Writer {
     fn key(&mut self, key: &str) {
         if self.0.len() > 1 {
             self.0.push(',');
@@ -17,13 +19,13 @@ impl Writer {
         let _ = write!(self.0, "\"{key}\":");
     }
 
-    pub(crate) fn raw(&mut self, key: &str, value: impl std::fmt::Display) -> &mut Self {
+    pub fn raw(&mut self, key: &str, value: impl std::fmt::Display) -> &mut Self {
         self.key(key);
         let _ = write!(self.0, "{value}");
         self
     }
 
-    pub(crate) fn text(&mut self, key: &str, value: &str) -> &mut Self {
+    pub fn text(&mut self, key: &str, value: &str) -> &mut Self {
         self.key(key);
         self.0.push('"');
         for c in value.chars() {
@@ -42,7 +44,7 @@ impl Writer {
         self
     }
 
-    pub(crate) fn finish(&mut self) -> String {
+    pub fn finish(&mut self) -> String {
         self.0.push('}');
         std::mem::take(&mut self.0)
     }

@@ -1,0 +1,81 @@
+//! sd_notify messages from the container's services to the host's service manager.
+
+use std::ffi::{OsStr, OsString};
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::AsRawFd as _;
+use std::os::linux::net::SocketAddrExt as _;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::net::{SocketAddr, UnixDatagram};
+use std::path::Path;
+
+use crate::error::{Context, Error};
+
+/// In the bundle directory; the caller mounts the directory into the container.
+const DIRECTORY: &str = "notify";
+const NAME: &str = "notify.sock";
+/// Services in the container may run as any user.
+const MODE: u32 = 0o777;
+const LONGEST: usize = 32 << 10;
+
+/// What a container may say of itself. Anything else, such as which process is the main one or which descriptors to
+/// keep, would have the host act on the container's word.
+const WHOLE: [&[u8]; 5] = [b"READY=1", b"RELOADING=1", b"STOPPING=1", b"WATCHDOG=1", b"WATCHDOG=trigger"];
+const BEGINNINGS: [&[u8]; 4] = [b"STATUS=", b"ERRNO=", b"BUSERROR=", b"MONOTONIC_USEC="];
+
+pub(crate) fn listen(bundle: &Path) -> Result<UnixDatagram, Error> {
+    let dir = bundle.join(DIRECTORY);
+    let path = dir.join(NAME);
+    let opened = File::open(&dir).at("open", &dir)?;
+    let _ = fs::remove_file(&path);
+    // Socket paths end at 107 bytes, the directory's may be longer.
+    let short = format!("/proc/self/fd/{}/{NAME}", opened.as_raw_fd());
+    let socket = UnixDatagram::bind(short).at("listen on", &path)?;
+    fs::set_permissions(&path, fs::Permissions::from_mode(MODE)).at("open to everybody", &path)?;
+    socket.set_nonblocking(true).at("make non-blocking", &path)?;
+    Ok(socket)
+}
+
+/// Passes on what waits, as far as it may be.
+pub(crate) fn forward(from: &UnixDatagram, to: &OsString) {
+    let mut buffer = vec![0; LONGEST];
+    while let Ok(got) = from.recv(&mut buffer) {
+        let message = allowed(&buffer[..got]);
+        if !message.is_empty() {
+            // The service manager does not wait for us, nor we for it.
+            let _ = send(to, &message);
+        }
+    }
+}
+
+fn send(to: &OsStr, message: &[u8]) -> io::Result<()> {
+    let socket = UnixDatagram::unbound()?;
+    socket.set_nonblocking(true)?;
+    let address = match to.as_bytes() {
+        [b'@', name @ ..] => SocketAddr::from_abstract_name(name)?,
+        _ => SocketAddr::from_pathname(to)?,
+    };
+    socket.send_to_addr(message, &address).map(drop)
+}
+
+fn allowed(message: &[u8]) -> Vec<u8> {
+    let lines = message.split(|b| matches!(b, b'\n' | b'\r'));
+    let lines = lines.filter(|line| WHOLE.contains(line) || BEGINNINGS.iter().any(|b| line.starts_with(b)));
+    lines.collect::<Vec<_>>().join(&b'\n')
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_harmless_lines_pass() {
+        let check = |message: &str, expected: &str| {
+            assert_eq!(String::from_utf8(allowed(message.as_bytes())).unwrap(), expected);
+        };
+        check("READY=1", "READY=1");
+        check("MAINPID=1\nREADY=1\r\nSTATUS=at work\nFDSTORE=1\n", "READY=1\nSTATUS=at work");
+        check("READY=10\nXREADY=1\nBARRIER=1", "");
+    }
+}
