@@ -64,6 +64,11 @@ macro_rules! require {
     };
 }
 
+// Below the macro that they use.
+mod activation;
+mod fields;
+mod netdev;
+
 fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
     let end = Instant::now() + DEADLINE;
     while !done() {

@@ -34,7 +34,7 @@ pub(crate) fn run(
     match command {
         "create" => create(&runtime, options, positional, log),
         "run" => run_container(&runtime, options, positional, log),
-        "start" => done(runtime.start(id(positional)?)),
+        "start" => done(runtime.start(id(positional)?, notify_socket().as_deref())),
         "state" => state(&runtime, positional),
         "list" => list(&runtime, options),
         "kill" => kill(&runtime, options, positional),
@@ -85,8 +85,16 @@ fn number<T: std::str::FromStr>(options: &Options, name: &str) -> Result<Option<
         .transpose()
 }
 
-/// Descriptors that a socket activation handed over (sd_listen_fds).
+/// Where the caller waits for readiness (sd_notify).
+fn notify_socket() -> Option<PathBuf> {
+    std::env::var_os("NOTIFY_SOCKET").filter(|path| !path.is_empty()).map(PathBuf::from)
+}
+
+/// Descriptors that a socket activation handed over (sd_listen_fds), unless they were meant for another process.
 fn listen_fds() -> Option<u32> {
+    if std::env::var("LISTEN_PID").is_ok_and(|pid| pid != std::process::id().to_string()) {
+        return None;
+    }
     std::env::var("LISTEN_FDS").ok().and_then(|n| n.parse::<u32>().ok()).filter(|n| *n > 0)
 }
 
@@ -104,6 +112,7 @@ fn create_options(options: &Options, positional: &[String]) -> Result<CreateOpti
         pidfd_socket: options.path("pidfd-socket"),
         preserve_fds: preserve_fds(options)?,
         listen_fds: listen_fds(),
+        notify_socket: notify_socket(),
         no_pivot: options.has("no-pivot"),
         no_new_keyring: options.has("no-new-keyring"),
     })
@@ -136,12 +145,16 @@ fn run_container(runtime: &Runtime, options: &Options, positional: &[String], lo
     let mut created = runtime.prepare(&create, console)?;
     created.warnings.iter().for_each(|w| log.warning(w));
     let master = own.map(OwnConsole::receive).transpose()?;
+    let notify = created.notify(create.notify_socket.as_deref())?;
     created.go()?;
     let Some(signals) = signals else {
+        if let Some(notify) = &notify {
+            created.wait_ready(notify)?;
+        }
         created.detach();
         return Ok(0);
     };
-    let exit = foreground::wait(created.pid(), created.pidfd(), &signals, master.as_ref())?;
+    let exit = foreground::wait(created.pid(), created.pidfd(), &signals, master.as_ref(), notify.as_ref())?;
     if options.has("keep") {
         created.detach();
     } else {
@@ -183,7 +196,7 @@ fn exec(runtime: &Runtime, options: &Options, positional: &[String], log: &Log) 
         pid_file: options.path("pid-file"),
         console_socket: options.path("console-socket"),
         pidfd_socket: options.path("pidfd-socket"),
-        preserve_fds: preserve_fds(options)?,
+        preserve_fds: number(options, "preserve-fds")?.unwrap_or(0),
         detach: options.has("detach"),
     };
     let mut process = runtime.exec_process(&exec)?;
@@ -206,7 +219,7 @@ fn exec(runtime: &Runtime, options: &Options, positional: &[String], log: &Log) 
     executed.warnings.iter().for_each(|w| log.warning(w));
     let Some(signals) = signals else { return Ok(0) };
     let master = own.map(OwnConsole::receive).transpose()?;
-    let exit = foreground::wait(executed.pid, &executed.pidfd, &signals, master.as_ref())?;
+    let exit = foreground::wait(executed.pid, &executed.pidfd, &signals, master.as_ref(), None)?;
     Ok(exit.code() as u8)
 }
 

@@ -77,6 +77,8 @@ pub(crate) fn decode(bytes: &[u8]) -> Option<(Word, u32, Failure)> {
 pub(crate) struct StateText {
     pub(crate) before_pid: Vec<u8>,
     pub(crate) after_pid: Vec<u8>,
+    /// For the seccomp listener: the process's pid, as the runtime sees it, goes between the parts.
+    pub(crate) notify: Vec<Vec<u8>>,
 }
 
 type Done = Result<(), Failure>;
@@ -109,6 +111,9 @@ struct Machine<'a> {
     /// The `start` command's connection.
     starter: Option<OwnedFd>,
     home: [u8; PATH_BYTES],
+    listen_pid: [u8; 24],
+    /// This process in the runtime's own pid namespace.
+    host_pid: i64,
     executable: [u8; PATH_BYTES],
     executable_found: bool,
 }
@@ -124,6 +129,8 @@ pub(crate) fn run(ops: &[Op], texts: &[Vec<u8>], fds: &Fds, state: &StateText) -
         mask: None,
         starter: None,
         home: [0; PATH_BYTES],
+        listen_pid: [0; 24],
+        host_pid: 0,
         executable: [0; PATH_BYTES],
         executable_found: false,
     };
@@ -133,6 +140,9 @@ pub(crate) fn run(ops: &[Op], texts: &[Vec<u8>], fds: &Fds, state: &StateText) -
     process::umask(0);
     // If the parent dies before the container stands, nobody would ever find this process.
     let _ = process::set_parent_death_signal(libc::SIGKILL);
+    if fds.notify.is_some() {
+        machine.host_pid = host_pid();
+    }
     for (index, op) in ops.iter().enumerate() {
         if let Err(failure) = machine.step(op) {
             machine.report(index, failure, texts.get(index));
@@ -207,7 +217,7 @@ impl Machine<'_> {
                 other => other.at(Step::Whole),
             },
             Op::PrivateProcfs => self.private_procfs(),
-            Op::OomScoreAdj { value } => self.oom_score_adj(*value),
+            Op::OomScoreAdj { value } => oom_score_adj(*value),
             Op::Propagation { flag } => {
                 let attr = Attr { propagation: flag & !libc::MS_REC, ..Attr::default() };
                 mount::set_attr_at(file::cwd(), c"/", &attr, true).at(Step::SetPropagation)
@@ -240,7 +250,7 @@ impl Machine<'_> {
             }
             Op::RuntimeHooks => self.ask(Word::WantHooks),
             Op::Hook { program, .. } => run_hook(program, self.state, process::getpid()),
-            Op::Mask { path } => self.mask(path.as_c_str()),
+            Op::Mask { path, label } => self.mask(path.as_c_str(), label.as_deref()),
             Op::ReadOnly { path } => self.read_only(path.as_c_str()),
             Op::ReadOnlyRoot => {
                 let attr = Attr { set: mount::ATTR_RDONLY, ..Attr::default() };
@@ -319,7 +329,16 @@ impl Machine<'_> {
                 Ok(())
             }
             Op::CloseFrom { first } => process::close_range_cloexec(*first).at(Step::Whole),
-            Op::Exec { args, env, path, home_of } => self.exec(args, env, path.as_deref(), *home_of),
+            Op::Exec { args, env, path, home_of, listen_pid } => {
+                if *listen_pid {
+                    self.listen_pid[..11].copy_from_slice(b"LISTEN_PID=");
+                    let mut digits = [0u8; 12];
+                    let digits = decimal(i64::from(process::getpid()), &mut digits);
+                    self.listen_pid[11..11 + digits.len()].copy_from_slice(digits);
+                    env.fill_spare(self.listen_pid.as_ptr().cast());
+                }
+                self.exec(args, env, path.as_deref(), *home_of)
+            }
         }
     }
 
@@ -363,17 +382,6 @@ impl Machine<'_> {
             file::RESOLVE_BENEATH | file::RESOLVE_NO_XDEV | RESOLVE_NO_SYMLINKS | RESOLVE_NO_MAGICLINKS;
         let fd = file::openat2(&own, path, libc::O_WRONLY, 0, resolve).at(Step::Open)?;
         file::write_once(&fd, value).at(Step::Write)
-    }
-
-    fn oom_score_adj(&self, value: i32) -> Done {
-        let mut digits = [0u8; 12];
-        let text = decimal(i64::from(value), &mut digits);
-        match self.write_self(c"oom_score_adj", text) {
-            // Below the present value only CAP_SYS_RESOURCE may go. The score only orders victims, so a container that
-            // is asked to be safer than the runtime may be runs with the runtime's score.
-            Err(f) if f.errno == libc::EACCES => Ok(()),
-            other => other,
-        }
     }
 
     // --- mounts -------------------------------------------------------------------------------------------------
@@ -527,7 +535,7 @@ impl Machine<'_> {
         mount::attach(&tree, &place).at(Step::Attach)
     }
 
-    fn mask(&mut self, path: &CStr) -> Done {
+    fn mask(&mut self, path: &CStr, label: Option<&CStr>) -> Done {
         let place = match open_in(self.root()?, path, false) {
             Err(f) if matches!(f.errno, libc::ENOENT | libc::ENOTDIR) => return Ok(()),
             other => other?,
@@ -539,6 +547,9 @@ impl Machine<'_> {
                     let fs = mount::fsopen(c"tmpfs").at(Step::Create)?;
                     let size = mount::fsconfig(&fs, c"size", Some(c"0"));
                     size.and_then(|()| mount::fsconfig(&fs, c"nr_blocks", Some(c"1"))).at(Step::Option)?;
+                    if let Some(label) = label {
+                        mount::fsconfig(&fs, c"context", Some(label)).at(Step::Option)?;
+                    }
                     let attr =
                         mount::ATTR_RDONLY | mount::ATTR_NOSUID | mount::ATTR_NODEV | mount::ATTR_NOEXEC;
                     mount::fsmount(&fs, attr).at(Step::Create)?
@@ -657,20 +668,19 @@ impl Machine<'_> {
     }
 
     fn send_listener(&self, notify: &OwnedFd, listener: &OwnedFd) -> Done {
-        // The whole state goes in one message, put together on the stack.
-        let mut message = [0u8; 16384];
         let mut digits = [0u8; 12];
-        let pid = decimal(i64::from(process::getpid()), &mut digits);
-        let mut len = 0;
-        for part in [&self.state.before_pid[..], pid, &self.state.after_pid[..]] {
-            let end = len + part.len();
-            let Some(place) = message.get_mut(len..end) else {
-                return Err(fail(Step::Send, libc::EMSGSIZE));
-            };
-            place.copy_from_slice(part);
-            len = end;
+        let pid = decimal(self.host_pid, &mut digits);
+        let mut parts = self.state.notify.iter();
+        // The descriptor goes with the first piece of the document.
+        let first = parts.next().ok_or(fail(Step::Send, libc::EINVAL))?;
+        socket::send_fd(notify, first, listener).at(Step::Send)?;
+        for part in parts {
+            socket::send(notify, pid).at(Step::Send)?;
+            socket::send(notify, part).at(Step::Send)?;
         }
-        socket::send_fd(notify, &message[..len], listener).at(Step::Send)
+        // The receiver reads to the end. Should the filter, which is in force now, forbid this, the exec closes.
+        let _ = socket::shut_down_writing(notify);
+        Ok(())
     }
 
     fn find_executable(&mut self, name: &CStr, path: Option<&CStr>) -> Done {
@@ -717,8 +727,8 @@ impl Machine<'_> {
             CStr::from_bytes_until_nul(&self.executable).map_err(|_| fail(Step::Whole, libc::ENAMETOOLONG))?
         };
         process::ignore_sigpipe(false);
-        // SAFETY: both arrays were made from C strings that outlive this call; the spare slot of the environment holds
-        // null or the NUL-terminated buffer `home`.
+        // SAFETY: both arrays were made from C strings that outlive this call; the spare slots of the environment hold
+        // null or NUL-terminated buffers of this machine.
         let error = unsafe { process::execve(target, pointers(args), pointers(env)) };
         let step =
             if errno(&error) == libc::ENOENT && self.executable_found { Step::NotFound } else { Step::Whole };
@@ -901,6 +911,31 @@ fn copy_entry(from: &OwnedFd, to: &OwnedFd, name: &CStr, depth: u32) -> Done {
         file::fchmodat(to, name, st.mode & 0o7777).at(Step::Copy)?;
     }
     Ok(())
+}
+
+/// The number of this process where the runtime is: what the host's procfs, still mounted at its place, calls it.
+fn host_pid() -> i64 {
+    let mut buffer = [0u8; 16];
+    let link = file::readlinkat(file::cwd(), c"/proc/self", &mut buffer).ok();
+    let text = link.and_then(|l| std::str::from_utf8(l).ok());
+    text.and_then(|t| t.parse().ok()).unwrap_or_else(|| i64::from(process::getpid()))
+}
+
+/// In the host's procfs, before any namespace is joined: afterwards the process cannot be traced and its files belong
+/// to somebody else.
+fn oom_score_adj(value: i32) -> Done {
+    let mut digits = [0u8; 12];
+    let text = decimal(i64::from(value), &mut digits);
+    let fd = file::openat(file::cwd(), c"/proc/self/oom_score_adj", libc::O_WRONLY, 0).at(Step::Open)?;
+    if file::fs_type(&fd).at(Step::Verify)? != file::PROC_SUPER_MAGIC {
+        return Err(fail(Step::Verify, libc::EXDEV));
+    }
+    match file::write_once(&fd, text) {
+        // Below the present value only CAP_SYS_RESOURCE may go. The score only orders victims, so a container that
+        // is asked to be safer than the runtime may be runs with the runtime's score.
+        Err(e) if errno(&e) == libc::EACCES => Ok(()),
+        other => other.at(Step::Write),
+    }
 }
 
 // --- process helpers ----------------------------------------------------------------------------------------------

@@ -1,11 +1,14 @@
 //! The life of a container: create, start, kill, delete and what lies between.
 
+use crate::activation::{self, Notify};
 use crate::child::{Fds, StateText, Word, run_hook};
 use crate::error::{RuntimeError, io_error, sys_error};
 use crate::host;
 use crate::launch::{self, Heard, Launch, Launched};
 use crate::lower::{self, HostFacts, Lowered, Request, lower_hook};
+use crate::netdev;
 use crate::op::NsKind;
+use crate::rdt;
 use crate::spec::{Hook, IdMapping, Spec};
 use crate::state::{ContainerDir, START_SOCKET, State, Status, Store, start_time};
 use keel_cgroup::{Cgroup, Resources, Roots};
@@ -35,6 +38,8 @@ pub struct CreateOptions {
     pub preserve_fds: u32,
     /// Descriptors of a socket activation, which are among the preserved ones.
     pub listen_fds: Option<u32>,
+    /// Where the caller wants to be told of the container's readiness (sd_notify).
+    pub notify_socket: Option<PathBuf>,
     pub no_pivot: bool,
     pub no_new_keyring: bool,
 }
@@ -103,11 +108,16 @@ impl Runtime {
         let text = read_config(&bundle.join("config.json"))?;
         let mut spec: Spec = serde_json::from_slice(&text)
             .map_err(|source| RuntimeError::Json { path: bundle.join("config.json"), source })?;
-        if let (Some(count), Some(process)) = (options.listen_fds, &mut spec.process) {
-            // Socket activation (sd_listen_fds): the receiver must see its own pid, which is 1 in a new pid namespace.
-            process.env.extend([format!("LISTEN_FDS={count}"), "LISTEN_PID=1".to_owned()]);
+        let namespaces = spec.linux.as_ref().map_or(&[][..], |l| l.namespaces.as_slice());
+        let notify = options.notify_socket.is_some() && namespaces.iter().any(|n| n.kind == "mount");
+        if notify {
+            activation::prepare(&mut spec, &self.store.path_of(&options.id)?);
         }
-        let facts = host::observe(&self.roots)?;
+        let mut facts = host::observe(&self.roots)?;
+        if spec.linux.as_ref().is_some_and(|l| l.intel_rdt.is_some()) {
+            const MOUNTS: &str = "/proc/self/mountinfo";
+            facts.resctrl = rdt::find_mount(&fs::read_to_string(MOUNTS).map_err(io_error("read", MOUNTS))?);
+        }
         let rootfs = rootfs_path(&bundle, &spec)?;
         let cgroup_path = cgroup_path(&spec, &options.id)?;
         let request = Request {
@@ -116,9 +126,13 @@ impl Runtime {
             no_pivot: options.no_pivot,
             no_new_keyring: options.no_new_keyring,
             preserve_fds: options.preserve_fds,
+            listen_fds: options.listen_fds,
             cgroup: cgroup_path.clone(),
         };
         let mut lowered = lower::lower(&spec, &request, &facts)?;
+        if options.notify_socket.is_some() && !notify {
+            lowered.warnings.push("NOTIFY_SOCKET is not passed on: that needs a mount namespace".to_owned());
+        }
         check_terminal(&spec, options, console.is_some(), wait)?;
         let mut cgroup = facts.layout.cgroup(&cgroup_path)?;
         if facts.euid != 0
@@ -141,7 +155,12 @@ impl Runtime {
         }
         let mut state = State::new(&spec, &options.id, &bundle, &rootfs, &cgroup, &cgroup_path);
         state.own_pid_namespace = lowered.own_pid_namespace;
-        let mut building = Building { dir: &dir, cgroup: &cgroup, pid: None, done: false };
+        let mut building =
+            Building { dir: &dir, cgroup: &cgroup, pid: None, rdt: rdt::Made::new(), done: false };
+        if notify {
+            let other_root = lowered.id_maps.is_some() || lowered.user_join.is_some();
+            activation::make_directory(&dir, other_root)?;
+        }
         dir.save_config(&text)?;
         dir.save(&state)?;
         let launched =
@@ -170,6 +189,10 @@ impl Runtime {
         for (kind, path) in &lowered.child_joins {
             fds.namespaces.push(open_namespace(*kind, path)?);
         }
+        let user_join = match &lowered.user_join {
+            Some(path) => Some(open_namespace(NsKind::User, path)?),
+            None => None,
+        };
         for (uids, gids) in &lowered.idmaps {
             fds.idmaps.push(make_user_namespace(uids, gids)?);
         }
@@ -193,15 +216,27 @@ impl Runtime {
             ops: &lowered.ops,
             fds,
             clone_flags: lowered.clone_flags,
+            user_join,
             parent_joins,
             time_offsets: lowered.time_offsets.clone(),
             cgroup: building.cgroup.open_v2()?,
-            state: state_text(state, "creating"),
+            state: StateText { notify: notify_text(spec, state, None), ..state_text(state, "creating") },
         })?;
         building.pid = Some(launched.pid);
         state.pid = launched.pid;
         state.start_time = start_time(launched.pid).unwrap_or(0);
+        if let (Some(plan), Some(mount)) = (&lowered.rdt, &facts.resctrl) {
+            let done = rdt::apply(plan, mount, launched.pid, &mut building.rdt);
+            state.rdt.clone_from(&building.rdt);
+            done?;
+        }
         dir.save(state)?;
+        if !lowered.net_devices.is_empty() {
+            let joined = lowered.child_joins.iter().find(|(kind, _)| *kind == NsKind::Net);
+            let path =
+                joined.map_or_else(|| format!("/proc/{}/ns/net", launched.pid), |(_, path)| path.clone());
+            netdev::move_all(&lowered.net_devices, &open_namespace(NsKind::Net, &path)?)?;
+        }
         if let Some(path) = &options.pidfd_socket {
             let socket = socket::connect(path, libc::SOCK_STREAM);
             let socket = socket.map_err(io_error("connect to the pidfd socket", path))?;
@@ -243,8 +278,8 @@ impl Runtime {
         }
     }
 
-    /// `start`.
-    pub fn start(&self, id: &str) -> Result<(), RuntimeError> {
+    /// `start`. With a socket to notify it returns when the container has said that it is ready.
+    pub fn start(&self, id: &str, notify: Option<&Path>) -> Result<(), RuntimeError> {
         let dir = self.store.open(id)?;
         let state = dir.load()?;
         let status = dir.status(&state)?;
@@ -264,6 +299,10 @@ impl Runtime {
             Some(libc::ECONNREFUSED | libc::ENOENT) => wrong(dir.status(&state).unwrap_or(Status::Stopped)),
             _ => io_error("connect to", dir.file(START_SOCKET))(e),
         })?;
+        let notify = match notify {
+            Some(host) => Notify::bind(&dir, host, state.pid)?,
+            None => None,
+        };
         socket::send(&socket, b"start").map_err(sys_error("tell the container's process to start"))?;
         let failure = launch::hear_start(&socket)?;
         let path = dir.file(START_SOCKET);
@@ -272,7 +311,11 @@ impl Runtime {
             return Err(RuntimeError::Child(text));
         }
         let spec = dir.load_spec()?;
-        poststart(&spec, &state)
+        poststart(&spec, &state)?;
+        match (notify, state.init_pidfd()) {
+            (Some(notify), Some(init)) => notify.wait_ready(init),
+            _ => Ok(()),
+        }
     }
 
     /// `kill`.
@@ -373,6 +416,16 @@ impl Created {
         poststart(&self.spec, &self.state)
     }
 
+    /// The container's socket for readiness; to be made before [`Created::go`].
+    pub fn notify(&self, host: Option<&Path>) -> Result<Option<Notify>, RuntimeError> {
+        host.map_or(Ok(None), |host| Notify::bind(&self.dir, host, self.launched.pid))
+    }
+
+    /// Waits until the container is ready or has ended.
+    pub fn wait_ready(&self, notify: &Notify) -> Result<(), RuntimeError> {
+        notify.wait_ready(&self.launched.pidfd)
+    }
+
     pub fn pid(&self) -> i32 {
         self.launched.pid
     }
@@ -415,6 +468,7 @@ struct Building<'a> {
     dir: &'a ContainerDir,
     cgroup: &'a Cgroup,
     pid: Option<i32>,
+    rdt: rdt::Made,
     done: bool,
 }
 
@@ -430,6 +484,7 @@ impl Drop for Building<'_> {
         // A cgroup that others use too is busy or has children of theirs, and stays.
         let _ = self.cgroup.kill_all();
         let _ = self.cgroup.remove();
+        let _ = rdt::remove(&self.rdt);
         let _ = self.dir.remove();
     }
 }
@@ -522,10 +577,30 @@ pub(crate) fn open_namespace(kind: NsKind, path: &str) -> Result<OwnedFd, Runtim
     Ok(fd)
 }
 
-fn notify_path(spec: &Spec) -> Option<&str> {
+pub(crate) fn notify_path(spec: &Spec) -> Option<&str> {
     let seccomp = spec.linux.as_ref()?.seccomp.as_ref()?;
     let used = seccomp.syscalls.iter().any(|s| s.action == "SCMP_ACT_NOTIFY");
     seccomp.listener_path.as_deref().filter(|p| used && !p.is_empty())
+}
+
+/// The document for the seccomp listener, cut where the process's pid goes. `init` is the container's own process when
+/// it is not the one that is meant.
+pub(crate) fn notify_text(spec: &Spec, state: &State, init: Option<i32>) -> Vec<Vec<u8>> {
+    if notify_path(spec).is_none() {
+        return Vec::new();
+    }
+    let seccomp = spec.linux.as_ref().and_then(|l| l.seccomp.as_ref());
+    let text = |value: &str| serde_json::to_string(value).unwrap_or_default();
+    let metadata = seccomp.and_then(|s| s.listener_metadata.as_deref()).filter(|m| !m.is_empty());
+    let metadata = metadata.map(|m| format!(",\"metadata\":{}", text(m))).unwrap_or_default();
+    let inner = state_text(state, if init.is_some() { "running" } else { "creating" });
+    let start = format!("{{\"ociVersion\":{},\"fds\":[\"seccompFd\"],\"pid\":", text(&state.oci_version));
+    let middle = [format!("{metadata},\"state\":").as_bytes(), &inner.before_pid].concat();
+    let end = [&inner.after_pid[..], b"}"].concat();
+    match init {
+        None => vec![start.into_bytes(), middle, end],
+        Some(pid) => vec![start.into_bytes(), [&middle[..], pid.to_string().as_bytes(), &end].concat()],
+    }
 }
 
 fn map_text(maps: &[IdMapping]) -> String {
@@ -537,12 +612,39 @@ fn write_id_maps(pid: i32, uids: &[IdMapping], gids: &[IdMapping]) -> Result<(),
         let path = format!("/proc/{pid}/{name}");
         fs::write(&path, text).map_err(io_error("write", path))
     };
-    if process::geteuid() != 0 {
+    let (uid, gid) = (process::geteuid(), process::getegid());
+    let own = |maps: &[IdMapping], id: u32| matches!(maps, [m] if m.host_id == id && m.size == 1);
+    if uid == 0 || own(uids, uid) {
+        write("uid_map", &map_text(uids))?;
+    } else {
+        map_by_helper("newuidmap", pid, uids)?;
+    }
+    if uid == 0 {
+        write("gid_map", &map_text(gids))
+    } else if own(gids, gid) {
         // Without this an ordinary user may not map groups; with it the groups cannot be dropped either.
         write("setgroups", "deny")?;
+        write("gid_map", &map_text(gids))
+    } else {
+        map_by_helper("newgidmap", pid, gids)
     }
-    write("uid_map", &map_text(uids))?;
-    write("gid_map", &map_text(gids))
+}
+
+/// An ordinary user maps ids of others only through these programs, which read /etc/subuid and /etc/subgid.
+fn map_by_helper(helper: &'static str, pid: i32, maps: &[IdMapping]) -> Result<(), RuntimeError> {
+    let numbers = maps.iter().flat_map(|m| [m.container_id, m.host_id, m.size]).map(|n| n.to_string());
+    let output = std::process::Command::new(helper).arg(pid.to_string()).args(numbers).output();
+    let output = output.map_err(|e| match e.kind() {
+        std::io::ErrorKind::NotFound => RuntimeError::Usage(format!(
+            "{helper} is not installed: install uidmap, or map no more than the own user and group"
+        )),
+        _ => io_error("run", helper)(e),
+    })?;
+    if output.status.success() {
+        return Ok(());
+    }
+    let said = String::from_utf8_lossy(&output.stderr);
+    Err(RuntimeError::Usage(format!("{}; see /etc/subuid and /etc/subgid", said.trim())))
 }
 
 /// A user namespace that only lends its maps to an idmapped mount.
@@ -579,6 +681,7 @@ pub(crate) fn state_text(state: &State, status: &str) -> StateText {
     StateText {
         before_pid: text.as_bytes()[..at].to_vec(),
         after_pid: text.as_bytes().get(at + 1..).unwrap_or_default().to_vec(),
+        notify: Vec::new(),
     }
 }
 
@@ -621,6 +724,7 @@ fn destroy(dir: &ContainerDir, state: &State) -> Result<(), RuntimeError> {
         }
     }
     cgroup.remove()?;
+    rdt::remove(&state.rdt)?;
     let hooks = dir.load_spec().ok().and_then(|s| s.hooks).unwrap_or_default();
     for hook in &hooks.poststop {
         if let Err(e) = run_hooks("poststop", std::slice::from_ref(hook), state, "stopped") {

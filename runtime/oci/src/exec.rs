@@ -1,11 +1,11 @@
 //! `exec`: a further process in a running container.
 
-use crate::child::{Fds, Word};
-use crate::container::{Runtime, state_text, write_pid_file};
+use crate::child::{Fds, StateText, Word};
+use crate::container::{Runtime, notify_path, notify_text, state_text, write_pid_file};
 use crate::error::{RuntimeError, io_error, sys_error};
 use crate::host;
 use crate::launch::{self, Heard, Launch, Launched};
-use crate::lower::{ProcessContext, lower_process};
+use crate::lower::{ProcessContext, lower_affinity, lower_process};
 use crate::names;
 use crate::op::{NsKind, Op};
 use crate::spec::{Capabilities, Process, Spec};
@@ -14,7 +14,7 @@ use keel_cgroup::Roots;
 use keel_sys::{file, process, socket};
 use std::fs;
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 #[derive(Clone, Debug, Default)]
 pub struct ExecOptions {
@@ -75,23 +75,35 @@ impl Runtime {
         let init = state.init_pidfd().ok_or_else(|| wrong("exec in a container that is not running"))?;
         let spec = dir.load_spec()?;
         let facts = host::observe(&self.roots)?;
-        let flags = foreign_namespaces(state.pid)?;
+        let mut flags = foreign_namespaces(state.pid)?;
         let user_namespace = flags & libc::CLONE_NEWUSER != 0;
         let context = ProcessContext {
             linux: spec.linux.as_ref(),
             facts: &facts,
             user_namespace,
             preserve_fds: options.preserve_fds,
+            listen_fds: None,
             hooks: &[],
             exec: true,
         };
         let mut warnings = Vec::new();
-        let ops = exec_ops(process, flags, lower_process(process, &context, &mut warnings)?);
+        let rest = lower_process(process, &context, &mut warnings)?;
+        // Only in the container's user namespace does an ordinary user have the right to join the others.
+        let user_join = (user_namespace && facts.euid != 0).then(|| file::dup_above(&init, 3));
+        let user_join = user_join.transpose().map_err(sys_error("copy a descriptor"))?;
+        if user_join.is_some() {
+            flags &= !libc::CLONE_NEWUSER;
+        }
+        let ops = exec_ops(process, flags, user_namespace, rest)?;
         let (tasks, cgroup) = open_cgroup(&state, options, &self.roots)?;
         let mut fds = Fds { tasks, console, ..Fds::default() };
         if let Some(path) = &options.console_socket {
             let socket = socket::connect(path, libc::SOCK_STREAM);
             fds.console = Some(socket.map_err(io_error("connect to the console socket", path))?);
+        }
+        if let Some(path) = notify_path(&spec) {
+            let socket = socket::connect(Path::new(path), libc::SOCK_STREAM);
+            fds.notify = Some(socket.map_err(io_error("connect to the seccomp listener", path))?);
         }
         let mut parent_joins = Vec::new();
         if flags & libc::CLONE_NEWPID != 0 {
@@ -103,10 +115,14 @@ impl Runtime {
             ops: &ops,
             fds,
             clone_flags: 0,
+            user_join,
             parent_joins,
             time_offsets: None,
             cgroup,
-            state: state_text(&state, "running"),
+            state: StateText {
+                notify: notify_text(&spec, &state, Some(state.pid)),
+                ..state_text(&state, "running")
+            },
         })?;
         match finish(&launched, &ops, options) {
             Ok(()) => Ok(Executed { pid: launched.pid, pidfd: launched.pidfd, warnings }),
@@ -139,16 +155,25 @@ fn finish(launched: &Launched, ops: &[Op], options: &ExecOptions) -> Result<(), 
     }
 }
 
-fn exec_ops(process: &Process, flags: i32, rest: Vec<Op>) -> Vec<Op> {
-    // The pid namespace was joined by the parent: it takes effect only for children.
-    let mut ops = vec![Op::JoinCgroup, Op::EnterProcess { flags: flags & !libc::CLONE_NEWPID }];
-    if flags & libc::CLONE_NEWUSER != 0 {
-        ops.push(Op::BecomeRoot);
-    }
-    ops.extend([Op::NotDumpable, Op::NewSession, Op::PrivateProcfs]);
+fn exec_ops(
+    process: &Process,
+    flags: i32,
+    user_namespace: bool,
+    rest: Vec<Op>,
+) -> Result<Vec<Op>, RuntimeError> {
+    let mut ops = Vec::new();
     if let Some(value) = process.oom_score_adj {
         ops.push(Op::OomScoreAdj { value });
     }
+    if let Some(affinity) = &process.exec_cpu_affinity {
+        ops.extend(lower_affinity("process.execCPUAffinity.initial", affinity.initial.as_deref())?);
+    }
+    // The pid namespace was joined before the clone: it takes effect only for children.
+    ops.extend([Op::JoinCgroup, Op::EnterProcess { flags: flags & !libc::CLONE_NEWPID }]);
+    if user_namespace {
+        ops.push(Op::BecomeRoot);
+    }
+    ops.extend([Op::NotDumpable, Op::NewSession, Op::PrivateProcfs]);
     if process.terminal {
         let size = process.console_size.unwrap_or_default();
         let user = &process.user;
@@ -161,7 +186,7 @@ fn exec_ops(process: &Process, flags: i32, rest: Vec<Op>) -> Vec<Op> {
         });
     }
     ops.extend(rest);
-    ops
+    Ok(ops)
 }
 
 /// Flags of the namespaces in which a process differs from this one.

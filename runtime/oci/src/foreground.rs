@@ -1,5 +1,6 @@
 //! A container in the foreground: signals are passed on, a terminal is relayed, the exit code is the program's.
 
+use crate::activation::Notify;
 use crate::error::{RuntimeError, sys_error};
 use keel_sys::process::{self, Exit};
 use keel_sys::{file, socket, tty};
@@ -34,20 +35,21 @@ impl Signals {
     }
 }
 
-/// Waits for the child, passing signals on and relaying the terminal. The terminal's remaining output is read after
+/// Waits for the child, passing signals and notices of readiness on and relaying the terminal. The terminal's remaining output is read after
 /// the exit.
 pub fn wait(
     pid: i32,
     pidfd: &OwnedFd,
     signals: &Signals,
     master: Option<&OwnedFd>,
+    notify: Option<&Notify>,
 ) -> Result<Exit, RuntimeError> {
     let stdin = standard(0);
     let saved = master.and_then(|_| tty::make_raw(stdin).ok());
     if let Some(master) = master {
         copy_size(master);
     }
-    let result = pump(pid, pidfd, signals, master, stdin);
+    let result = pump(pid, pidfd, signals, master, notify, stdin);
     if let Some(saved) = saved {
         let _ = tty::restore(stdin, &saved);
     }
@@ -69,6 +71,7 @@ fn pump(
     pidfd: &OwnedFd,
     signals: &Signals,
     master: Option<&OwnedFd>,
+    notify: Option<&Notify>,
     stdin: BorrowedFd<'_>,
 ) -> Result<Exit, RuntimeError> {
     let mut input = master.is_some();
@@ -79,10 +82,14 @@ fn pump(
             Some(signals.0.as_fd()),
             input.then_some(stdin),
             master.map(|m| m.as_fd()).filter(|_| output),
+            notify.map(Notify::as_fd),
         ];
         let ready = file::poll_readable(&sources).map_err(sys_error("wait for the container"))?;
         if ready[1] {
             pass_on(pidfd, signals, master)?;
+        }
+        if let Some(notify) = notify.filter(|_| ready[4]) {
+            notify.pass_on();
         }
         if let Some(master) = master {
             if ready[3] {

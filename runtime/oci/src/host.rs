@@ -29,5 +29,6 @@ pub fn observe(roots: &Roots) -> Result<HostFacts, RuntimeError> {
         euid,
         apparmor: fs::read("/sys/module/apparmor/parameters/enabled").is_ok_and(|t| t.starts_with(b"Y")),
         selinux: fs::metadata("/sys/fs/selinux/enforce").is_ok(),
+        resctrl: None,
     })
 }

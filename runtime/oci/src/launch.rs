@@ -12,6 +12,8 @@ pub(crate) struct Launch<'a> {
     pub(crate) ops: &'a [Op],
     pub(crate) fds: Fds,
     pub(crate) clone_flags: u64,
+    /// A user namespace that the clone happens in. Nobody comes back from there, so a process in between goes.
+    pub(crate) user_join: Option<OwnedFd>,
     /// Namespaces that take effect only for children: joined around the clone.
     pub(crate) parent_joins: Vec<(NsKind, OwnedFd)>,
     pub(crate) time_offsets: Option<String>,
@@ -32,6 +34,9 @@ pub(crate) fn launch(mut launch: Launch<'_>) -> Result<Launched, RuntimeError> {
     let (ours, theirs) = socket::pair().map_err(sys_error("make a socket pair"))?;
     launch.fds.sync = Some(theirs);
     let texts = texts_after_ready(launch.ops);
+    if let Some(user) = &launch.user_join {
+        return launch_within(&launch, user, &texts, ours);
+    }
     let back = enter(&launch)?;
     // SAFETY: the runtime has one thread, and the child runs `child::run`, which does not return.
     let cloned = unsafe { process::clone(launch.clone_flags, launch.cgroup.as_ref().map(|c| c.as_fd())) };
@@ -46,6 +51,73 @@ pub(crate) fn launch(mut launch: Launch<'_>) -> Result<Launched, RuntimeError> {
     match cloned.map_err(sys_error("clone"))? {
         process::Cloned::Parent { pid, pidfd } => Ok(Launched { pid, pidfd, sync: ours }),
         process::Cloned::Child => process::exit_now(1),
+    }
+}
+
+/// The steps of the process in between, as it tells them.
+const STEPS: [&str; 4] =
+    ["forbid tracing", "join the user namespace", "enter namespaces inside the user namespace", "clone"];
+
+/// Clones a sibling of the child-to-be that joins the user namespace and clones the child as ours.
+#[expect(unsafe_code, reason = "clone")]
+fn launch_within(
+    launch: &Launch<'_>,
+    user: &OwnedFd,
+    texts: &[Vec<u8>],
+    ours: OwnedFd,
+) -> Result<Launched, RuntimeError> {
+    let (answer, tell) = file::pipe().map_err(sys_error("make a pipe"))?;
+    // SAFETY: one thread; the child exits after the calls below, and what it clones runs `child::run`.
+    match unsafe { process::clone(0, None) }.map_err(sys_error("clone"))? {
+        process::Cloned::Parent { pid, .. } => {
+            drop(tell);
+            let mut told = [0u8; 8];
+            let read = file::read(&answer, &mut told);
+            let _ = process::wait_pid(pid);
+            let read = read.map_err(sys_error("read from the process in between"))?;
+            let [a, b, c, d, e, f, g, h] = told;
+            let (number, step) = (i32::from_ne_bytes([a, b, c, d]), u32::from_ne_bytes([e, f, g, h]));
+            if read < told.len() || number <= 0 {
+                let what = STEPS.get(step as usize).copied().unwrap_or("clone");
+                return Err(sys_error(what)(std::io::Error::from_raw_os_error(-number)));
+            }
+            // It is our child and not waited for, so the number is still its own.
+            let pidfd = process::pidfd_open(number).map_err(sys_error("open the container's process"))?;
+            Ok(Launched { pid: number, pidfd, sync: ours })
+        }
+        process::Cloned::Child => {
+            drop((answer, ours));
+            let mut step = 0u32;
+            let mut go = || {
+                // Processes of that namespace may trace whoever has joined it.
+                process::set_dumpable(false)?;
+                step = 1;
+                process::setns(user, NsKind::User.flag())?;
+                step = 2;
+                enter(launch).map_err(|e| match e {
+                    RuntimeError::Sys { source, .. } => source,
+                    _ => std::io::ErrorKind::Other.into(),
+                })?;
+                step = 3;
+                // SAFETY: as above.
+                unsafe {
+                    process::clone(
+                        launch.clone_flags | libc::CLONE_PARENT as u64,
+                        launch.cgroup.as_ref().map(|c| c.as_fd()),
+                    )
+                }
+            };
+            let number = match go() {
+                Ok(process::Cloned::Child) => child::run(launch.ops, texts, &launch.fds, &launch.state),
+                Ok(process::Cloned::Parent { pid, .. }) => pid,
+                Err(e) => -keel_sys::errno(&e),
+            };
+            let mut told = [0u8; 8];
+            told[..4].copy_from_slice(&number.to_ne_bytes());
+            told[4..].copy_from_slice(&step.to_ne_bytes());
+            let _ = file::write_once(&tell, &told);
+            process::exit_now(0)
+        }
     }
 }
 

@@ -5,6 +5,7 @@
 
 #![deny(unsafe_code)]
 
+mod activation;
 #[expect(unsafe_code, reason = "the child of a clone works with raw memory of its parent")]
 mod child;
 mod container;
@@ -15,12 +16,15 @@ mod host;
 mod launch;
 pub mod lower;
 pub mod names;
+mod netdev;
 pub mod op;
+mod rdt;
 pub mod seccomp;
 pub mod spec;
 pub mod state;
 pub mod template;
 
+pub use activation::Notify;
 pub use container::{CreateOptions, Created, Runtime};
 pub use error::RuntimeError;
 pub use exec::{ExecOptions, Executed, parse_user};

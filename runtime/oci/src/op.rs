@@ -47,18 +47,19 @@ impl fmt::Debug for Rel {
 pub struct StringArray {
     strings: Vec<CString>,
     pointers: Vec<Cell<*const c_char>>,
-    spare: usize,
+    /// Slots that the child may still fill.
+    spare: Cell<usize>,
 }
 
 impl StringArray {
-    /// With one slot that the child may fill. `None` when a string holds a NUL.
+    /// With two slots that the child may fill. `None` when a string holds a NUL.
     pub fn new(strings: &[String]) -> Option<StringArray> {
         let strings: Vec<CString> =
             strings.iter().map(|s| CString::new(s.as_str()).ok()).collect::<Option<_>>()?;
         let mut pointers: Vec<Cell<*const c_char>> = strings.iter().map(|s| Cell::new(s.as_ptr())).collect();
         let spare = pointers.len();
-        pointers.extend([Cell::new(std::ptr::null()), Cell::new(std::ptr::null())]);
-        Some(StringArray { strings, pointers, spare })
+        pointers.extend([const { Cell::new(std::ptr::null()) }; 3]);
+        Some(StringArray { strings, pointers, spare: Cell::new(spare) })
     }
 
     pub fn strings(&self) -> &[CString] {
@@ -69,9 +70,14 @@ impl StringArray {
         &self.pointers
     }
 
-    /// Fills the spare slot.
+    /// Fills the next spare slot; nothing happens when there is none.
     pub(crate) fn fill_spare(&self, value: *const c_char) {
-        self.pointers[self.spare].set(value);
+        let at = self.spare.get();
+        // The last one stays null and ends the array.
+        if at + 1 < self.pointers.len() {
+            self.pointers[at].set(value);
+            self.spare.set(at + 1);
+        }
     }
 }
 
@@ -285,6 +291,8 @@ pub enum Op {
     },
     Mask {
         path: Rel,
+        /// SELinux context of what hides a directory.
+        label: Option<CString>,
     },
     ReadOnly {
         path: Rel,
@@ -387,6 +395,8 @@ pub enum Op {
         env: StringArray,
         path: Option<CString>,
         home_of: Option<u32>,
+        /// The environment gets `LISTEN_PID`, which only the process itself knows.
+        listen_pid: bool,
     },
 }
 
@@ -543,7 +553,7 @@ impl Op {
             Op::Console { .. } => "set up the terminal".into(),
             Op::RuntimeHooks => "run the hooks of the runtime".into(),
             Op::Hook { program, kind } => format!("run {kind} hook {}", c(&program.path)),
-            Op::Mask { path } => format!("mask {path:?}"),
+            Op::Mask { path, .. } => format!("mask {path:?}"),
             Op::ReadOnly { path } => format!("make {path:?} read-only"),
             Op::ReadOnlyRoot => "make the root read-only".into(),
             Op::PivotRoot => "pivot_root".into(),

@@ -5,6 +5,7 @@
 //! Unknown fields are ignored, as the specification demands.
 
 use keel_cgroup::Resources;
+use serde::de::IgnoredAny;
 use serde::{Deserialize, Deserializer};
 use std::collections::BTreeMap;
 
@@ -26,6 +27,11 @@ pub struct Spec {
     #[serde(deserialize_with = "nullable")]
     pub annotations: BTreeMap<String, String>,
     pub linux: Option<Linux>,
+    pub solaris: Option<IgnoredAny>,
+    pub windows: Option<IgnoredAny>,
+    pub vm: Option<IgnoredAny>,
+    pub zos: Option<IgnoredAny>,
+    pub freebsd: Option<IgnoredAny>,
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -39,6 +45,8 @@ pub struct Root {
 #[serde(default, rename_all = "camelCase")]
 pub struct Process {
     pub terminal: bool,
+    /// Windows only.
+    pub command_line: Option<IgnoredAny>,
     pub console_size: Option<ConsoleSize>,
     pub user: User,
     #[serde(deserialize_with = "nullable")]
@@ -196,7 +204,7 @@ pub struct Linux {
     #[serde(deserialize_with = "nullable")]
     pub readonly_paths: Vec<String>,
     pub mount_label: Option<String>,
-    pub intel_rdt: Option<serde::de::IgnoredAny>,
+    pub intel_rdt: Option<IntelRdt>,
     pub memory_policy: Option<MemoryPolicy>,
     pub personality: Option<Personality>,
     #[serde(deserialize_with = "nullable")]
@@ -238,6 +246,25 @@ pub struct Device {
 #[serde(default)]
 pub struct NetDevice {
     pub name: Option<String>,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+pub struct IntelRdt {
+    #[serde(rename = "closID")]
+    pub clos_id: Option<String>,
+    #[serde(deserialize_with = "nullable")]
+    pub l3_cache_schema: String,
+    #[serde(deserialize_with = "nullable")]
+    pub mem_bw_schema: String,
+    #[serde(deserialize_with = "nullable")]
+    pub schemata: Vec<String>,
+    pub enable_monitoring: bool,
+    /// Before version 1.3 of the specification.
+    #[serde(rename = "enableCMT")]
+    pub enable_cmt: bool,
+    #[serde(rename = "enableMBM")]
+    pub enable_mbm: bool,
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]

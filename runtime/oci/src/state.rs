@@ -15,9 +15,9 @@ use keel_sys::{file, process};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fs;
-use std::io;
+use std::io::{self, Write};
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 /// The version of the file's form.
@@ -50,6 +50,9 @@ pub struct State {
     pub cgroup: Vec<CgroupDir>,
     #[serde(default)]
     pub own_pid_namespace: bool,
+    /// Directories of the resctrl file system that go with the container.
+    #[serde(default)]
+    pub rdt: Vec<PathBuf>,
     #[serde(default)]
     pub annotations: BTreeMap<String, String>,
 }
@@ -131,6 +134,12 @@ impl Store {
         Ok(ContainerDir { id: id.to_owned(), path: self.root.join(id) })
     }
 
+    /// Where a container's directory is, whether it exists or not. Absolute.
+    pub(crate) fn path_of(&self, id: &str) -> Result<PathBuf, RuntimeError> {
+        let path = self.dir(id)?.path;
+        std::path::absolute(&path).map_err(io_error("find", &path))
+    }
+
     /// Claims the id: of two that try, one gets an error.
     pub fn create(&self, id: &str) -> Result<ContainerDir, RuntimeError> {
         let dir = self.dir(id)?;
@@ -203,13 +212,12 @@ impl ContainerDir {
         let temp = self.file(".state.json");
         let text =
             serde_json::to_vec(state).map_err(|source| RuntimeError::Json { path: path.clone(), source })?;
-        fs::write(&temp, text).map_err(io_error("write", &temp))?;
+        write_private(&temp, &text)?;
         fs::rename(&temp, &path).map_err(io_error("rename", &path))
     }
 
     pub fn save_config(&self, text: &[u8]) -> Result<(), RuntimeError> {
-        let path = self.file("config.json");
-        fs::write(&path, text).map_err(io_error("write", &path))
+        write_private(&self.file("config.json"), text)
     }
 
     pub fn load_spec(&self) -> Result<Spec, RuntimeError> {
@@ -307,6 +315,7 @@ impl State {
                 })
                 .collect(),
             own_pid_namespace: false,
+            rdt: Vec::new(),
             ready: false,
             annotations: spec.annotations.clone(),
         }
@@ -335,6 +344,12 @@ impl State {
         let fd = process::pidfd_open(self.pid).ok()?;
         is_alive(self.pid, self.start_time).then_some(fd)
     }
+}
+
+/// Environments hold secrets, and the directory is not always closed to others.
+fn write_private(path: &Path, text: &[u8]) -> Result<(), RuntimeError> {
+    let open = fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path);
+    open.and_then(|mut file| file.write_all(text)).map_err(io_error("write", path))
 }
 
 /// Start time of a process, and whether it is a zombie. `None` when there is none.

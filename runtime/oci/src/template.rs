@@ -101,6 +101,9 @@ pub fn features() -> String {
     const ARCHS: &str = "SCMP_ARCH_AARCH64 SCMP_ARCH_X32 SCMP_ARCH_X86 SCMP_ARCH_X86_64";
     const FLAGS: &str = "SECCOMP_FILTER_FLAG_LOG SECCOMP_FILTER_FLAG_SPEC_ALLOW SECCOMP_FILTER_FLAG_TSYNC \
         SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV";
+    const MODES: &str = "MPOL_BIND MPOL_DEFAULT MPOL_INTERLEAVE MPOL_LOCAL MPOL_PREFERRED MPOL_PREFERRED_MANY \
+        MPOL_WEIGHTED_INTERLEAVE";
+    const MODE_FLAGS: &str = "MPOL_F_NUMA_BALANCING MPOL_F_RELATIVE_NODES MPOL_F_STATIC_NODES";
     let words = |text: &'static str| list(text.split_whitespace());
     let caps: Vec<String> = names::capability_names().collect();
     format!(
@@ -123,7 +126,9 @@ pub fn features() -> String {
         }},
         "apparmor": {{"enabled": true}},
         "selinux": {{"enabled": true}},
-        "intelRdt": {{"enabled": false}},
+        "intelRdt": {{"enabled": true, "schemata": true, "monitoring": true}},
+        "memoryPolicy": {{"modes": {modes}, "flags": {mode_flags}}},
+        "netDevices": {{"enabled": true}},
         "mountExtensions": {{"idmap": {{"enabled": true}}}}
     }},
     "potentiallyUnsafeConfigAnnotations": []
@@ -136,6 +141,8 @@ pub fn features() -> String {
         operators = words(OPERATORS),
         archs = words(ARCHS),
         flags = words(FLAGS),
+        modes = words(MODES),
+        mode_flags = words(MODE_FLAGS),
     )
 }
 

@@ -394,16 +394,16 @@ pub fn standard(number: i32) -> BorrowedFd<'static> {
     unsafe { BorrowedFd::borrow_raw(number.clamp(0, 2)) }
 }
 
-/// Waits until at least one of four descriptors is readable or hung up; absent ones never are.
-pub fn poll_readable(fds: &[Option<BorrowedFd<'_>>; 4]) -> io::Result<[bool; 4]> {
+/// Waits until at least one of the descriptors is readable or hung up; absent ones never are.
+pub fn poll_readable<const N: usize>(fds: &[Option<BorrowedFd<'_>>; N]) -> io::Result<[bool; N]> {
     let mut polls = fds.map(|fd| libc::pollfd {
         fd: fd.map_or(-1, |fd| fd.as_raw_fd()),
         events: libc::POLLIN,
         revents: 0,
     });
     loop {
-        // SAFETY: four entries are passed.
-        match check(i64::from(unsafe { libc::poll(polls.as_mut_ptr(), 4, -1) })) {
+        // SAFETY: N entries are passed.
+        match check(i64::from(unsafe { libc::poll(polls.as_mut_ptr(), N as libc::nfds_t, -1) })) {
             Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
             Err(e) => return Err(e),
             Ok(_) => return Ok(polls.map(|p| p.revents != 0)),

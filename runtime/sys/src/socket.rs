@@ -128,6 +128,13 @@ pub fn recv(fd: impl AsFd, buffer: &mut [u8]) -> io::Result<usize> {
     }
 }
 
+/// The peer reads an end after what has been sent.
+pub fn shut_down_writing(fd: impl AsFd) -> io::Result<()> {
+    // SAFETY: plain numbers.
+    check(i64::from(unsafe { libc::shutdown(fd.as_fd().as_raw_fd(), libc::SHUT_WR) }))?;
+    Ok(())
+}
+
 #[repr(C, align(8))]
 struct Control([u8; 64]);
 

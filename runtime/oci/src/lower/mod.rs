@@ -3,10 +3,13 @@
 mod mounts;
 mod process;
 
+pub(crate) use process::lower_affinity;
 pub use process::{ProcessContext, lower_process};
 
 use crate::names;
+use crate::netdev::{self, NetDevice};
 use crate::op::{HookProgram, NsKind, Op, Rel, StringArray};
+use crate::rdt::{Rdt, lower_rdt};
 use crate::spec::{Hook, IdMapping, Linux, Spec};
 use keel_cgroup::{DeviceSpec, Layout};
 use std::ffi::CString;
@@ -22,6 +25,8 @@ pub struct HostFacts {
     pub euid: u32,
     pub apparmor: bool,
     pub selinux: bool,
+    /// The mount of the resctrl file system; looked for only when the specification asks for it.
+    pub resctrl: Option<std::path::PathBuf>,
 }
 
 /// What the command line asks for.
@@ -34,6 +39,8 @@ pub struct Request {
     pub no_new_keyring: bool,
     /// Descriptors after the standard three that the container keeps.
     pub preserve_fds: u32,
+    /// The preserved descriptors are those of a socket activation, so many.
+    pub listen_fds: Option<u32>,
     /// The path of the container's cgroup, as [`Layout::cgroup`] takes it.
     pub cgroup: String,
 }
@@ -49,12 +56,16 @@ pub struct Lowered {
     pub parent_joins: Vec<(NsKind, String)>,
     /// A new time namespace with these offsets, made by the parent before the clone.
     pub time_offsets: Option<String>,
+    /// A user namespace that is joined before the clone, so that the new namespaces belong to it.
+    pub user_join: Option<String>,
     /// Namespaces that the child joins, in the order of their slots.
     pub child_joins: Vec<(NsKind, String)>,
     /// A new user namespace with these maps.
     pub id_maps: Option<(Vec<IdMapping>, Vec<IdMapping>)>,
     /// Descriptors of user namespaces for idmapped mounts, in the order of their slots.
     pub idmaps: Vec<(Vec<IdMapping>, Vec<IdMapping>)>,
+    pub net_devices: Vec<NetDevice>,
+    pub rdt: Option<Rdt>,
     /// Device rules, with those for the default devices.
     pub device_rules: Vec<DeviceSpec>,
     /// The container has its own pid namespace, so that its init's death is everybody's.
@@ -130,15 +141,18 @@ pub fn lower(spec: &Spec, request: &Request, facts: &HostFacts) -> Result<Lowere
     let default_linux = Linux::default();
     let linux = spec.linux.as_ref().unwrap_or(&default_linux);
     let namespaces = Namespaces::parse(linux)?;
-    refuse_unsupported(spec, linux)?;
+    refuse_unsupported(spec, linux, &namespaces, facts)?;
     let mut out = Lowered {
         ops: Vec::with_capacity(64),
         clone_flags: 0,
         parent_joins: Vec::new(),
         time_offsets: None,
+        user_join: None,
         child_joins: Vec::new(),
         id_maps: None,
         idmaps: Vec::new(),
+        net_devices: net_devices(linux, &namespaces)?,
+        rdt: linux.intel_rdt.as_ref().map(|rdt| lower_rdt(rdt, &request.id)).transpose()?,
         device_rules: device_rules(linux),
         own_pid_namespace: namespaces.is_new(NsKind::Pid),
         warnings: Vec::new(),
@@ -156,6 +170,7 @@ pub fn lower(spec: &Spec, request: &Request, facts: &HostFacts) -> Result<Lowere
             facts,
             user_namespace: namespaces.has(NsKind::User),
             preserve_fds: request.preserve_fds,
+            listen_fds: request.listen_fds,
             hooks: spec.hooks.as_ref().map_or(&[], |h| h.start_container.as_slice()),
             exec: false,
         };
@@ -181,17 +196,72 @@ fn check_version(version: &str) -> Result<(), SpecError> {
     Ok(())
 }
 
-fn refuse_unsupported(spec: &Spec, linux: &Linux) -> Result<(), SpecError> {
-    if linux.intel_rdt.is_some() {
-        return Err(unsupported("linux.intelRdt", "resource director technology is not driven yet"));
+/// What this host or this runtime has no means for, and fields that contradict each other.
+fn refuse_unsupported(
+    spec: &Spec,
+    linux: &Linux,
+    namespaces: &Namespaces,
+    facts: &HostFacts,
+) -> Result<(), SpecError> {
+    for (name, there) in [
+        ("solaris", spec.solaris.is_some()),
+        ("windows", spec.windows.is_some()),
+        ("vm", spec.vm.is_some()),
+        ("zos", spec.zos.is_some()),
+        ("freebsd", spec.freebsd.is_some()),
+        ("process.commandLine", spec.process.as_ref().is_some_and(|p| p.command_line.is_some())),
+    ] {
+        if there {
+            return Err(unsupported(name, "this runtime makes Linux containers without a virtual machine"));
+        }
     }
-    if !linux.net_devices.is_empty() {
-        return Err(unsupported("linux.netDevices", "moving network devices is not done yet"));
+    if linux.intel_rdt.is_some() && facts.resctrl.is_none() {
+        return Err(unsupported("linux.intelRdt", "no resctrl file system is mounted"));
+    }
+    if linux.mount_label.as_deref().is_some_and(|l| !l.is_empty()) && !facts.selinux {
+        return Err(unsupported("linux.mountLabel", "SELinux is not enabled on this host"));
+    }
+    let mapped = !linux.uid_mappings.is_empty() || !linux.gid_mappings.is_empty();
+    if mapped && !namespaces.has(NsKind::User) {
+        return Err(invalid("linux.uidMappings", "needs a user namespace"));
     }
     if spec.mounts.iter().any(|m| m.destination.is_empty()) {
         return Err(invalid("mounts[].destination", "must not be empty"));
     }
     Ok(())
+}
+
+/// In the order of their names, so that a failure is the same one every time.
+fn net_devices(linux: &Linux, namespaces: &Namespaces) -> Result<Vec<NetDevice>, SpecError> {
+    if !linux.net_devices.is_empty() && !namespaces.has(NsKind::Net) {
+        return Err(invalid("linux.netDevices", "needs a network namespace"));
+    }
+    let mut all: Vec<NetDevice> = Vec::new();
+    for (host, device) in &linux.net_devices {
+        let name = device.name.as_ref().filter(|n| !n.is_empty()).unwrap_or(host);
+        for word in [host, name] {
+            let odd = |c: char| c == '/' || c == ':' || c.is_whitespace() || c == '\0';
+            if word.is_empty()
+                || word.len() > netdev::NAME_BYTES
+                || matches!(word.as_str(), "." | "..")
+                || word.contains(odd)
+            {
+                return Err(invalid("linux.netDevices", format!("{word:?} is not a device name")));
+            }
+        }
+        let template = name.strip_suffix("%d").unwrap_or(name);
+        if template.contains('%') || host.contains('%') {
+            return Err(invalid(
+                "linux.netDevices",
+                format!("{name:?}: % is for a template that ends in %d"),
+            ));
+        }
+        if template == name && all.iter().any(|d| d.name == *name) {
+            return Err(invalid("linux.netDevices", format!("two devices have the name {name:?}")));
+        }
+        all.push(NetDevice { host: host.clone(), name: name.clone() });
+    }
+    Ok(all)
 }
 
 fn lower_namespaces(linux: &Linux, namespaces: &Namespaces, out: &mut Lowered) -> Result<(), SpecError> {
@@ -226,15 +296,12 @@ fn lower_namespaces(linux: &Linux, namespaces: &Namespaces, out: &mut Lowered) -
     for (kind, path) in &namespaces.joined {
         match kind {
             NsKind::Pid | NsKind::Time => out.parent_joins.push((*kind, path.clone())),
+            NsKind::User => out.user_join = Some(path.clone()),
             _ => out.child_joins.push((*kind, path.clone())),
         }
     }
-    // The user namespace first (it gives the right to join the others), the mount namespace last (it changes paths).
-    out.child_joins.sort_by_key(|(kind, _)| match kind {
-        NsKind::User => 0,
-        NsKind::Mount => 2,
-        _ => 1,
-    });
+    // The mount namespace last: it changes paths.
+    out.child_joins.sort_by_key(|(kind, _)| *kind == NsKind::Mount);
     Ok(())
 }
 
@@ -246,6 +313,10 @@ fn early(
     out: &mut Lowered,
 ) -> Result<(), SpecError> {
     let ops = &mut out.ops;
+    // While /proc is the host's and the file belongs to whoever runs this.
+    if let Some(value) = spec.process.as_ref().and_then(|p| p.oom_score_adj) {
+        ops.push(Op::OomScoreAdj { value });
+    }
     ops.push(Op::JoinCgroup);
     for (slot, (kind, _)) in out.child_joins.iter().enumerate() {
         ops.push(Op::Join { kind: *kind, slot });
@@ -265,9 +336,6 @@ fn early(
         ops.push(Op::Unshare { kind: NsKind::Cgroup });
     }
     ops.push(Op::PrivateProcfs);
-    if let Some(value) = spec.process.as_ref().and_then(|p| p.oom_score_adj) {
-        ops.push(Op::OomScoreAdj { value });
-    }
     Ok(())
 }
 

@@ -4,7 +4,7 @@ use super::{
     HostFacts, Lowered, Namespaces, Request, SpecError, c_string, invalid, lower_hook, rel, unsupported,
 };
 use crate::op::{FsOption, NsKind, Op, Rel, Target};
-use crate::spec::{Device, Linux, Mount, Spec};
+use crate::spec::{Device, Linux, Mount, Root, Spec};
 use keel_cgroup::Mode;
 use keel_sys::mount::{self, Attr};
 use std::ffi::CString;
@@ -20,10 +20,10 @@ pub(super) fn lower_rootfs(
     let root = spec.root.as_ref().ok_or_else(|| invalid("root", "is missing"))?;
     let path = c_string("root.path", &request.rootfs)?;
     if !namespaces.has(NsKind::Mount) {
-        if !spec.mounts.is_empty() {
-            return Err(invalid("mounts", "need a mount namespace"));
-        }
+        refuse_without_mounts(spec, linux, root)?;
         out.ops.push(Op::OpenRoot { path });
+        terminal(spec, false, out);
+        hooks(spec, out)?;
         out.ops.push(Op::ChangeRoot);
         return Ok(());
     }
@@ -34,41 +34,29 @@ pub(super) fn lower_rootfs(
     out.ops.push(Op::Propagation { flag: (inherited | libc::MS_REC) & !libc::MS_BIND });
     out.ops.push(Op::BindRoot { path, private_parent: shared });
     for (i, mount) in spec.mounts.iter().enumerate() {
+        let before = out.ops.len();
         lower_mount(i, mount, facts, namespaces, request, out)?;
+        if let Some(label) = given(&linux.mount_label) {
+            out.ops[before..].iter_mut().try_for_each(|op| label_mount(op, label))?;
+        }
     }
     let own_dev = spec.mounts.iter().any(|m| clean(&m.destination) == "dev" && is_bind(m));
     if !own_dev {
         lower_devices(linux, namespaces.has(NsKind::User), out)?;
+    } else if !linux.devices.is_empty() {
+        out.warnings.push("linux.devices are not made: /dev is a directory of the host".to_owned());
     }
-    if let Some(process) = &spec.process
-        && process.terminal
-    {
-        let size = process.console_size.unwrap_or_default();
-        out.ops.push(Op::Console {
-            bind: true,
-            rows: size.height,
-            columns: size.width,
-            uid: process.user.uid,
-            gid: process.user.gid,
-        });
-    }
+    terminal(spec, true, out);
     if let Some(process) = &spec.process {
         out.ops.push(Op::Directory { path: rel("process.cwd", &process.cwd)?, mode: 0o755 });
     }
-    if let Some(hooks) = &spec.hooks {
-        if !hooks.prestart.is_empty() || !hooks.create_runtime.is_empty() {
-            out.ops.push(Op::RuntimeHooks);
-        }
-        for (i, hook) in hooks.create_container.iter().enumerate() {
-            let program = lower_hook(&format!("hooks.createContainer[{i}]"), hook)?;
-            out.ops.push(Op::Hook { program, kind: "createContainer" });
-        }
-    }
+    hooks(spec, out)?;
     for path in &linux.readonly_paths {
         out.ops.push(Op::ReadOnly { path: rel("linux.readonlyPaths", path)? });
     }
     for path in &linux.masked_paths {
-        out.ops.push(Op::Mask { path: rel("linux.maskedPaths", path)? });
+        let label = given(&linux.mount_label).map(|l| c_string("linux.mountLabel", l)).transpose()?;
+        out.ops.push(Op::Mask { path: rel("linux.maskedPaths", path)?, label });
     }
     if root.readonly {
         out.ops.push(Op::ReadOnlyRoot);
@@ -76,6 +64,54 @@ pub(super) fn lower_rootfs(
     out.ops.push(if request.no_pivot { Op::MoveRoot } else { Op::PivotRoot });
     if let Some(flag) = wanted {
         out.ops.push(Op::RootPropagation { flag });
+    }
+    Ok(())
+}
+
+/// What only mounts can do must not be lost in silence.
+fn refuse_without_mounts(spec: &Spec, linux: &Linux, root: &Root) -> Result<(), SpecError> {
+    for (field, there) in [
+        ("mounts", !spec.mounts.is_empty()),
+        ("root.readonly", root.readonly),
+        ("linux.maskedPaths", !linux.masked_paths.is_empty()),
+        ("linux.readonlyPaths", !linux.readonly_paths.is_empty()),
+        ("linux.rootfsPropagation", given(&linux.rootfs_propagation).is_some()),
+        ("linux.devices", !linux.devices.is_empty()),
+    ] {
+        if there {
+            return Err(invalid(field, "needs a mount namespace"));
+        }
+    }
+    Ok(())
+}
+
+fn given(text: &Option<String>) -> Option<&str> {
+    text.as_deref().filter(|t| !t.is_empty())
+}
+
+fn terminal(spec: &Spec, bind: bool, out: &mut Lowered) {
+    if let Some(process) = &spec.process
+        && process.terminal
+    {
+        let size = process.console_size.unwrap_or_default();
+        out.ops.push(Op::Console {
+            bind,
+            rows: size.height,
+            columns: size.width,
+            uid: process.user.uid,
+            gid: process.user.gid,
+        });
+    }
+}
+
+fn hooks(spec: &Spec, out: &mut Lowered) -> Result<(), SpecError> {
+    let Some(hooks) = &spec.hooks else { return Ok(()) };
+    if !hooks.prestart.is_empty() || !hooks.create_runtime.is_empty() {
+        out.ops.push(Op::RuntimeHooks);
+    }
+    for (i, hook) in hooks.create_container.iter().enumerate() {
+        let program = lower_hook(&format!("hooks.createContainer[{i}]"), hook)?;
+        out.ops.push(Op::Hook { program, kind: "createContainer" });
     }
     Ok(())
 }
@@ -233,6 +269,12 @@ fn lower_mount(
         options.real_target || matches!(kind, "proc" | "sysfs") || is_bind(mount) && path.as_str() == "proc";
     let target = Target { path, real };
     if options.remount {
+        if let Some(word) = options.data.first() {
+            return Err(unsupported(
+                format!("{field}: option {word:?}"),
+                "remount changes attributes of the mount only",
+            ));
+        }
         let attr = Attr { propagation: options.propagation & !libc::MS_REC, ..options.attr };
         out.ops.push(Op::Remount { target, attr, recursive: false });
         return Ok(());
@@ -240,7 +282,7 @@ fn lower_mount(
     if is_bind(mount) {
         return lower_bind(&field, mount, &options, target, out);
     }
-    if options.idmap.is_some() || !mount.uid_mappings.is_empty() {
+    if options.idmap.is_some() || !mount.uid_mappings.is_empty() || !mount.gid_mappings.is_empty() {
         return Err(unsupported(field, "id mappings are for bind mounts"));
     }
     match kind {
@@ -297,6 +339,12 @@ fn lower_bind(
 ) -> Result<(), SpecError> {
     let source = mount.source.as_deref().filter(|s| !s.is_empty());
     let source = source.ok_or_else(|| invalid(field, "a bind mount needs a source"))?;
+    if let Some(word) = options.data.first() {
+        return Err(invalid(format!("{field}: option {word:?}"), "has no meaning for a bind mount"));
+    }
+    if mount.uid_mappings.is_empty() != mount.gid_mappings.is_empty() {
+        return Err(invalid(field, "uidMappings and gidMappings go together"));
+    }
     let idmap = match (options.idmap, mount.uid_mappings.is_empty() && mount.gid_mappings.is_empty()) {
         (None, true) => None,
         (recursive, false) => {
@@ -323,6 +371,20 @@ fn lower_bind(
         only_procfs,
         idmap,
     });
+    Ok(())
+}
+
+/// The SELinux context of a new file system. Those of the kernel have labels of their own, bind mounts keep theirs.
+fn label_mount(op: &mut Op, label: &str) -> Result<(), SpecError> {
+    let Op::FileSystem { kind, options, .. } = op else { return Ok(()) };
+    let kernels = ["proc", "sysfs", "mqueue", "cgroup", "cgroup2", "securityfs", "debugfs", "tracefs", "bpf"];
+    let given = options.iter().any(|o| o.key.to_bytes().ends_with(b"context"));
+    if !given && !kernels.iter().any(|k| k.as_bytes() == kind.to_bytes()) {
+        options.push(FsOption {
+            key: CString::from(c"context"),
+            value: Some(c_string("linux.mountLabel", label)?),
+        });
+    }
     Ok(())
 }
 

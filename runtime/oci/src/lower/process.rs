@@ -15,6 +15,7 @@ pub struct ProcessContext<'a> {
     pub facts: &'a HostFacts,
     pub user_namespace: bool,
     pub preserve_fds: u32,
+    pub listen_fds: Option<u32>,
     /// `startContainer`.
     pub hooks: &'a [Hook],
     /// A further process of a running container: there is no start to wait for.
@@ -39,7 +40,7 @@ pub fn lower_process(
         ops.push(Op::Hook { program, kind: "startContainer" });
     }
     privileges(process, context, warnings, &mut ops)?;
-    ops.push(exec(process, path)?);
+    ops.push(exec(process, path, context.listen_fds)?);
     Ok(ops)
 }
 
@@ -75,15 +76,16 @@ fn limits(process: &Process, context: &ProcessContext<'_>, ops: &mut Vec<Op>) ->
     if context.exec
         && let Some(affinity) = &process.exec_cpu_affinity
     {
-        let list = affinity.last.as_ref().or(affinity.initial.as_ref());
-        if let Some(list) = list {
-            let mask = names::number_list(list).filter(|m| !m.is_empty()).ok_or_else(|| {
-                invalid("process.execCPUAffinity", format!("{list:?} is not a list of CPUs"))
-            })?;
-            ops.push(Op::Affinity { mask });
-        }
+        ops.extend(lower_affinity("process.execCPUAffinity.final", affinity.last.as_deref())?);
     }
     Ok(())
+}
+
+pub(crate) fn lower_affinity(field: &str, list: Option<&str>) -> Result<Option<Op>, SpecError> {
+    let Some(list) = list.filter(|l| !l.is_empty()) else { return Ok(None) };
+    let mask = names::number_list(list).filter(|m| !m.is_empty());
+    let mask = mask.ok_or_else(|| invalid(field, format!("{list:?} is not a list of CPUs")))?;
+    Ok(Some(Op::Affinity { mask }))
 }
 
 fn lower_scheduler(s: &Scheduler) -> Result<SchedAttr, SpecError> {
@@ -183,9 +185,10 @@ fn labels(process: &Process, context: &ProcessContext<'_>, ops: &mut Vec<Op>) ->
         let file = CString::from(c"attr/apparmor/exec");
         ops.push(Op::ExecLabel { file, label: format!("exec {profile}") });
     }
-    if let Some(label) = given(&process.selinux_label)
-        && context.facts.selinux
-    {
+    if let Some(label) = given(&process.selinux_label) {
+        if !context.facts.selinux {
+            return Err(unsupported("process.selinuxLabel", "SELinux is not enabled on this host"));
+        }
         ops.push(Op::ExecLabel { file: CString::from(c"attr/exec"), label });
     }
     Ok(())
@@ -239,7 +242,7 @@ fn cwd(process: &Process) -> Result<CString, SpecError> {
     c_string("process.cwd", &process.cwd)
 }
 
-fn exec(process: &Process, path: Option<CString>) -> Result<Op, SpecError> {
+fn exec(process: &Process, path: Option<CString>, listen_fds: Option<u32>) -> Result<Op, SpecError> {
     let nul = |field: &'static str| move || invalid(field, "contains a NUL byte");
     for entry in &process.env {
         if entry.split_once('=').is_none_or(|(key, _)| key.is_empty()) {
@@ -247,10 +250,16 @@ fn exec(process: &Process, path: Option<CString>) -> Result<Op, SpecError> {
         }
     }
     let has_home = process.env.iter().any(|e| e.starts_with("HOME="));
+    let mut env = process.env.clone();
+    if let Some(count) = listen_fds {
+        env.retain(|e| !e.starts_with("LISTEN_FDS=") && !e.starts_with("LISTEN_PID="));
+        env.push(format!("LISTEN_FDS={count}"));
+    }
     Ok(Op::Exec {
         args: StringArray::new(&process.args).ok_or_else(nul("process.args"))?,
-        env: StringArray::new(&process.env).ok_or_else(nul("process.env"))?,
+        env: StringArray::new(&env).ok_or_else(nul("process.env"))?,
         path,
         home_of: (!has_home).then_some(process.user.uid),
+        listen_pid: listen_fds.is_some(),
     })
 }

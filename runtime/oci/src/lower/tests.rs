@@ -25,6 +25,7 @@ fn facts(mode: Mode) -> HostFacts {
         euid: 0,
         apparmor: false,
         selinux: false,
+        resctrl: None,
     }
 }
 
@@ -109,7 +110,8 @@ fn joined_namespaces_go_to_the_side_that_can_join_them() {
     .unwrap();
     assert_eq!(lowered.parent_joins, [(NsKind::Pid, "/p".to_owned())]);
     let kinds: Vec<_> = lowered.child_joins.iter().map(|(k, _)| *k).collect();
-    assert_eq!(kinds, [NsKind::User, NsKind::Net, NsKind::Uts]);
+    assert_eq!(kinds, [NsKind::Net, NsKind::Uts]);
+    assert_eq!(lowered.user_join.as_deref(), Some("/s"));
     assert_eq!(lowered.clone_flags, libc::CLONE_NEWNS as u64);
     assert!(!lowered.own_pid_namespace);
     let words = names(&lowered.ops);
@@ -244,6 +246,10 @@ fn what_cannot_be_done_is_refused_by_name() {
         (r#"{"linux":{"namespaces":[{"type":"pid","path":"x"}]}}"#, "linux.namespaces[0]"),
         (r#"{"linux":{"namespaces":[{"type":"mount"},{"type":"user"}]}}"#, "linux.uidMappings"),
         (r#"{"linux":{"intelRdt":{}}}"#, "linux.intelRdt"),
+        (r#"{"linux":{"mountLabel":"u:r:t"}}"#, "linux.mountLabel"),
+        (r#"{"process":{"selinuxLabel":"u:r:t"}}"#, "process.selinuxLabel"),
+        (r#"{"vm":{}}"#, "vm"),
+        (r#"{"linux":{"netDevices":{"eth0":{}}}}"#, "linux.netDevices"),
         (r#"{"hooks":{"createContainer":[{"path":"relative"}]}}"#, "hooks.createContainer[0]"),
         (r#"{"linux":{"devices":[{"type":"z","path":"/dev/x"}]}}"#, "linux.devices[0]"),
     ] {
@@ -267,4 +273,28 @@ fn versions_of_the_first_major_are_accepted() {
     for version in ["1.0.0", "1.0.2-dev", "1.3.0", "1.99.0+x"] {
         assert!(lowered(&format!(r#"{{"ociVersion":"{version}"}}"#), Mode::V1).is_ok(), "{version}");
     }
+}
+
+#[test]
+fn selinux_labels_go_to_the_exec_and_to_new_file_systems_only() {
+    let document = serde_json::json!({
+        "ociVersion": "1.3.0",
+        "process": {"args": ["true"], "cwd": "/", "selinuxLabel": "u:r:container_t"},
+        "root": {"path": "rootfs"},
+        "mounts": [
+            {"destination": "/proc", "type": "proc"},
+            {"destination": "/tmp", "type": "tmpfs"},
+            {"destination": "/srv", "type": "bind", "source": "/srv"}
+        ],
+        "linux": {"namespaces": [{"type": "mount"}], "mountLabel": "u:o:file_t", "maskedPaths": ["/proc/x"]}
+    });
+    let spec: Spec = serde_json::from_value(document).unwrap();
+    let facts = HostFacts { selinux: true, ..facts(Mode::V1) };
+    let ops = lower(&spec, &request(), &facts).unwrap().ops;
+    let labelled = |op: &Op| format!("{op:?}").contains("file_t");
+    let words: Vec<String> =
+        ops.iter().filter(|op| labelled(op)).map(|op| names(std::slice::from_ref(op)).join("")).collect();
+    assert_eq!(words, ["FileSystem", "Mask"]);
+    let exec = ops.iter().find(|op| matches!(op, Op::ExecLabel { .. })).map(|op| format!("{op:?}"));
+    assert_eq!(exec.as_deref(), Some(r#"ExecLabel { file: "attr/exec", label: "u:r:container_t" }"#));
 }
