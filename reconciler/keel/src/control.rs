@@ -8,20 +8,25 @@
 //! ```
 //! The directory has precedence: an object that a file declares is changed there and nowhere else.
 
+mod follow;
+mod shown;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex as Lock};
 use std::time::Duration;
 
 use keel_api::{
-    ActionFailure, ApplyRequest, Control, ControlError, ControlEvent, DeleteRequest, ErrorCode, EventSender,
-    ImageRequest, PlannedAction, RestartRequest, Snapshot, WaitingObject, exit,
+    ApplyRequest, Control, ControlError, ControlEvent, DeleteRequest, ErrorCode, EventSender, ImageRequest,
+    RestartRequest, Snapshot, exit,
 };
-use keel_engine::{Convergence, Handle, Input, Report, Standing};
+use keel_engine::{Handle, Input};
 use keel_host::{Applied, EventLog, RealHost, StatusFiles};
 use keel_manifest::{Diagnostic, FileCondition, Object, ObjectKey, parse};
-use keel_plan::{Action, Desired, Plan, PodKey, Reason, Status, lower_desired};
-use tokio::sync::{broadcast, watch};
-use tokio::time::Instant;
+use keel_plan::{Desired, Plan, PodKey, Status, lower_desired};
+use tokio::sync::watch;
+
+use self::follow::{Wait, follow};
+use self::shown::Shown;
 
 /// Told to read the directory again, and whether what has gone from it is meant to go.
 type OnRelist = Box<dyn Fn(bool) + Send>;
@@ -391,7 +396,7 @@ impl Controller {
         drop(declared);
         let timeout = request.timeout_ms.map(Duration::from_millis);
         let wait = Wait { ready: request.wait, timeout };
-        self.follow(shown, wait, reports, events).await
+        follow(&self.engine, shown, wait, reports, events).await
     }
 
     /// What holds between these objects and everything else that is declared.
@@ -496,7 +501,7 @@ impl Controller {
         self.put_in_force(&mut declared, candidate).await?;
         drop(declared);
         let wait = Wait { ready: request.wait, timeout: None };
-        self.follow(shown, wait, reports, events).await
+        follow(&self.engine, shown, wait, reports, events).await
     }
 
     async fn run_restart(&self, request: RestartRequest, events: &EventSender) -> Result<(), ControlError> {
@@ -532,7 +537,7 @@ impl Controller {
             self.engine.input(Input::Restart { pod: pod.clone(), container, by }).map_err(ended)?;
         }
         let wait = Wait { ready: wait, timeout: timeout_ms.map(Duration::from_millis) };
-        self.follow(Shown::of(&plan, targets, &desired), wait, reports, events).await
+        follow(&self.engine, Shown::of(&plan, targets, &desired), wait, reports, events).await
     }
 
     fn whole_status(&self) -> Status {
@@ -547,50 +552,6 @@ impl Controller {
         let desired = self.desired(declared);
         let owner = &desired.pods.get(&pod).filter(|_| key.kind == "Pod")?.owner;
         (owner.kind != key.kind).then(|| format!("{}/{}", owner.kind.to_lowercase(), owner.name))
-    }
-
-    /// Reports until the pods are where they should be, cannot get there, or time is over.
-    async fn follow(
-        &self,
-        shown: Shown,
-        wait: Wait,
-        mut reports: broadcast::Receiver<Report>,
-        events: &EventSender,
-    ) -> Result<(), ControlError> {
-        let targets = &shown.targets;
-        let started = Instant::now();
-        let deadline = wait.timeout.map(|timeout| started + timeout);
-        let mut steps = self.engine.steps();
-        let mut told = Told::default();
-        // What failed actions had to say, each once.
-        let mut hints: BTreeSet<String> = BTreeSet::new();
-        loop {
-            while let Ok(report) = reports.try_recv() {
-                if let Some(event) = shown.report(report) {
-                    hints.extend(hint_of(&event));
-                    say(events, event).await;
-                }
-            }
-            steps.borrow_and_update();
-            let standing = self.engine.standing(Some(targets.clone())).await.map_err(ended)?;
-            let status = match &standing.convergence {
-                Convergence::Waiting(_) if !standing.idle => self.engine.status().borrow().clone(),
-                _ => self.engine.fresh_status().await.map_err(ended)?,
-            };
-            told.tell(&status, &shown, &standing.convergence, started, events).await;
-            if let Some(outcome) = judge(&standing, &status, targets, wait.ready) {
-                return outcome.end(targets, &hints, events).await;
-            }
-            tokio::select! {
-                // Cancel-safe: a step that is missed here is seen by the next `standing`.
-                changed = steps.changed() => changed.map_err(|_| ended(keel_engine::Ended))?,
-                () = until(deadline) => {
-                    let message = not_ready(&standing);
-                    let hints = with_last(&hints, "see what they wait for with: keel describe, keel logs");
-                    return end(events, exit::NOT_READY, &message, &hints).await;
-                }
-            }
-        }
     }
 }
 
@@ -670,13 +631,6 @@ const FIRST_LOOK: Duration = Duration::from_secs(5);
 /// The longest that an operation waits for one look at the host: enough for a thousand pods on a slow disk.
 const LOOK_LIMIT: Duration = Duration::from_secs(60);
 
-/// How long an operation is followed.
-struct Wait {
-    /// Until ready; otherwise until everything was begun.
-    ready: bool,
-    timeout: Option<Duration>,
-}
-
 /// Disk work is not for the threads that serve sockets.
 async fn on_disk<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, keel_host::HostError> + Send + 'static,
@@ -687,138 +641,6 @@ async fn on_disk<T: Send + 'static>(
         Err(error) => error.to_string(),
     };
     Err(ControlError::new(ErrorCode::Internal, format!("keep what was applied: {error}")))
-}
-
-async fn until(deadline: Option<Instant>) {
-    match deadline {
-        Some(deadline) => tokio::time::sleep_until(deadline).await,
-        None => std::future::pending().await,
-    }
-}
-
-/// Where an operation ended.
-enum Outcome {
-    Done,
-    Failed(Vec<(PodKey, String)>),
-}
-
-impl Outcome {
-    async fn end(
-        self,
-        targets: &BTreeSet<PodKey>,
-        hints: &BTreeSet<String>,
-        events: &EventSender,
-    ) -> Result<(), ControlError> {
-        let failed = match self {
-            Outcome::Done => {
-                let message = match targets.len() {
-                    0 => "nothing to do".to_string(),
-                    1 => "1 pod is as declared".to_string(),
-                    n => format!("{n} pods are as declared"),
-                };
-                return end(events, exit::DONE, &message, &[]).await;
-            }
-            Outcome::Failed(failed) => failed,
-        };
-        let lines: Vec<String> = failed.iter().map(|(pod, message)| about(pod, message)).collect();
-        let code = if failed.len() == targets.len() { exit::FAILED } else { exit::PARTIAL };
-        let hints = with_last(hints, "see more with: keel describe, keel logs, keel events");
-        end(events, code, &lines.join("\n"), &hints).await
-    }
-}
-
-fn with_last<'a>(hints: &'a BTreeSet<String>, last: &'a str) -> Vec<&'a str> {
-    hints.iter().map(String::as_str).chain([last]).collect()
-}
-
-fn hint_of(event: &ControlEvent) -> Option<String> {
-    match event {
-        ControlEvent::ActionFinished { error: Some(failure), .. } => failure.hint.clone(),
-        _ => None,
-    }
-}
-
-/// `None`: go on. Without `--wait` an operation is over when nothing is under way any more.
-fn judge(standing: &Standing, status: &Status, targets: &BTreeSet<PodKey>, ready: bool) -> Option<Outcome> {
-    match &standing.convergence {
-        Convergence::Done => Some(Outcome::Done),
-        Convergence::Failed(failed) => Some(Outcome::Failed(failed.clone())),
-        Convergence::Waiting(_) if ready || !standing.idle => None,
-        Convergence::Waiting(_) => {
-            // Begun and merely not ready yet is what was asked for; waiting for a retry is not.
-            let stuck = |pod: &&Arc<keel_plan::PodStatus>| {
-                targets.contains(&pod.key) && pod.waiting.iter().any(|w| !w.is_progress())
-            };
-            let failed: Vec<(PodKey, String)> = status
-                .pods
-                .iter()
-                .filter(stuck)
-                .map(|pod| {
-                    let message = pod.waiting.iter().find(|w| !w.is_progress()).map(|w| w.message());
-                    (pod.key.clone(), message.unwrap_or_default())
-                })
-                .collect();
-            Some(if failed.is_empty() { Outcome::Done } else { Outcome::Failed(failed) })
-        }
-    }
-}
-
-fn not_ready(standing: &Standing) -> String {
-    let waiting = match &standing.convergence {
-        Convergence::Waiting(list) | Convergence::Failed(list) => list.as_slice(),
-        Convergence::Done => &[],
-    };
-    let lines: Vec<String> = waiting.iter().map(|(pod, message)| about(pod, message)).collect();
-    format!("not ready in time\n{}", lines.join("\n"))
-}
-
-/// Errors of the host name their pod themselves.
-fn about(pod: &PodKey, message: &str) -> String {
-    let prefix = format!("pod {pod}: ");
-    if message.starts_with(&prefix) { message.to_owned() } else { prefix + message }
-}
-
-/// What has been said about each pod, so that nothing is said twice.
-#[derive(Default)]
-struct Told {
-    ready: BTreeSet<PodKey>,
-    waiting: BTreeMap<PodKey, WaitingObject>,
-}
-
-impl Told {
-    async fn tell(
-        &mut self,
-        status: &Status,
-        shown: &Shown,
-        convergence: &Convergence,
-        started: Instant,
-        events: &EventSender,
-    ) {
-        let unsettled = match convergence {
-            Convergence::Done => &[],
-            Convergence::Waiting(pods) | Convergence::Failed(pods) => pods.as_slice(),
-        };
-        for pod in status.pods.iter().filter(|pod| shown.stays.contains(&pod.key)) {
-            // The status may be older than the change; the engine's own word is not.
-            let settled = !unsettled.iter().any(|(key, _)| *key == pod.key);
-            if settled && pod.is_ready() {
-                if self.ready.insert(pod.key.clone()) {
-                    let after_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
-                    say(events, ControlEvent::PodReady { pod: pod.key.to_string(), after_ms }).await;
-                }
-                continue;
-            }
-            if settled {
-                continue;
-            }
-            let Some(wait) = pod.waiting.iter().find(|w| !w.is_progress()) else { continue };
-            let waiting = waiting_object(&pod.key, wait);
-            if self.waiting.get(&pod.key) != Some(&waiting) {
-                self.waiting.insert(pod.key.clone(), waiting.clone());
-                say(events, ControlEvent::PodWaiting { pod: pod.key.to_string(), waiting }).await;
-            }
-        }
-    }
 }
 
 fn read(request: &ApplyRequest) -> (Vec<Object>, Vec<Diagnostic>) {
@@ -858,129 +680,6 @@ fn changed_pods(before: &Desired, after: &Desired, named: &BTreeSet<ObjectKey>) 
     });
     pods.extend(unresolved.cloned());
     pods
-}
-
-/// Which part of the engine's work belongs to an operation, for the plan and for the reports alike.
-struct Shown {
-    targets: BTreeSet<PodKey>,
-    /// Those of them that are to be there in the end.
-    stays: BTreeSet<PodKey>,
-    /// Steps that follow from others are told only where there is nothing else, or where they fail.
-    minor: bool,
-}
-
-impl Shown {
-    fn of(plan: &Plan, targets: BTreeSet<PodKey>, desired: &Desired) -> Shown {
-        let is_there =
-            |key: &&PodKey| desired.pods.contains_key(*key) || desired.unresolved.contains_key(*key);
-        let stays = targets.iter().filter(is_there).cloned().collect();
-        let mut actions = plan.actions.iter().map(|planned| &planned.action);
-        let minor = !actions.any(|action| concerns(action, &targets) && !is_minor(action));
-        Shown { targets, stays, minor }
-    }
-
-    fn shows(&self, action: &Action) -> bool {
-        concerns(action, &self.targets) && (self.minor || !is_minor(action))
-    }
-
-    fn plan(&self, plan: &Plan) -> ControlEvent {
-        let shown = plan.actions.iter().filter(|planned| self.shows(&planned.action));
-        let waiting = plan.waiting.iter().filter(|(key, _)| self.targets.contains(*key));
-        ControlEvent::Plan {
-            actions: shown.map(|planned| planned_action(&planned.action, &planned.reason)).collect(),
-            waiting: waiting.flat_map(|(key, waits)| waits.iter().map(|w| waiting_object(key, w))).collect(),
-        }
-    }
-
-    fn report(&self, report: Report) -> Option<ControlEvent> {
-        match report {
-            Report::Started { action, reason } if self.shows(&action) => {
-                let planned = planned_action(&action, &reason);
-                Some(ControlEvent::ActionStarted { verb: planned.verb, object: planned.object })
-            }
-            Report::Finished { action, took, result }
-                if self.shows(&action) || (result.is_err() && concerns(&action, &self.targets)) =>
-            {
-                let (verb, object) = verb_and_object(&action);
-                let error = result.err().map(|error| ActionFailure {
-                    reason: error.reason.to_string(),
-                    message: error.message.clone(),
-                    retry: error.next == keel_engine::ports::Next::Retry,
-                    hint: error.hint.clone(),
-                });
-                let duration_ms = u64::try_from(took.as_millis()).unwrap_or(u64::MAX);
-                Some(ControlEvent::ActionFinished { verb: verb.into(), object, duration_ms, error })
-            }
-            Report::Progress(progress) => Some(ControlEvent::Progress {
-                image: progress.image,
-                done_bytes: progress.done_bytes,
-                total_bytes: progress.total_bytes,
-                layers_done: progress.layers_done,
-                layers_total: progress.layers_total,
-            }),
-            _ => None,
-        }
-    }
-}
-
-/// What is left of a container after its stop, and the network after any change of pods.
-fn is_minor(action: &Action) -> bool {
-    matches!(action, Action::RemoveContainer { .. } | Action::SyncNetwork { .. })
-}
-
-fn concerns(action: &Action, targets: &BTreeSet<PodKey>) -> bool {
-    match action {
-        Action::Pull { .. } | Action::SyncNetwork { .. } => true,
-        Action::CreatePod { pod }
-        | Action::StartContainer { pod, .. }
-        | Action::SyncVolumes { pod, .. }
-        | Action::UpdateRecord { pod, .. } => targets.contains(&pod.key),
-        Action::StopContainer { pod, .. }
-        | Action::RemoveContainer { pod, .. }
-        | Action::DeletePod { pod, .. } => targets.contains(pod),
-    }
-}
-
-fn planned_action(action: &Action, reason: &Reason) -> PlannedAction {
-    let (verb, object) = verb_and_object(action);
-    PlannedAction { verb: verb.into(), object, detail: String::new(), reason: reason.to_string() }
-}
-
-/// The words of every view for an action.
-pub(crate) fn verb_and_object(action: &Action) -> (&'static str, String) {
-    let short = |key: &PodKey| {
-        if key.namespace == "default" { key.name.clone() } else { key.to_string() }
-    };
-    match action {
-        Action::Pull { image, .. } => ("pull", format!("image/{image}")),
-        Action::CreatePod { pod } => ("create", format!("pod/{}", short(&pod.key))),
-        Action::StartContainer { pod, container, .. } => {
-            ("start", format!("container/{}.{container}", short(&pod.key)))
-        }
-        Action::StopContainer { pod, id, .. } => ("stop", container_of(pod, id)),
-        Action::RemoveContainer { pod, id, .. } => ("remove", container_of(pod, id)),
-        Action::SyncVolumes { pod, .. } => ("refresh", format!("volumes of pod/{}", short(&pod.key))),
-        Action::UpdateRecord { pod, .. } => ("update", format!("pod/{}", short(&pod.key))),
-        Action::DeletePod { pod, .. } => ("delete", format!("pod/{}", short(pod))),
-        Action::SyncNetwork { endpoints, .. } => (
-            "publish",
-            format!("network of {} pod{}", endpoints.len(), if endpoints.len() == 1 { "" } else { "s" }),
-        ),
-    }
-}
-
-/// `<pod>.<container>`: the number of the run is not what a person calls it by.
-fn container_of(pod: &PodKey, id: &keel_plan::ContainerId) -> String {
-    let mut parts = id.0.rsplit('.');
-    let name = parts.nth(1).unwrap_or(&id.0);
-    match pod.namespace.as_str() {
-        "default" => format!("container/{}.{name}", pod.name),
-        _ => format!("container/{pod}.{name}"),
-    }
-}
-
-fn waiting_object(key: &PodKey, wait: &keel_plan::Waiting) -> WaitingObject {
-    WaitingObject { object: format!("pod/{key}"), reason: wait.reason().into(), message: wait.message() }
 }
 
 fn describe_file(file: &str, condition: &FileCondition) -> Option<String> {
