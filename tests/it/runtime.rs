@@ -567,6 +567,14 @@ fn errors_go_to_the_json_log_too() {
 }
 
 #[test]
+fn a_log_that_cannot_be_written_is_an_error() {
+    require!();
+    let case = Case::new("true");
+    let log = case.path("missing/log").display().to_string();
+    assert!(case.fails(&["--log", &log, "list"]).contains("missing/log"));
+}
+
+#[test]
 fn a_malformed_version_is_refused() {
     require!(ours);
     for version in ["", "1", "x.y.z", "2.0.0"] {
@@ -652,6 +660,16 @@ fn exec_runs_in_the_container_and_returns_its_code() {
         let init = case.exec(&[&case.id, "readlink", &format!("/proc/1/ns/{ns}")]);
         assert_eq!(own.stdout, init.stdout, "{ns}");
     }
+}
+
+#[test]
+fn exec_overrides_a_variable_of_the_container() {
+    require!(ours);
+    let case = Case::new("sleep 1000").with("/process/env", json!(["PATH=/bin", "ONE=old"]));
+    case.start();
+    let output = case.exec(&["--env", "ONE=new", &case.id, "env"]);
+    let lines = text(&output.stdout);
+    assert_eq!(lines.lines().filter(|l| l.starts_with("ONE=")).collect::<Vec<_>>(), ["ONE=new"]);
 }
 
 #[test]
@@ -754,6 +772,27 @@ fn exec_joins_the_cgroup() {
     let pid: i32 = fs::read_to_string(&pid_file).unwrap().parse().unwrap();
     assert_eq!(host(pid), host(case.pid()));
     assert!(host(pid).contains(&case.id), "{}", host(pid));
+}
+
+#[test]
+fn exec_joins_a_cgroup_below_the_containers() {
+    require!(ours);
+    let case = in_cgroup(Case::new("sleep 1000"));
+    case.start();
+    let dir = case.cgroup_dirs().into_iter().find(|d| d.is_dir()).unwrap();
+    fs::create_dir(dir.join("below")).unwrap();
+    let exec = |sub: &str| case.exec(&["--cgroup", sub, &case.id, "cat", "/proc/self/cgroup"]);
+    assert!(text(&exec("below").stdout).contains(&format!("/{}/below\n", case.id)));
+    assert!(exec("/").status.success());
+    for (wrong, why) in [
+        ("..", "sub cgroup"),
+        ("below/../..", "sub cgroup"),
+        ("nope", "no such file"),
+        ("nope:/", "controller"),
+    ] {
+        let output = exec(wrong);
+        assert!(!output.status.success() && text(&output.stderr).contains(why), "{wrong}: {output:?}");
+    }
 }
 
 #[test]
@@ -910,6 +949,22 @@ fn a_path_that_is_no_such_namespace_is_refused() {
 }
 
 #[test]
+fn a_new_network_namespace_has_its_loopback_up() {
+    require!();
+    assert!(Case::new("ip link show lo").output().contains("LOOPBACK,UP"));
+}
+
+#[test]
+fn a_name_is_not_set_twice() {
+    require!(ours);
+    let case = Case::new("true").with("/linux/sysctl", json!({"kernel.hostname": "x"}));
+    assert!(case.create(&[]).unwrap_err().contains("hostname"));
+    let mut case = Case::new("true").with("/domainname", json!("a"));
+    case.set("/linux/sysctl", json!({"kernel.domainname": "b"}));
+    assert!(case.create(&[]).unwrap_err().contains("domainname"));
+}
+
+#[test]
 fn hostname_is_set_inside_only() {
     require!();
     let before = fs::read_to_string("/proc/sys/kernel/hostname").unwrap();
@@ -944,6 +999,17 @@ fn a_user_namespace_maps_ids() {
     std::os::unix::fs::chown(case.rootfs().join("data"), Some(100_000), Some(100_000)).unwrap();
     assert_eq!(case.output(), " 0 100000 1000\n0\nc\n");
     assert_eq!(fs::metadata(case.rootfs().join("data/f")).unwrap().uid(), 100_000);
+}
+
+#[test]
+fn a_device_bound_into_a_user_namespace_is_only_a_device() {
+    require!(ours);
+    let mut case = Case::new("grep ' /dev/null ' /proc/self/mounts");
+    case.set("/linux/namespaces/-", json!({"type": "user"}));
+    case.set("/linux/uidMappings", json!([{"containerID": 0, "hostID": 0, "size": 65536}]));
+    case.set("/linux/gidMappings", json!([{"containerID": 0, "hostID": 0, "size": 65536}]));
+    let line = case.output();
+    assert!(line.contains("nosuid") && line.contains("noexec"), "{line}");
 }
 
 #[test]
@@ -1292,6 +1358,31 @@ fn seccomp_denies_by_number_and_by_argument() {
 }
 
 #[test]
+fn a_container_that_waits_for_its_start_holds_no_descriptor_of_its_maker() {
+    require!(ours);
+    let case = Case::new("true");
+    let (mut reader, writer) = std::io::pipe().unwrap();
+    let bundle = case.bundle();
+    let mut create = case.command(&["create", "--bundle", &bundle, &case.id]);
+    let file = |name: &str| fs::File::create(case.path(name)).unwrap();
+    create.stdout(file("out")).stderr(file("err"));
+    let script = r#"exec 9>&0 </dev/null; exec "$0" "$@""#;
+    let mut shell = Command::new("/bin/sh");
+    shell.args(["-c", script]).arg(create.get_program()).args(create.get_args()).stdin(writer);
+    assert!(shell.stdout(file("out")).stderr(file("err")).status().unwrap().success());
+    drop(shell);
+    assert_eq!(case.status(), "created");
+    // The end comes only when nobody holds the other end any more.
+    assert_eq!(reader.read(&mut [0]).unwrap(), 0);
+    let fds = format!("/proc/{}/fd", case.pid());
+    for entry in fs::read_dir(fds).unwrap().flatten() {
+        let to = fs::read_link(entry.path()).unwrap().display().to_string();
+        let number: u32 = entry.file_name().to_str().unwrap().parse().unwrap();
+        assert!(number < 3 || to.starts_with("socket:"), "{number} is {to}");
+    }
+}
+
+#[test]
 fn only_standard_streams_and_preserved_descriptors_are_open() {
     require!();
     let script = "ls /proc/self/fd | tr '\\n' ' '";
@@ -1370,12 +1461,33 @@ fn a_failing_hook_before_the_start_fails_the_create() {
 }
 
 #[test]
-fn a_failing_poststart_hook_fails_the_start_and_stops_the_container() {
+fn a_failing_poststart_hook_fails_the_start_and_ends_the_container() {
     require!(ours);
-    let case = Case::new("sleep 1000").with("/hooks/poststart", json!([{"path": "/bin/false"}]));
+    let mut case = in_cgroup(Case::new("sleep 1000"));
+    let mark = case.path("poststop-ran");
+    case.set("/hooks/poststart", json!([{"path": "/bin/false"}]));
+    case.set("/hooks/poststop", json!([{"path": "/bin/touch", "args": ["touch", mark]}]));
     case.create(&[]).unwrap();
     assert!(case.fails(&["start", &case.id]).contains("poststart"));
-    case.wait_for_status("stopped");
+    case.assert_gone();
+    assert!(mark.exists());
+}
+
+#[test]
+fn a_hook_without_an_environment_has_that_of_whoever_runs_it() {
+    require!(ours);
+    let mut case = Case::new("cat /tmp/inside").with("/process/env", json!(["PATH=/bin", "ONE=two"]));
+    let file = case.path("outside");
+    let outside = format!("/usr/bin/env > {}", file.display());
+    case.set("/hooks/createRuntime", json!([{"path": "/bin/sh", "args": ["sh", "-c", outside]}]));
+    let inside = ["sh", "-c", "env > /tmp/inside"];
+    case.set("/hooks/startContainer", json!([{"path": "/bin/busybox", "args": inside}]));
+    assert!(case.output().contains("ONE=two"));
+    let path = format!("PATH={}", std::env::var("PATH").unwrap());
+    assert!(fs::read_to_string(&file).unwrap().lines().any(|line| line == path));
+    case.set("/hooks/createRuntime/0/env", json!([]));
+    case.output();
+    assert!(!fs::read_to_string(&file).unwrap().lines().any(|line| line == path));
 }
 
 #[test]

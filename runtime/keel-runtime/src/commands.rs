@@ -191,7 +191,7 @@ fn exec(runtime: &Runtime, options: &Options, positional: &[String], log: &Log) 
         no_new_privs: options.has("no-new-privs"),
         apparmor: options.get("apparmor").map(str::to_owned),
         process_label: options.get("process-label").map(str::to_owned),
-        sub_cgroup: options.get("cgroup").map(str::to_owned),
+        sub_cgroups: options.all("cgroup"),
         ignore_paused: options.has("ignore-paused"),
         pid_file: options.path("pid-file"),
         console_socket: options.path("console-socket"),

@@ -4,6 +4,7 @@ use crate::args::Globals;
 use serde::Serialize;
 use std::fs::{File, OpenOptions};
 use std::io::Write;
+use std::path::PathBuf;
 
 /// Set by a caller that shows what the log says.
 const LOG_IS_READ: &str = "KEEL_RUNTIME_LOG_IS_READ";
@@ -22,15 +23,14 @@ struct Line<'a> {
 }
 
 impl Log {
-    pub(crate) fn open(globals: &Globals) -> Log {
-        let file = globals.log.as_ref().and_then(|path| {
+    /// A caller that wants a log it cannot have would never learn why a container failed.
+    pub(crate) fn open(globals: &Globals) -> Result<Log, String> {
+        let open = |path: &PathBuf| {
             let opened = OpenOptions::new().append(true).create(true).open(path);
-            if let Err(e) = &opened {
-                eprintln!("keel-runtime: open the log {}: {e}", path.display());
-            }
-            opened.ok()
-        });
-        Log { file, json: globals.log_json, debug: globals.debug }
+            opened.map_err(|e| format!("open the log {}: {e}", path.display()))
+        };
+        let file = globals.log.as_ref().map(open).transpose()?;
+        Ok(Log { file, json: globals.log_json, debug: globals.debug })
     }
 
     /// Twice, as other runtimes do, unless the caller says that it reads the log: then standard error is the container's.

@@ -30,7 +30,13 @@ fn main() -> ExitCode {
             ExitCode::SUCCESS
         }
         Command::Run { name, options, positional } => {
-            let log = Log::open(&globals);
+            let log = match Log::open(&globals) {
+                Ok(log) => log,
+                Err(e) => {
+                    eprintln!("keel-runtime: {e}");
+                    return ExitCode::from(1);
+                }
+            };
             if commands::needs_sealed_binary(&name)
                 && let Err(e) = keel_sys::sealed::ensure()
             {

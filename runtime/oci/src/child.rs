@@ -205,6 +205,7 @@ impl Machine<'_> {
                 cred::setresgid(0).at(Step::Whole)?;
                 cred::setresuid(0).at(Step::Whole)
             }
+            Op::LoopbackUp => socket::loopback_up().at(Step::Whole),
             Op::NotDumpable => process::set_dumpable(false).at(Step::Whole),
             Op::Unshare { kind } => process::unshare(kind.flag()).at(Step::Whole),
             Op::SessionKeyring { name } => match process::join_session_keyring(name) {
@@ -285,6 +286,7 @@ impl Machine<'_> {
                 Ok(())
             }
             Op::FindExecutable { name, path } => self.find_executable(name, path.as_deref()),
+            Op::CloseUnneeded { first } => self.close_unneeded(*first),
             Op::Ready => self.ready(),
             Op::NoNewPrivileges => process::set_no_new_privs().at(Step::Whole),
             Op::Seccomp { filter } => {
@@ -528,6 +530,8 @@ impl Machine<'_> {
         }
         let (parent, name) = split(path);
         let parent = make_dirs_bytes(self.root()?, parent, 0o755)?;
+        let attr = Attr { set: mount::ATTR_NOSUID | mount::ATTR_NOEXEC, ..Attr::default() };
+        mount::set_attr(&tree, &attr, false).at(Step::SetAttr)?;
         let place = with_c_str(name, |name| {
             let flags = libc::O_CREAT | libc::O_NOFOLLOW | libc::O_RDONLY | libc::O_NONBLOCK;
             file::openat(&parent, name, flags, 0o666).at(Step::OpenTarget)
@@ -647,6 +651,22 @@ impl Machine<'_> {
     }
 
     // --- start --------------------------------------------------------------------------------------------------
+
+    fn close_unneeded(&self, first: u32) -> Done {
+        let raw = |fd: &Option<OwnedFd>| fd.as_ref().map_or(0, |fd| fd.as_raw_fd() as u32);
+        let mut needed = [raw(&self.fds.sync), raw(&self.fds.start), raw(&self.fds.notify)];
+        needed.sort_unstable();
+        let mut from = first;
+        for fd in needed.into_iter().filter(|fd| *fd >= first) {
+            if fd > from {
+                // SAFETY: no operation after this one uses another descriptor, and the process ends in exec or exit.
+                unsafe { process::close_range(from, fd - 1) }.at(Step::Whole)?;
+            }
+            from = fd + 1;
+        }
+        // SAFETY: as above.
+        unsafe { process::close_range(from, u32::MAX) }.at(Step::Whole)
+    }
 
     fn ready(&mut self) -> Done {
         // From here on the process may outlive the command that made it.

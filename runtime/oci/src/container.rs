@@ -103,6 +103,7 @@ impl Runtime {
         wait: bool,
         console: Option<OwnedFd>,
     ) -> Result<Created, RuntimeError> {
+        self.store.check_id(&options.id)?;
         let bundle =
             fs::canonicalize(&options.bundle).map_err(io_error("open the bundle", &options.bundle))?;
         let text = read_config(&bundle.join("config.json"))?;
@@ -311,7 +312,10 @@ impl Runtime {
             return Err(RuntimeError::Child(text));
         }
         let spec = dir.load_spec()?;
-        poststart(&spec, &state)?;
+        poststart(&spec, &state).inspect_err(|_| {
+            // The specification goes on with the destruction, and the hook's failure is what the caller is told.
+            let _ = self.kill_and_wait(&state).and_then(|()| destroy(&dir, &state));
+        })?;
         match (notify, state.init_pidfd()) {
             (Some(notify), Some(init)) => notify.wait_ready(init),
             _ => Ok(()),
@@ -690,8 +694,11 @@ fn run_hooks(kind: &'static str, hooks: &[Hook], state: &State, status: &str) ->
         return Ok(());
     }
     let text = state_text(state, status);
+    let own: Vec<String> = std::env::vars_os()
+        .filter_map(|(k, v)| Some(format!("{}={}", k.into_string().ok()?, v.into_string().ok()?)))
+        .collect();
     for (i, hook) in hooks.iter().enumerate() {
-        let program = lower_hook(&format!("hooks.{kind}[{i}]"), hook)?;
+        let program = lower_hook(&format!("hooks.{kind}[{i}]"), hook, &own)?;
         if let Err(failure) = run_hook(&program, &text, state.pid) {
             let op = crate::op::Op::Hook { program, kind };
             return Err(RuntimeError::Hook(op.explain(failure)));

@@ -10,7 +10,7 @@ use crate::names;
 use crate::op::{NsKind, Op};
 use crate::spec::{Capabilities, Process, Spec};
 use crate::state::{State, Status};
-use keel_cgroup::Roots;
+use keel_cgroup::{Cgroup, Roots};
 use keel_sys::{file, process, socket};
 use std::fs;
 use std::os::fd::OwnedFd;
@@ -31,7 +31,8 @@ pub struct ExecOptions {
     pub no_new_privs: bool,
     pub apparmor: Option<String>,
     pub process_label: Option<String>,
-    pub sub_cgroup: Option<String>,
+    /// `PATH`, or any number of `CONTROLLER[,CONTROLLER]:PATH`, below the container's cgroup.
+    pub sub_cgroups: Vec<String>,
     pub ignore_paused: bool,
     pub pid_file: Option<PathBuf>,
     pub console_socket: Option<PathBuf>,
@@ -216,22 +217,66 @@ fn open_cgroup(
     roots: &Roots,
 ) -> Result<(Vec<OwnedFd>, Option<OwnedFd>), RuntimeError> {
     let mut cgroup = state.cgroup();
-    if let Some(sub) = &options.sub_cgroup {
-        let clean = sub.trim_matches('/');
-        if clean.split('/').any(|p| matches!(p, ".." | ".")) {
-            return Err(RuntimeError::Usage(format!("bad sub cgroup path {sub:?}")));
-        }
-        for entry in &mut cgroup.entries {
-            if !clean.is_empty() {
-                entry.dir.push(clean);
-            }
-        }
-    }
-    let v2 = match options.sub_cgroup {
-        Some(_) => cgroup.open_v2()?,
-        None => cgroup.open_v2_beside(state.pid, roots)?,
+    move_below(&mut cgroup, &parse_sub_cgroups(&options.sub_cgroups)?)?;
+    let v2 = match options.sub_cgroups.is_empty() {
+        false => cgroup.open_v2()?,
+        true => cgroup.open_v2_beside(state.pid, roots)?,
     };
     Ok((cgroup.open_tasks()?, v2))
+}
+
+/// Controllers and the path for them, relative and clean; without controllers the path is for all of them.
+pub(crate) fn parse_sub_cgroups(words: &[String]) -> Result<Vec<(Vec<&str>, String)>, RuntimeError> {
+    let mut seen = Vec::new();
+    let mut out = Vec::new();
+    for word in words {
+        let wrong = |why: &str| RuntimeError::Usage(format!("invalid --cgroup argument {word:?}: {why}"));
+        let (controllers, path) = match word.split_once(':') {
+            Some((controllers, path)) => (controllers.split(',').collect(), path),
+            None if words.len() > 1 => return Err(wrong("one of several needs CONTROLLER: before the path")),
+            None => (Vec::new(), word.as_str()),
+        };
+        for controller in &controllers {
+            match controller.is_empty() || seen.contains(controller) {
+                true => return Err(wrong("each controller is named once")),
+                false => seen.push(controller),
+            }
+        }
+        if path.contains('\0') || path.split('/').any(|part| part == "..") {
+            return Err(RuntimeError::Usage(format!(
+                "bad sub cgroup path {path:?}: it leads out of the container's"
+            )));
+        }
+        let parts: Vec<&str> = path.split('/').filter(|part| !matches!(*part, "" | ".")).collect();
+        out.push((controllers, parts.join("/")));
+    }
+    Ok(out)
+}
+
+/// A hierarchy that is not named, or has no such cgroup while another has it, keeps the container's own.
+fn move_below(cgroup: &mut Cgroup, subs: &[(Vec<&str>, String)]) -> Result<(), RuntimeError> {
+    for (controllers, path) in subs {
+        let known = |c: &&str| cgroup.entries.iter().any(|e| e.controllers.iter().any(|have| have == c));
+        if let Some(unknown) = controllers.iter().find(|c| !known(c)) {
+            return Err(RuntimeError::Usage(format!("unknown controller {unknown:?} in --cgroup")));
+        }
+        let mut found = path.is_empty();
+        for entry in &mut cgroup.entries {
+            let meant =
+                controllers.is_empty() || entry.controllers.iter().any(|c| controllers.contains(&c.as_str()));
+            let below = entry.dir.join(path);
+            if meant && !path.is_empty() && below.is_dir() {
+                entry.dir = below;
+                found = true;
+            }
+        }
+        if !found {
+            let what = "error adding pid to the sub cgroup";
+            let source = std::io::Error::from_raw_os_error(libc::ENOENT);
+            return Err(RuntimeError::Io { what, path: path.into(), source });
+        }
+    }
+    Ok(())
 }
 
 fn exec_process(spec: &Spec, options: &ExecOptions) -> Result<Process, RuntimeError> {
@@ -304,6 +349,30 @@ pub fn parse_user(text: &str) -> Option<(u32, Option<u32>)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn sub_cgroups_stay_below_the_container() {
+        let parse = |words: &[&str]| {
+            let words: Vec<String> = words.iter().map(|w| (*w).to_owned()).collect();
+            let parsed = parse_sub_cgroups(&words).ok()?;
+            Some(
+                parsed.into_iter().map(|(c, p)| format!("{}={p}", c.join("+"))).collect::<Vec<_>>().join(" "),
+            )
+        };
+        for (words, want) in [
+            (&["/"][..], Some("=")),
+            (&["./a//b/"], Some("=a/b")),
+            (&["memory:x", "cpu,cpuacct:/y"], Some("memory=x cpu+cpuacct=y")),
+            (&[".."], None),
+            (&["a/../../b"], None),
+            (&["memory:../x"], None),
+            (&[":x"], None),
+            (&["a", "b"], None),
+            (&["cpu:a", "cpu:b"], None),
+        ] {
+            assert_eq!(parse(words).as_deref(), want, "{words:?}");
+        }
+    }
 
     #[test]
     fn users_are_numbers_or_errors() {

@@ -172,7 +172,6 @@ pub struct FsOption {
 pub struct HookProgram {
     pub path: CString,
     pub args: StringArray,
-    /// `None` inherits the runtime's environment, as for a hook without `env`.
     pub env: StringArray,
     pub timeout_ms: Option<i32>,
 }
@@ -194,6 +193,8 @@ pub enum Op {
     WaitIdMaps,
     /// Becomes user and group 0 of the user namespace.
     BecomeRoot,
+    /// A new network namespace has a loopback interface, which is down.
+    LoopbackUp,
     NotDumpable,
     Unshare {
         kind: NsKind,
@@ -352,6 +353,11 @@ pub enum Op {
     FindExecutable {
         name: CString,
         path: Option<CString>,
+    },
+    /// Closes descriptors from this one on that nothing to come needs. A container may wait for its start for days, and
+    /// would hold the caller's pipes, and directories of the host, for as long.
+    CloseUnneeded {
+        first: u32,
     },
     /// Tells the parent that the set-up is done, and waits for the start.
     Ready,
@@ -528,6 +534,7 @@ impl Op {
             Op::EnterProcess { .. } => "join the container's namespaces".into(),
             Op::WaitIdMaps => "wait for the id maps".into(),
             Op::BecomeRoot => "become root of the user namespace".into(),
+            Op::LoopbackUp => "set up the loopback interface".into(),
             Op::NotDumpable => "forbid tracing".into(),
             Op::Unshare { kind } => format!("unshare {} namespace", kind.spec_name()),
             Op::SessionKeyring { .. } => "join a new session keyring".into(),
@@ -572,6 +579,7 @@ impl Op {
             Op::ExecLabel { file, label } => format!("write label {label:?} to {}", c(file)),
             Op::OwnStdio { .. } => "give the standard streams to the user".into(),
             Op::FindExecutable { name, .. } => format!("find {:?}", c(name)),
+            Op::CloseUnneeded { .. } => "close descriptors that are done with".into(),
             Op::Ready => "report readiness".into(),
             Op::NoNewPrivileges => "set no_new_privs".into(),
             Op::Seccomp { .. } => "load the seccomp filter".into(),
@@ -582,7 +590,7 @@ impl Op {
             Op::Uid { uid } => format!("set user {uid}"),
             Op::Capabilities { .. } => "set the capabilities".into(),
             Op::Ambient { .. } => "set the ambient capabilities".into(),
-            Op::WorkingDirectory { path } => format!("change to cwd {:?}", c(path)),
+            Op::WorkingDirectory { path } => format!("chdir to cwd {:?}", c(path)),
             Op::Umask { .. } => "set the umask".into(),
             Op::CloseFrom { .. } => "close descriptors".into(),
             Op::Exec { args, .. } => {

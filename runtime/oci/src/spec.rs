@@ -174,8 +174,8 @@ pub struct Hook {
     pub path: String,
     #[serde(deserialize_with = "nullable")]
     pub args: Vec<String>,
-    #[serde(deserialize_with = "nullable")]
-    pub env: Vec<String>,
+    /// Without one a hook has the environment of whoever runs it.
+    pub env: Option<Vec<String>>,
     /// Seconds.
     pub timeout: Option<i64>,
 }

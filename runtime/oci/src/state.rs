@@ -140,6 +140,10 @@ impl Store {
         std::path::absolute(&path).map_err(io_error("find", &path))
     }
 
+    pub(crate) fn check_id(&self, id: &str) -> Result<(), RuntimeError> {
+        self.dir(id).map(drop)
+    }
+
     /// Claims the id: of two that try, one gets an error.
     pub fn create(&self, id: &str) -> Result<ContainerDir, RuntimeError> {
         let dir = self.dir(id)?;

@@ -149,6 +149,16 @@ pub fn close_range_cloexec(first: u32) -> io::Result<()> {
     Ok(())
 }
 
+/// Closes the descriptors from `first` to `last`, both included.
+///
+/// # Safety
+/// Nobody in this process uses or closes any of them afterwards.
+pub unsafe fn close_range(first: u32, last: u32) -> io::Result<()> {
+    // SAFETY: plain numbers; the caller answers for the descriptors.
+    check(unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) })?;
+    Ok(())
+}
+
 pub fn setsid() -> io::Result<()> {
     // SAFETY: no arguments.
     check(i64::from(unsafe { libc::setsid() }))?;

@@ -327,6 +327,9 @@ fn early(
     if namespaces.has(NsKind::User) {
         ops.push(Op::BecomeRoot);
     }
+    if namespaces.is_new(NsKind::Net) {
+        ops.push(Op::LoopbackUp);
+    }
     ops.push(Op::NotDumpable);
     ops.push(Op::NewSession);
     if !request.no_new_keyring {
@@ -356,6 +359,7 @@ fn identity(spec: &Spec, linux: &Linux, namespaces: &Namespaces, ops: &mut Vec<O
     }
     for (key, value) in &linux.sysctl {
         check_sysctl(key, namespaces)?;
+        check_name_sysctl(spec, key, value)?;
         // Dots separate, unless the key is written with slashes already.
         let path = if key.contains('/') { key.clone() } else { key.replace('.', "/") };
         let path = c_string("linux.sysctl", &format!("sys/{path}"))?;
@@ -406,6 +410,21 @@ fn check_sysctl(key: &str, namespaces: &Namespaces) -> Result<(), SpecError> {
     Ok(())
 }
 
+/// A name that two fields set is set by one of them in silence.
+fn check_name_sysctl(spec: &Spec, key: &str, value: &str) -> Result<(), SpecError> {
+    let (field, other) = match key.replace('/', ".").as_str() {
+        "kernel.hostname" => ("hostname", None),
+        "kernel.domainname" => ("domainname", spec.domainname.as_deref().or(Some(""))),
+        _ => return Ok(()),
+    };
+    match other {
+        Some(name) if name.is_empty() || name == value => Ok(()),
+        _ => {
+            Err(invalid("linux.sysctl", format!("{key:?} conflicts with the field {field:?}: use that one")))
+        }
+    }
+}
+
 /// The specification's rules, then those for the devices that every container has.
 fn device_rules(linux: &Linux) -> Vec<DeviceSpec> {
     let given = linux.resources.as_ref().map_or(&[][..], |r| r.devices.as_slice());
@@ -430,7 +449,8 @@ fn device_rules(linux: &Linux) -> Vec<DeviceSpec> {
     rules
 }
 
-pub(crate) fn lower_hook(field: &str, hook: &Hook) -> Result<HookProgram, SpecError> {
+/// A hook without an environment of its own gets `inherited`: in the container that of its process, else the runtime's.
+pub(crate) fn lower_hook(field: &str, hook: &Hook, inherited: &[String]) -> Result<HookProgram, SpecError> {
     if !hook.path.starts_with('/') {
         return Err(invalid(format!("{field}.path"), format!("{:?} is not absolute", hook.path)));
     }
@@ -442,7 +462,7 @@ pub(crate) fn lower_hook(field: &str, hook: &Hook) -> Result<HookProgram, SpecEr
     Ok(HookProgram {
         path: c_string(field, &hook.path)?,
         args: StringArray::new(&args).ok_or_else(nul)?,
-        env: StringArray::new(&hook.env).ok_or_else(nul)?,
+        env: StringArray::new(hook.env.as_deref().unwrap_or(inherited)).ok_or_else(nul)?,
         timeout_ms: hook.timeout.map(|t| t.saturating_mul(1000).min(i64::from(i32::MAX)) as i32),
     })
 }

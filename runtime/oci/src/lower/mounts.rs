@@ -109,8 +109,9 @@ fn hooks(spec: &Spec, out: &mut Lowered) -> Result<(), SpecError> {
     if !hooks.prestart.is_empty() || !hooks.create_runtime.is_empty() {
         out.ops.push(Op::RuntimeHooks);
     }
+    let env = spec.process.as_ref().map_or(&[][..], |p| p.env.as_slice());
     for (i, hook) in hooks.create_container.iter().enumerate() {
-        let program = lower_hook(&format!("hooks.createContainer[{i}]"), hook)?;
+        let program = lower_hook(&format!("hooks.createContainer[{i}]"), hook, env)?;
         out.ops.push(Op::Hook { program, kind: "createContainer" });
     }
     Ok(())

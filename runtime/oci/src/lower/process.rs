@@ -7,6 +7,7 @@ use crate::seccomp;
 use crate::spec::{Hook, IoPriority, Linux, MemoryPolicy, Personality, Process, Scheduler};
 use keel_sys::cred::Capabilities;
 use keel_sys::process::SchedAttr;
+use std::collections::BTreeMap;
 use std::ffi::CString;
 
 /// What a process is started into.
@@ -34,9 +35,10 @@ pub fn lower_process(
     ops.push(Op::OwnStdio { uid: process.user.uid });
     ops.push(Op::FindExecutable { name: c_string("process.args", name)?, path: path.clone() });
     labels(process, context, &mut ops)?;
+    ops.push(Op::CloseUnneeded { first: 3 + context.preserve_fds });
     ops.push(Op::Ready);
     for (i, hook) in context.hooks.iter().enumerate() {
-        let program = lower_hook(&format!("hooks.startContainer[{i}]"), hook)?;
+        let program = lower_hook(&format!("hooks.startContainer[{i}]"), hook, &process.env)?;
         ops.push(Op::Hook { program, kind: "startContainer" });
     }
     privileges(process, context, warnings, &mut ops)?;
@@ -249,8 +251,9 @@ fn exec(process: &Process, path: Option<CString>, listen_fds: Option<u32>) -> Re
             return Err(invalid("process.env", format!("{entry:?} is not NAME=VALUE")));
         }
     }
-    let has_home = process.env.iter().any(|e| e.starts_with("HOME="));
-    let mut env = process.env.clone();
+    let mut env = last_of_each(&process.env);
+    let has_home = env.iter().any(|e| e.starts_with("HOME="));
+
     if let Some(count) = listen_fds {
         env.retain(|e| !e.starts_with("LISTEN_FDS=") && !e.starts_with("LISTEN_PID="));
         env.push(format!("LISTEN_FDS={count}"));
@@ -262,4 +265,35 @@ fn exec(process: &Process, path: Option<CString>, listen_fds: Option<u32>) -> Re
         home_of: (!has_home).then_some(process.user.uid),
         listen_pid: listen_fds.is_some(),
     })
+}
+
+/// Of a name that is given more than once the last value, in the place of the first: programs differ in which they take.
+fn last_of_each(env: &[String]) -> Vec<String> {
+    let mut places = BTreeMap::new();
+    let mut out: Vec<String> = Vec::with_capacity(env.len());
+    for entry in env {
+        let name = entry.split_once('=').map_or(entry.as_str(), |(name, _)| name);
+        match places.get(name) {
+            Some(&place) => {
+                let old: &mut String = &mut out[place];
+                old.clone_from(entry);
+            }
+            None => {
+                places.insert(name, out.len());
+                out.push(entry.clone());
+            }
+        }
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_value_of_a_name_counts() {
+        let env = ["A=1", "B=2", "A=3", "AB=4", "A="].map(str::to_owned);
+        assert_eq!(last_of_each(&env), ["A=", "B=2", "AB=4"]);
+    }
 }

@@ -93,7 +93,7 @@ fn the_order_of_a_minimal_container() {
         names(&lowered.ops).join(" "),
         "JoinCgroup NotDumpable NewSession SessionKeyring PrivateProcfs Propagation BindRoot \
          DeviceNode DeviceNode DeviceNode DeviceNode DeviceNode DeviceNode \
-         Symlink Symlink Symlink Symlink Symlink Directory PivotRoot OwnStdio FindExecutable Ready \
+         Symlink Symlink Symlink Symlink Symlink Directory PivotRoot OwnStdio FindExecutable CloseUnneeded Ready \
          BoundingSet KeepCapabilities Groups Gid Uid WorkingDirectory Capabilities Umask CloseFrom Exec"
     );
     assert_eq!(lowered.clone_flags, (libc::CLONE_NEWNS | libc::CLONE_NEWPID) as u64);
