@@ -1373,7 +1373,8 @@ fn a_container_that_waits_for_its_start_holds_no_descriptor_of_its_maker() {
     drop(shell);
     assert_eq!(case.status(), "created");
     // The end comes only when nobody holds the other end any more.
-    assert_eq!(reader.read(&mut [0]).unwrap(), 0);
+    let end = std::thread::spawn(move || reader.read(&mut [0]).unwrap());
+    wait_for("the end of the pipe", || end.is_finished());
     let fds = format!("/proc/{}/fd", case.pid());
     for entry in fs::read_dir(fds).unwrap().flatten() {
         let to = fs::read_link(entry.path()).unwrap().display().to_string();
