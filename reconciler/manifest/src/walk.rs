@@ -118,8 +118,10 @@ impl Walk<'_, '_> {
     fn known_but_not_done(&mut self, entry: &Entry, type_name: &str, here: &Path<'_>) -> bool {
         let Some(known) = known::fields(type_name) else { return false };
         let key = entry.key.as_str();
+        // What a volume or a probe is, it is by the name of its field: `downwardAPI: {}` says something.
+        let by_name = matches!(type_name, "Volume" | "Probe");
         let empty = match &self.report.tree.node(entry.value).value {
-            Value::Map(entries) => entries.is_empty(),
+            Value::Map(entries) => entries.is_empty() && !by_name,
             Value::List(items) => items.is_empty(),
             Value::Scalar { meaning, .. } => *meaning == Scalar::Null,
         };
