@@ -1,6 +1,6 @@
 //! Manifests to desired pods: Deployments expanded, references resolved, hashes made.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use keel_manifest::model::{
@@ -307,9 +307,12 @@ fn volumes_hash(resolved: &Resolved) -> SpecHash {
 type Contents = BTreeMap<String, Arc<[u8]>>;
 
 /// ConfigMaps and Secrets by namespace and name.
+#[derive(Default)]
 struct Sources {
     config_maps: BTreeMap<(String, String), Result<Contents, String>>,
     secrets: BTreeMap<(String, String), Result<Contents, String>>,
+    /// Namespace, ConfigMap and key of what is in `binaryData`: for volumes, never for environments.
+    binary: BTreeSet<(String, String, String)>,
 }
 
 #[derive(Clone, Copy)]
@@ -329,8 +332,13 @@ impl SourceKind {
 
 impl Sources {
     fn collect(objects: &[&Object]) -> Sources {
-        let mut sources = Sources { config_maps: BTreeMap::new(), secrets: BTreeMap::new() };
+        let mut sources = Sources::default();
         for object in objects {
+            if let Kind::ConfigMap(map) = &object.kind {
+                let name =
+                    |key: &String| (object.namespace().to_owned(), object.name().to_owned(), key.clone());
+                sources.binary.extend(map.binary_data.keys().map(name));
+            }
             let (into, contents) = match &object.kind {
                 Kind::ConfigMap(map) => (&mut sources.config_maps, map.contents()),
                 Kind::Secret(secret) => (&mut sources.secrets, secret.contents()),
@@ -372,11 +380,20 @@ impl Sources {
     ) -> Result<Option<String>, String> {
         let optional = selector.optional.unwrap_or(false);
         let Some(contents) = self.object(kind, namespace, &selector.name, optional)? else { return Ok(None) };
-        match contents.get(&selector.key) {
+        match contents
+            .get(&selector.key)
+            .filter(|_| self.is_text(kind, namespace, &selector.name, &selector.key))
+        {
             Some(bytes) => text_of(kind, namespace, &selector.name, &selector.key, bytes).map(Some),
             None if optional => Ok(None),
             None => Err(missing_key(kind, namespace, &selector.name, &selector.key)),
         }
+    }
+
+    /// Whether environments see the key, by Kubernetes' rule.
+    fn is_text(&self, kind: SourceKind, namespace: &str, name: &str, key: &str) -> bool {
+        matches!(kind, SourceKind::Secret)
+            || !self.binary.contains(&(namespace.to_owned(), name.to_owned(), key.to_owned()))
     }
 
     fn env_from(&self, namespace: &str, from: &EnvFrom, env: &mut Vec<EnvEntry>) -> Result<(), String> {
@@ -387,12 +404,10 @@ impl Sources {
             let Some(source) = source else { continue };
             let optional = source.optional.unwrap_or(false);
             for (key, bytes) in self.object(kind, namespace, &source.name, optional)?.into_iter().flatten() {
-                let text = text_of(kind, namespace, &source.name, key, bytes);
-                // Binary keys of a ConfigMap are for volumes; Kubernetes leaves them out here.
-                if matches!(kind, SourceKind::ConfigMap) && text.is_err() {
-                    continue;
+                if self.is_text(kind, namespace, &source.name, key) {
+                    let text = text_of(kind, namespace, &source.name, key, bytes)?;
+                    env.push(EnvEntry { name: format!("{prefix}{key}"), value: EnvValue::Verbatim(text) });
                 }
-                env.push(EnvEntry { name: format!("{prefix}{key}"), value: EnvValue::Verbatim(text?) });
             }
         }
         Ok(())
@@ -440,7 +455,8 @@ fn missing_key(kind: SourceKind, namespace: &str, name: &str, key: &str) -> Stri
 }
 
 fn text_of(kind: SourceKind, namespace: &str, name: &str, key: &str, bytes: &[u8]) -> Result<String, String> {
-    std::str::from_utf8(bytes).map(str::to_owned).map_err(|_| {
+    let text = std::str::from_utf8(bytes).ok().filter(|text| !text.contains('\0'));
+    text.map(str::to_owned).ok_or_else(|| {
         format!(
             "key {key:?} of {} {namespace}/{name} is not text and cannot be an environment variable",
             kind.as_str()

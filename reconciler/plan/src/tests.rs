@@ -316,6 +316,28 @@ fn no_new_pod_of_a_deployment_starts_before_the_old_ones_are_gone() {
     host.check("");
 }
 
+/// A pod whose only container takes its environment as `env` says, beside a ConfigMap with a binary key.
+fn env_of(env: &str) -> Result<Vec<(String, String)>, String> {
+    let map = "apiVersion: v1\nkind: ConfigMap\nmetadata: {name: m}\ndata: {a: \"1\"}\nbinaryData: {b: eA==}\n---\n";
+    let secret = "apiVersion: v1\nkind: Secret\nmetadata: {name: s}\ndata: {nul: AAEC}\n---\n";
+    let main = format!("  containers: [{{name: c, image: \"app:1\", {env}}}]");
+    let desired = lower(&format!("{map}{secret}{}", pod("web", &main)));
+    if let Some(problem) = desired.unresolved.values().next() {
+        return Err(problem.to_string());
+    }
+    let pod = desired.pods.values().next().unwrap();
+    Ok(expand_env(&pod.resolved.env[&pod.containers[0].name], &|_| String::new(), &|_| 0))
+}
+
+#[test]
+fn environments_take_no_binary_data() {
+    assert_eq!(env_of("envFrom: [{configMapRef: {name: m}}]").unwrap(), [("a".to_owned(), "1".to_owned())]);
+    let by_key = "env: [{name: B, valueFrom: {configMapKeyRef: {name: m, key: b}}}]";
+    assert_eq!(env_of(by_key).unwrap_err(), "ConfigMap default/m has no key \"b\"");
+    let problem = env_of("envFrom: [{secretRef: {name: s}}]").unwrap_err();
+    assert!(problem.contains("\"nul\" of Secret default/s is not text"), "{problem}");
+}
+
 #[test]
 fn init_containers_run_in_order_and_a_failed_one_holds_the_rest() {
     let spec = "  restartPolicy: Never\n  initContainers: [{name: i, image: \"app:1\"}, {name: j, image: \"app:1\"}]\n";
