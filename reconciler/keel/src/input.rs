@@ -1,20 +1,18 @@
 //! What `-f` names: a directory (recursive), a file, or standard input.
 
 use std::collections::BTreeSet;
-use std::ffi::OsStr;
 use std::fs;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 use keel_api::{Diagnostic, InputFile};
 use keel_manifest::{MAX_FILE_BYTES, Parsed};
+use keel_source::FileState;
 
 use crate::failure::{Failure, Outcome};
 
-/// Files below one directory. More is a mistake in the path (`-f /`).
-const MAX_FILES: usize = 20_000;
-/// Depth of folders, which also ends a circle of symbolic links.
-const MAX_DEPTH: usize = 32;
+/// What helps with a file that cannot be read.
+const UNREADABLE: &str = "make it readable, or move it elsewhere if it is not a manifest";
 
 /// Files as read; problems of those that could not be.
 #[derive(Debug, Default)]
@@ -34,7 +32,7 @@ impl Input {
                 continue;
             }
             match fs::metadata(name) {
-                Ok(found) if found.is_dir() => input.directory(name, 0)?,
+                Ok(found) if found.is_dir() => input.directory(name)?,
                 Ok(_) => input.file(name),
                 Err(error) => {
                     return Err(Failure::io("read", name.display(), &error).code(keel_api::exit::INVALID));
@@ -69,32 +67,30 @@ impl Input {
         self.files.iter().map(file).collect()
     }
 
-    fn directory(&mut self, dir: &Path, depth: usize) -> Outcome {
-        let fail = |error: io::Error| Failure::io("read directory", dir.display(), &error);
-        let mut entries = fs::read_dir(dir).map_err(fail)?.collect::<Result<Vec<_>, _>>().map_err(fail)?;
-        entries.sort_by_key(fs::DirEntry::file_name);
-        for entry in entries {
-            let path = entry.path();
-            if is_hidden(&entry.file_name()) {
-                continue;
-            }
-            match fs::metadata(&path) {
-                Ok(found) if found.is_dir() && depth < MAX_DEPTH => self.directory(&path, depth + 1)?,
-                Ok(found) if found.is_dir() => {
-                    return Err(Failure::invalid(format!(
-                        "{}: more than {MAX_DEPTH} folders deep",
-                        path.display()
-                    )));
+    /// As the daemon reads it: what it would skip or refuse is not called good here.
+    fn directory(&mut self, dir: &Path) -> Outcome {
+        let listed = keel_source::list(dir, &keel_source::Options::default())
+            .map_err(|error| Failure::of(&error).code(keel_api::exit::INVALID))?;
+        // One file under two names in one directory is two manifests, as for the daemon.
+        let earlier = self.seen.clone();
+        for (name, state) in listed.files {
+            let path = dir.join(name);
+            if let Ok(real) = fs::canonicalize(&path) {
+                if earlier.contains(&real) {
+                    continue;
                 }
-                // Whatever has a manifest's name is read, also a broken link: its problem must be seen.
-                _ if is_manifest(&entry.file_name()) && self.is_new(&path) => {
-                    self.add(&path.display().to_string(), open_regular(&path).and_then(read_bounded));
+                self.seen.insert(real);
+            }
+            let name = path.display().to_string();
+            let refused = match state {
+                FileState::Text(text) => {
+                    self.files.push((name, text.to_vec()));
+                    continue;
                 }
-                _ => {}
-            }
-            if self.files.len() > MAX_FILES {
-                return Err(Failure::invalid(format!("{}: more than {MAX_FILES} manifests", dir.display())));
-            }
+                FileState::TooLarge => Parsed::too_large(&name, None),
+                FileState::Unreadable(reason) => Parsed::unreadable(&name, reason, Some(UNREADABLE.into())),
+            };
+            self.problems.extend(refused.diagnostics);
         }
         Ok(())
     }
@@ -119,19 +115,10 @@ impl Input {
             Ok(text) => return self.files.push((name.to_owned(), text)),
             Err(error) => {
                 let reason = error.raw_os_error().map_or_else(|| error.to_string(), keel_sys::errno_text);
-                Parsed::unreadable(name, reason, None)
+                Parsed::unreadable(name, reason, Some(UNREADABLE.into()))
             }
         };
         self.problems.extend(refused.diagnostics);
-    }
-}
-
-/// Found in a directory, a pipe was meant by nobody, and it would be waited for until somebody writes.
-fn open_regular(path: &Path) -> io::Result<fs::File> {
-    // Asked before it is opened: to open a pipe is to wait already.
-    match fs::metadata(path)?.is_file() {
-        true => fs::File::open(path),
-        false => Err(io::Error::other("is not a regular file")),
     }
 }
 
@@ -139,16 +126,6 @@ fn read_bounded(from: impl Read) -> io::Result<Vec<u8>> {
     let mut text = Vec::new();
     from.take(MAX_FILE_BYTES as u64 + 1).read_to_end(&mut text)?;
     Ok(text)
-}
-
-/// Dot names (`..data` included), and what editors leave behind.
-fn is_hidden(name: &OsStr) -> bool {
-    let name = name.as_encoded_bytes();
-    name.starts_with(b".") || name.starts_with(b"#") || name.ends_with(b"~")
-}
-
-fn is_manifest(name: &OsStr) -> bool {
-    Path::new(name).extension().is_some_and(|end| end == "yaml" || end == "yml" || end == "json")
 }
 
 #[cfg(test)]
@@ -168,6 +145,22 @@ mod tests {
         let read: Vec<&[u8]> = input.files.iter().map(|(_, text)| text.as_slice()).collect();
         assert_eq!(read, [&b"a.yml"[..], b"b.yaml", b"sub/d.json"]);
         assert_eq!(input.problems.len(), 1, "a broken link is said, not skipped");
+    }
+
+    #[test]
+    fn a_directory_is_read_by_the_daemons_rules() {
+        let temp = tempfile::tempdir().unwrap();
+        let (dir, outside) = (temp.path().join("dir"), temp.path().join("outside.yaml"));
+        fs::create_dir_all(dir.join("old.bak")).unwrap();
+        for path in [&outside, &dir.join("old.bak/b.yaml"), &dir.join("a.yaml")] {
+            fs::write(path, "").unwrap();
+        }
+        std::os::unix::fs::symlink(".", dir.join("loop")).unwrap();
+        std::os::unix::fs::symlink(&outside, dir.join("out.yaml")).unwrap();
+        let input = Input::read(std::slice::from_ref(&dir)).unwrap();
+        let read: Vec<_> = input.files.iter().map(|(name, _)| name.clone()).collect();
+        assert_eq!(read, [dir.join("a.yaml").display().to_string()], "no backup, no circle");
+        assert_eq!(input.problems.len(), 1, "a link that the daemon does not follow is said");
     }
 
     #[test]

@@ -292,7 +292,7 @@ impl Walk<'_> {
             Ok(real) => real,
             Err(error) => {
                 if is_manifest_name(&name) {
-                    self.unreadable(relative, &path, format!("the symlink leads nowhere: {error}"));
+                    self.unreadable(relative, &path, format!("the symlink leads nowhere: {}", words(&error)));
                 }
                 return Ok(());
             }
@@ -336,7 +336,7 @@ impl Walk<'_> {
             // It went away under the walk: the next look tells.
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
             Err(error) => {
-                self.unreadable(relative, path, format!("cannot open: {error}"));
+                self.unreadable(relative, path, format!("cannot open: {}", words(&error)));
                 Ok(())
             }
         }
@@ -353,7 +353,7 @@ impl Walk<'_> {
         match file.by_ref().take(self.options.max_file_bytes + 1).read_to_end(&mut text) {
             Ok(_) if text.len() as u64 > self.options.max_file_bytes => FileState::TooLarge,
             Ok(_) => FileState::Text(text.into()),
-            Err(error) => FileState::Unreadable(format!("cannot read: {error}")),
+            Err(error) => FileState::Unreadable(format!("cannot read: {}", words(&error))),
         }
     }
 
@@ -373,6 +373,12 @@ impl Walk<'_> {
         let entry = Entry { state, stamp: Stamp::default(), real: path.to_owned(), racy: true };
         self.found.files.insert(relative, entry);
     }
+}
+
+/// The system's words without the number that Rust appends.
+fn words(error: &io::Error) -> String {
+    let text = error.to_string();
+    text.split_once(" (os error").map_or(text.as_str(), |(reason, _)| reason).to_lowercase()
 }
 
 fn io_error(operation: &'static str, path: &Path, source: io::Error) -> ListError {
