@@ -81,6 +81,16 @@ fn the_second_of_two_commands_waits_for_the_first() {
 }
 
 #[test]
+fn an_operation_tells_nothing_of_other_pods() {
+    let instance = busybox();
+    let absent = sleeper("absent").replace(BUSYBOX, "127.0.0.1:1/absent:1");
+    let first = instance.keel_with_input(&["apply", "-f", "-"], &absent);
+    assert!(first.all().contains("127.0.0.1:1"), "{}", first.all());
+    let other = instance.keel_with_input(&["apply", "-f", "-", "--wait"], &sleeper("other")).expect_code(0);
+    assert!(!other.all().contains("127.0.0.1:1"), "{}", other.all());
+}
+
+#[test]
 fn an_image_in_use_is_removed_only_by_force() {
     let instance = busybox();
     instance.apply(&sleeper("user")).expect_code(0);

@@ -9,6 +9,8 @@ use keel_plan::{Action, Desired, Plan, PodKey, Reason};
 /// Which part of the engine's work belongs to an operation, for the plan and for the reports alike.
 pub(super) struct Shown {
     pub(super) targets: BTreeSet<PodKey>,
+    /// What the targets are made of: a pull for another pod is not this operation's.
+    images: BTreeSet<String>,
     /// Those of them that are to be there in the end.
     pub(super) stays: BTreeSet<PodKey>,
     /// Steps that follow from others are told only where there is nothing else, or where they fail.
@@ -20,13 +22,30 @@ impl Shown {
         let is_there =
             |key: &&PodKey| desired.pods.contains_key(*key) || desired.unresolved.contains_key(*key);
         let stays = targets.iter().filter(is_there).cloned().collect();
+        let pods = targets.iter().filter_map(|key| desired.pods.get(key));
+        let images = pods.flat_map(|pod| pod.containers.iter().map(|c| c.image.clone())).collect();
+        let mut shown = Shown { targets, images, stays, minor: false };
         let mut actions = plan.actions.iter().map(|planned| &planned.action);
-        let minor = !actions.any(|action| concerns(action, &targets) && !is_minor(action));
-        Shown { targets, stays, minor }
+        shown.minor = !actions.any(|action| shown.concerns(action) && !is_minor(action));
+        shown
+    }
+
+    fn concerns(&self, action: &Action) -> bool {
+        match action {
+            Action::Pull { image, .. } => self.images.contains(image),
+            Action::SyncNetwork { .. } => true,
+            Action::CreatePod { pod }
+            | Action::StartContainer { pod, .. }
+            | Action::SyncVolumes { pod, .. }
+            | Action::UpdateRecord { pod, .. } => self.targets.contains(&pod.key),
+            Action::StopContainer { pod, .. }
+            | Action::RemoveContainer { pod, .. }
+            | Action::DeletePod { pod, .. } => self.targets.contains(pod),
+        }
     }
 
     fn shows(&self, action: &Action) -> bool {
-        concerns(action, &self.targets) && (self.minor || !is_minor(action))
+        self.concerns(action) && (self.minor || !is_minor(action))
     }
 
     pub(super) fn plan(&self, plan: &Plan) -> ControlEvent {
@@ -45,7 +64,7 @@ impl Shown {
                 Some(ControlEvent::ActionStarted { verb: planned.verb, object: planned.object })
             }
             Report::Finished { action, took, result }
-                if self.shows(&action) || (result.is_err() && concerns(&action, &self.targets)) =>
+                if self.shows(&action) || (result.is_err() && self.concerns(&action)) =>
             {
                 let (verb, object) = verb_and_object(&action);
                 let error = result.err().map(|error| ActionFailure {
@@ -57,13 +76,15 @@ impl Shown {
                 let duration_ms = u64::try_from(took.as_millis()).unwrap_or(u64::MAX);
                 Some(ControlEvent::ActionFinished { verb: verb.into(), object, duration_ms, error })
             }
-            Report::Progress(progress) => Some(ControlEvent::Progress {
-                image: progress.image,
-                done_bytes: progress.done_bytes,
-                total_bytes: progress.total_bytes,
-                layers_done: progress.layers_done,
-                layers_total: progress.layers_total,
-            }),
+            Report::Progress(progress) if self.images.contains(&progress.image) => {
+                Some(ControlEvent::Progress {
+                    image: progress.image,
+                    done_bytes: progress.done_bytes,
+                    total_bytes: progress.total_bytes,
+                    layers_done: progress.layers_done,
+                    layers_total: progress.layers_total,
+                })
+            }
             _ => None,
         }
     }
@@ -72,19 +93,6 @@ impl Shown {
 /// What is left of a container after its stop, and the network after any change of pods.
 fn is_minor(action: &Action) -> bool {
     matches!(action, Action::RemoveContainer { .. } | Action::SyncNetwork { .. })
-}
-
-fn concerns(action: &Action, targets: &BTreeSet<PodKey>) -> bool {
-    match action {
-        Action::Pull { .. } | Action::SyncNetwork { .. } => true,
-        Action::CreatePod { pod }
-        | Action::StartContainer { pod, .. }
-        | Action::SyncVolumes { pod, .. }
-        | Action::UpdateRecord { pod, .. } => targets.contains(&pod.key),
-        Action::StopContainer { pod, .. }
-        | Action::RemoveContainer { pod, .. }
-        | Action::DeletePod { pod, .. } => targets.contains(pod),
-    }
 }
 
 fn planned_action(action: &Action, reason: &Reason) -> PlannedAction {
