@@ -54,7 +54,7 @@ pub(crate) async fn run(target: &Target, request: &ProbeRequest) -> ProbeOutcome
             };
             match connect(target, address).await {
                 Ok(_) => ProbeOutcome::Success,
-                Err(e) => ProbeOutcome::Failure(format!("connect to {address}: {e}")),
+                Err(e) => ProbeOutcome::Failure(not_connected(address, &e)),
             }
         } else {
             ProbeOutcome::Error("the probe has no handler".into())
@@ -122,6 +122,11 @@ struct Answer {
     body: Vec<u8>,
 }
 
+fn not_connected(address: SocketAddr, error: &io::Error) -> String {
+    let reason = error.raw_os_error().map_or_else(|| error.to_string(), keel_sys::errno_text);
+    format!("connect to {address}: {reason}")
+}
+
 async fn get(
     target: &Target,
     address: SocketAddr,
@@ -129,7 +134,7 @@ async fn get(
     path: &str,
     action: &HttpGetAction,
 ) -> Result<Answer, String> {
-    let stream = connect(target, address).await.map_err(|e| format!("connect to {address}: {e}"))?;
+    let stream = connect(target, address).await.map_err(|e| not_connected(address, &e))?;
     match scheme {
         UriScheme::Http => exchange(stream, address, path, action).await,
         UriScheme::Https => {
