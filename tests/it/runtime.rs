@@ -66,8 +66,12 @@ macro_rules! require {
 
 // Below the macro that they use.
 mod activation;
+mod cycles;
+mod escapes;
 mod fields;
 mod netdev;
+mod old_kernel;
+mod rootless;
 
 fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
     let end = Instant::now() + DEADLINE;

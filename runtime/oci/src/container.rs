@@ -121,6 +121,16 @@ impl Runtime {
         }
         let rootfs = rootfs_path(&bundle, &spec)?;
         let cgroup_path = cgroup_path(&spec, &options.id)?;
+        let mut cgroup = facts.layout.cgroup(&cgroup_path)?;
+        let mut no_cgroup = None;
+        if facts.euid != 0
+            && let Err(e) = cgroup.create()
+        {
+            // An ordinary user may have been delegated nothing: the container runs in its caller's cgroup.
+            let _ = cgroup.remove();
+            cgroup.entries.clear();
+            no_cgroup = Some(format!("no cgroup, no limits: {}", RuntimeError::from(e).chain()));
+        }
         let request = Request {
             id: options.id.clone(),
             rootfs: rootfs.to_string_lossy().into_owned(),
@@ -129,21 +139,20 @@ impl Runtime {
             preserve_fds: options.preserve_fds,
             listen_fds: options.listen_fds,
             cgroup: cgroup_path.clone(),
+            borrowed_cgroup: no_cgroup.is_some(),
         };
-        let mut lowered = lower::lower(&spec, &request, &facts)?;
+        let mut lowered = match lower::lower(&spec, &request, &facts) {
+            Err(e) if facts.euid != 0 => {
+                let _ = cgroup.remove();
+                return Err(e.into());
+            }
+            other => other?,
+        };
+        lowered.warnings.extend(no_cgroup);
         if options.notify_socket.is_some() && !notify {
             lowered.warnings.push("NOTIFY_SOCKET is not passed on: that needs a mount namespace".to_owned());
         }
         check_terminal(&spec, options, console.is_some(), wait)?;
-        let mut cgroup = facts.layout.cgroup(&cgroup_path)?;
-        if facts.euid != 0
-            && let Err(e) = cgroup.create()
-        {
-            // An ordinary user may have been delegated nothing: the container runs in its caller's cgroup.
-            let _ = cgroup.remove();
-            cgroup.entries.clear();
-            lowered.warnings.push(format!("no cgroup, no limits: {}", RuntimeError::from(e).chain()));
-        }
         let dir = self.store.create(&options.id)?;
         // Limits, kill and removal act on the whole cgroup: it must not have other people's processes.
         match cgroup.pids() {

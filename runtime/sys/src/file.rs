@@ -35,8 +35,19 @@ struct OpenHow {
     resolve: u64,
 }
 
-/// `openat2(2)`. `O_CLOEXEC` is always set.
+/// `openat2(2)`. `O_CLOEXEC` is always set. Where the kernel or a sandbox does not have the call, the path is walked part
+/// by part with the same result.
 pub fn openat2(dir: impl AsFd, path: &CStr, flags: i32, mode: u32, resolve: u64) -> io::Result<OwnedFd> {
+    match openat2_call(&dir, path, flags, mode, resolve) {
+        // A sandbox may say EPERM for a call that it does not know; if it was the kernel, the walk gets the same.
+        Err(e) if matches!(e.raw_os_error(), Some(libc::ENOSYS | libc::EPERM)) => {
+            crate::walk::open(dir.as_fd(), path, flags, mode, resolve)
+        }
+        other => other,
+    }
+}
+
+fn openat2_call(dir: &impl AsFd, path: &CStr, flags: i32, mode: u32, resolve: u64) -> io::Result<OwnedFd> {
     let how = OpenHow { flags: (flags | libc::O_CLOEXEC) as u64, mode: u64::from(mode), resolve };
     // EAGAIN means that a rename raced with ".." inside the root; the kernel asks for another try.
     for _ in 0..128 {

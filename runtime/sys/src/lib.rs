@@ -17,6 +17,7 @@ pub mod seccomp;
 pub mod seqpacket;
 pub mod socket;
 pub mod tty;
+mod walk;
 pub mod writeback;
 pub mod xattr;
 
@@ -43,6 +44,10 @@ pub fn errno(error: &io::Error) -> i32 {
 /// The system's text for an error number, in lower case as Go programs print it: callers of OCI runtimes match
 /// on "no such file or directory" and "permission denied".
 pub fn errno_text(errno: i32) -> String {
+    if errno == libc::ENOSYS {
+        return "function not implemented: this needs Linux 5.12, and a sandbox that lets the call through"
+            .into();
+    }
     let text = io::Error::from_raw_os_error(errno).to_string();
     let text = match text.find(" (os error") {
         Some(end) => &text[..end],

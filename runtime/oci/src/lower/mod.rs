@@ -43,6 +43,8 @@ pub struct Request {
     pub listen_fds: Option<u32>,
     /// The path of the container's cgroup, as [`Layout::cgroup`] takes it.
     pub cgroup: String,
+    /// The container has no cgroup of its own and runs in its caller's.
+    pub borrowed_cgroup: bool,
 }
 
 /// Both halves of the work.

@@ -445,12 +445,22 @@ fn lower_cgroup(
     out: &mut Lowered,
 ) -> Result<(), SpecError> {
     let private = namespaces.has(NsKind::Cgroup);
+    let mut options_attr = options.attr;
     let base = target.path.as_str().to_owned();
-    let attr = options.attr.set;
+    if request.borrowed_cgroup {
+        // What is the caller's is not for the container to write.
+        apply(&mut options_attr, (mount::ATTR_RDONLY, 0));
+    }
+    let attr = options_attr.set;
     let propagation = options.propagation & !libc::MS_REC;
     let below = |name: &str| rel(field, &format!("/{base}/{name}")).map(|path| Target { path, real: false });
-    let own =
-        facts.layout.cgroup(&request.cgroup).map_err(|e| invalid("linux.cgroupsPath", e.to_string()))?;
+    let path = if request.borrowed_cgroup { "own" } else { &request.cgroup };
+    let mut own = facts.layout.cgroup(path).map_err(|e| invalid("linux.cgroupsPath", e.to_string()))?;
+    if request.borrowed_cgroup {
+        for entry in &mut own.entries {
+            entry.dir.pop();
+        }
+    }
     let place =
         |kind: &str, target: Target, data: Option<&str>, dir: &std::path::Path| -> Result<Op, SpecError> {
             if private {
@@ -474,7 +484,7 @@ fn lower_cgroup(
                     target,
                     recursive: true,
                     follow: true,
-                    attr: options.attr,
+                    attr: options_attr,
                     tree_attr: Attr::default(),
                     propagation,
                     propagate_tree: false,
@@ -516,7 +526,7 @@ fn lower_cgroup(
             }
         }
     }
-    if options.read_only {
+    if options.read_only || request.borrowed_cgroup {
         let attr = Attr { set: mount::ATTR_RDONLY, ..Attr::default() };
         out.ops.push(Op::Remount { target, attr, recursive: false });
     }
