@@ -324,6 +324,14 @@ pub fn pipe() -> io::Result<(OwnedFd, OwnedFd)> {
     Ok((check_fd(i64::from(fds[0]))?, check_fd(i64::from(fds[1]))?))
 }
 
+/// How much a pipe holds before its writer waits; returns what the kernel made of it, a power of two of pages.
+pub fn set_pipe_size(fd: impl AsFd, bytes: usize) -> io::Result<usize> {
+    let bytes = libc::c_int::try_from(bytes).unwrap_or(libc::c_int::MAX);
+    // SAFETY: F_SETPIPE_SZ takes an integer; what is no pipe gives EBADF.
+    let got = unsafe { libc::fcntl(fd.as_fd().as_raw_fd(), libc::F_SETPIPE_SZ, bytes) };
+    usize::try_from(got).map_err(|_| io::Error::last_os_error())
+}
+
 /// Waits until a descriptor is readable (or hung up): `false` on timeout. `None` waits for ever.
 pub fn wait_readable(fd: impl AsFd, timeout_ms: Option<i32>) -> io::Result<bool> {
     let mut poll = libc::pollfd { fd: fd.as_fd().as_raw_fd(), events: libc::POLLIN, revents: 0 };

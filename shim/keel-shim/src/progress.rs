@@ -15,11 +15,12 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 
 use keel_proto::{Stream, file};
-use keel_sys::file::pipe;
+use keel_sys::file::{pipe, set_pipe_size};
 use keel_sys::monitor::{SharedCells, null_stream, splice, tee};
 
 use crate::error::{Context, Error};
 use crate::log::{MARK, numbered};
+use crate::pump::INPUT;
 use crate::replay::parse;
 
 const STREAM: usize = 0;
@@ -42,7 +43,7 @@ pub(crate) struct Progress {
 
 impl Progress {
     pub(crate) fn open(dir: &Path) -> Result<Progress, Error> {
-        let (peek, into_peek) = pipe().doing("create a pipe")?;
+        let (peek, into_peek) = wide_pipe()?;
         Ok(Progress { cells: map(dir)?, peek, into_peek })
     }
 
@@ -78,6 +79,13 @@ impl Progress {
     }
 }
 
+/// Holds as much as one look: a narrower one would show a part of a batch as if it were all.
+fn wide_pipe() -> Result<(OwnedFd, OwnedFd), Error> {
+    let (peek, into_peek) = pipe().doing("create a pipe")?;
+    let _ = set_pipe_size(&peek, INPUT);
+    Ok((peek, into_peek))
+}
+
 fn map(dir: &Path) -> Result<SharedCells, Error> {
     let path = dir.join(file::PROGRESS);
     let mut options = File::options();
@@ -95,7 +103,7 @@ pub(crate) fn resume(dir: &Path, log: &Path, stdout: &File, stderr: &File) -> Re
     };
     let at = (cells[INODE].load(Ordering::Relaxed), cells[OFFSET].load(Ordering::Relaxed));
     let written = written_since(log, at, stream).at("read log", log)?;
-    let (peek, into_peek) = pipe().doing("create a pipe")?;
+    let (peek, into_peek) = wide_pipe()?;
     let mut waiting = vec![0; written.len()];
     let mut got = 0;
     if !written.is_empty()
