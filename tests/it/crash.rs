@@ -613,3 +613,47 @@ fn a_shim_that_comes_late_starts_nothing_and_leaves_nothing() {
     delete_everything(&mut instance);
     a_reset_leaves_nothing(&instance);
 }
+
+/// A mount that goes with the test.
+struct Mounted(PathBuf);
+
+impl Mounted {
+    fn tmpfs(at: &Path, options: &str, flags: nix::mount::MsFlags) -> Mounted {
+        nix::mount::mount(Some("tmpfs"), at, Some("tmpfs"), flags, Some(options)).unwrap();
+        Mounted(at.to_owned())
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        let _ = nix::mount::umount2(&self.0, nix::mount::MntFlags::MNT_DETACH);
+    }
+}
+
+/// `exits` gets a file system that takes no record.
+fn a_reset_ends_the_shim(flags: nix::mount::MsFlags) {
+    let instance = Instance::new();
+    instance.import_busybox();
+    instance.apply(&sleeper("stuck")).expect_code(0);
+    let (id, _) = instance.pids().into_iter().next().unwrap();
+    let shim = shim_of(&instance, &id).unwrap();
+    let exits = instance.root().join("exits");
+    let disk = Mounted::tmpfs(&exits, "size=4k", flags);
+    // The first page is the only one.
+    let _ = fs::write(exits.join("full"), [0; 4096]);
+    instance.keel(&["system", "reset", "--force"]).expect_code(0);
+    assert!(!is_alive(shim));
+    drop(disk);
+    instance.keel(&["system", "reset", "--force", "--state"]).expect_code(0);
+    a_reset_leaves_nothing(&instance);
+}
+
+#[test]
+fn a_reset_ends_a_shim_whose_record_finds_the_disk_full() {
+    a_reset_ends_the_shim(nix::mount::MsFlags::empty());
+}
+
+#[test]
+fn a_reset_ends_a_shim_whose_record_finds_the_disk_read_only() {
+    a_reset_ends_the_shim(nix::mount::MsFlags::MS_RDONLY);
+}

@@ -32,6 +32,10 @@ use crate::volumes;
 const DELETE_TIMEOUT: Duration = Duration::from_secs(60);
 /// After SIGKILL the kernel needs a moment; a process in uninterruptible sleep may need for ever.
 const KILL_TIMEOUT: Duration = Duration::from_secs(30);
+/// What a shim may take from the end of its container to its own: two seconds for last words, and a sync of its record.
+const SHIM_TIMEOUT: Duration = Duration::from_secs(5);
+/// After this long without a record it is asked what it is doing.
+const RECORD_TIMEOUT: Duration = Duration::from_secs(2);
 /// How often a stop looks whether the container is gone when there is no shim to ask.
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
 const DEFAULT_STOP_SIGNAL: Signal = Signal::SIGTERM;
@@ -205,8 +209,7 @@ impl RealHost {
                         _ => u8::try_from(record.stop_signal).unwrap_or(DEFAULT_STOP_SIGNAL as u8),
                     };
                     client.stop(signal, grace).map_err(|e| stop(e.to_string()))?;
-                    let left = deadline.saturating_duration_since(Instant::now());
-                    if client.wait(Some(left)).is_ok() {
+                    if self.await_record(id, &mut client, deadline)? {
                         return Ok(Done::Done);
                     }
                 }
@@ -221,6 +224,33 @@ impl RealHost {
         }
     }
 
+    /// False: not by the deadline, or the shim has gone meanwhile.
+    fn await_record(
+        &self,
+        id: &ContainerId,
+        client: &mut keel_proto::Client,
+        deadline: Instant,
+    ) -> Result<bool, HostError> {
+        let mut unrecorded = 0;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            match client.wait(Some(left.min(RECORD_TIMEOUT))) {
+                Ok(_) => return Ok(true),
+                Err(keel_proto::ClientError::Timeout { .. }) if Instant::now() < deadline => {}
+                Err(_) => return Ok(false),
+            }
+            let state = keel_proto::Client::connect(&self.paths.container(id)).and_then(|mut c| c.state());
+            let recording = state.is_ok_and(|state| state.phase == keel_proto::Phase::Recording);
+            unrecorded = if recording { unrecorded + 1 } else { 0 };
+            // Once may be a slow disk.
+            if unrecorded > 1 {
+                let path = self.paths.exit_record(id);
+                let message = format!("it has ended, but its shim cannot write {}", path.display());
+                return Err(HostError::Stop { container: id.to_string(), message });
+            }
+        }
+    }
+
     /// Removes what a run left, except its log. Absence of any part is success.
     pub(crate) fn remove_container(&self, id: &ContainerId) -> Result<(), HostError> {
         let dir = self.paths.container(id);
@@ -231,7 +261,7 @@ impl RealHost {
         if let Some(shim) = shim
             && observe::is_alive(shim)
         {
-            self.await_shim(id, shim)?;
+            self.end_shim(id, shim)?;
         }
         self.store
             .unmount_rootfs(&self.paths.rootfs(id))
@@ -272,20 +302,37 @@ impl RealHost {
         runtime_of(&self.paths, id, &self.config.runtime)
     }
 
-    /// A shim goes by itself once its container is gone.
-    fn await_shim(&self, id: &ContainerId, shim: observe::ProcessMark) -> Result<(), HostError> {
-        let deadline = Instant::now() + KILL_TIMEOUT;
-        while observe::is_alive(shim) {
-            if Instant::now() > deadline {
-                return Err(HostError::Stop {
-                    container: id.to_string(),
-                    message: format!("shim {} does not end", shim.pid),
-                });
-            }
-            std::thread::sleep(POLL_INTERVAL);
+    /// A shim goes by itself once its container is gone. One that cannot, because no disk takes its record, is killed:
+    /// the container is no more, and the record is what gets removed next.
+    fn end_shim(&self, id: &ContainerId, shim: observe::ProcessMark) -> Result<(), HostError> {
+        let stuck = |message: String| HostError::Stop { container: id.to_string(), message };
+        if await_death(shim, SHIM_TIMEOUT) {
+            return Ok(());
         }
-        Ok(())
+        tracing::warn!(container = %id, pid = shim.pid, "its shim does not end, and is killed");
+        // Asked after the descriptor was opened: it is that process, or one that has gone.
+        if let Ok(pidfd) = keel_sys::process::pidfd_open(shim.pid.cast_signed())
+            && observe::is_alive(shim)
+        {
+            let killed = keel_sys::process::pidfd_send_signal(&pidfd, Signal::SIGKILL as i32);
+            killed.map_err(|e| stuck(format!("kill shim {}: {e}", shim.pid)))?;
+        }
+        match await_death(shim, KILL_TIMEOUT) {
+            true => Ok(()),
+            false => Err(stuck(format!("shim {} does not end", shim.pid))),
+        }
     }
+}
+
+fn await_death(process: observe::ProcessMark, timeout: Duration) -> bool {
+    let deadline = Instant::now() + timeout;
+    while observe::is_alive(process) {
+        if Instant::now() > deadline {
+            return false;
+        }
+        std::thread::sleep(POLL_INTERVAL);
+    }
+    true
 }
 
 /// The runtime that made a container, `otherwise` when that is not known.

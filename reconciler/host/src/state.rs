@@ -125,6 +125,8 @@ pub(crate) fn names(dir: &Path) -> Result<Vec<String>, PathError> {
 /// Removes a file; absence is success.
 pub(crate) fn remove_file(path: &Path) -> Result<(), PathError> {
     match fs::remove_file(path) {
+        // A read-only file system says so before it looks for the name.
+        Err(e) if e.kind() == io::ErrorKind::ReadOnlyFilesystem && path.symlink_metadata().is_err() => Ok(()),
         Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e).at("remove", path),
         _ => Ok(()),
     }
