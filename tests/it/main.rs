@@ -3,6 +3,7 @@
 mod apply;
 mod badinput;
 mod cli;
+mod conmon;
 mod crash;
 mod daemon;
 mod images;

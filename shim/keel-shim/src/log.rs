@@ -28,6 +28,8 @@ pub(crate) struct Log {
     /// When the current file was begun.
     born: SystemTime,
     limits: Limits,
+    /// Bytes that may yet be written, over all files; what comes after that is only counted.
+    pub(crate) budget: u64,
     /// Over the life of the container.
     pub(crate) lost: Lost,
     /// Not yet told in the log.
@@ -72,6 +74,7 @@ impl Log {
             size: 0,
             born: SystemTime::now(),
             limits,
+            budget: u64::MAX,
             lost,
             untold: Lost::default(),
             reason: None,
@@ -87,6 +90,11 @@ impl Log {
 
     /// Writes whole records. What the disk refuses is counted, and told in the log as soon as it takes writes again.
     pub(crate) fn append(&mut self, records: &[u8]) {
+        let (records, beyond) = records.split_at(self.within_budget(records));
+        self.lost.add(measure(beyond));
+        if records.is_empty() {
+            return;
+        }
         if let Err((unwritten, e)) = self.tell_loss().and_then(|()| self.write(records)) {
             let rest = if unwritten == usize::MAX { records } else { &records[unwritten..] };
             self.count(rest);
@@ -122,18 +130,18 @@ impl Log {
         }
     }
 
+    /// The length of the whole records that may still be written.
+    fn within_budget(&self, records: &[u8]) -> usize {
+        match usize::try_from(self.budget).ok().and_then(|budget| records.get(..budget)) {
+            None => records.len(),
+            Some(head) => memchr::memrchr(b'\n', head).map_or(0, |at| at + 1),
+        }
+    }
+
     fn count(&mut self, records: &[u8]) {
-        let (mut lines, mut bytes) = (0, 0);
-        for record in records.split_inclusive(|b| *b == b'\n') {
-            if let Some((_, text)) = parse(record) {
-                lines += u64::from(text.ends_with(b"\n"));
-                bytes += text.len() as u64;
-            }
-        }
-        for lost in [&mut self.lost, &mut self.untold] {
-            lost.lines += lines;
-            lost.bytes += bytes;
-        }
+        let lost = measure(records);
+        self.lost.add(lost);
+        self.untold.add(lost);
     }
 
     fn tell_loss(&mut self) -> Result<(), (usize, io::Error)> {
@@ -192,7 +200,10 @@ impl Log {
                 other => other,
             };
             match result {
-                Ok(n) => done += n,
+                Ok(n) => {
+                    done += n;
+                    self.budget = self.budget.saturating_sub(n as u64);
+                }
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 Err(e) => {
                     // Half a record would run into the next one. Only our own unfinished tail is taken back.
@@ -220,6 +231,25 @@ impl Log {
         self.size = 0;
         Ok(())
     }
+}
+
+impl Lost {
+    fn add(&mut self, more: Lost) {
+        self.lines += more.lines;
+        self.bytes += more.bytes;
+    }
+}
+
+/// The output in records.
+fn measure(records: &[u8]) -> Lost {
+    let mut lost = Lost::default();
+    for record in records.split_inclusive(|b| *b == b'\n') {
+        if let Some((_, text)) = parse(record) {
+            lost.lines += u64::from(text.ends_with(b"\n"));
+            lost.bytes += text.len() as u64;
+        }
+    }
+    lost
 }
 
 /// The next file while it waits for the current one to make room. It is there before anything moves, so a full disk
@@ -345,6 +375,19 @@ mod tests {
         let mut log = dir.open(4, 1);
         log.append(b"aaa\nbbb\n");
         assert_eq!([dir.read(""), dir.read("1")], ["bbb\n", "absent"]);
+    }
+
+    #[test]
+    fn what_is_beyond_the_budget_is_counted_and_not_written() {
+        let dir = Dir::new("budget");
+        let record = |text: &str| format!("2026-01-02T15:04:05.000000007Z stdout F {text}\n");
+        let mut log = dir.open(1000, 3);
+        log.budget = record("a").len() as u64 * 2 + 5;
+        for text in ["a", "b", "c", "d"] {
+            log.append(record(text).as_bytes());
+        }
+        assert_eq!(dir.read(""), record("a") + &record("b"));
+        assert_eq!(log.lost, Lost { lines: 2, bytes: 4 });
     }
 
     #[test]

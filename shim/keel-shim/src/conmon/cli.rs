@@ -417,3 +417,74 @@ fn number<T: TryFrom<i64>>(name: &[u8], value: OsString) -> Result<T, Error> {
     };
     T::try_from(value).map_err(|_| Error::new(format!("Integer value {text:?} for {name} out of range")))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(line: &str) -> Result<Options, Error> {
+        Options::parse(&line.split(' ').map(OsString::from).collect::<Vec<_>>())
+    }
+
+    #[test]
+    fn every_spelling_of_an_option_is_taken() {
+        let line = "--api-version 1 -c id -uuuid --runtime=/r -tis -l none -eb /b -P/p -0 /persist \
+                    --exit-command-arg --rm --exit-command-arg x --log-size-max -1 --full-attach";
+        let options = parse(line).unwrap();
+        let expected = Options {
+            api: true,
+            cid: "id".into(),
+            cuuid: Some("uuid".into()),
+            runtime: "/r".into(),
+            terminal: true,
+            stdin: true,
+            systemd_cgroup: true,
+            log_paths: vec!["none".into()],
+            exec: true,
+            bundle: Some("/b".into()),
+            conmon_pid_file: Some("/p".into()),
+            persist_dir: Some("/persist".into()),
+            exit_args: vec!["--rm".into(), "x".into()],
+            log_size_max: -1,
+            full_attach: true,
+            log_max_files: 1,
+            ..Options::default()
+        };
+        assert_eq!(options, expected);
+        assert!(
+            parse("--cid").is_err() && parse("-x").is_err() && parse("--log-max-files 2147483648").is_err()
+        );
+    }
+
+    #[test]
+    fn log_paths_name_drivers_and_files() {
+        let check = |paths: &str, expected: Result<(Option<&str>, bool, bool), &str>| {
+            let mut drivers = Drivers::default();
+            let added = paths.split(' ').try_for_each(|path| drivers.add(path.as_bytes()));
+            let found = added.map(|()| (drivers.file, drivers.journal, drivers.passthrough));
+            let expected = expected.map(|(file, journal, pass)| (file.map(PathBuf::from), journal, pass));
+            assert_eq!(found.map_err(|e| e.to_string()), expected.map_err(str::to_owned), "{paths}");
+        };
+        check("/a/log", Ok((Some("/a/log"), false, false)));
+        check("k8s-file:/a", Ok((Some("/a"), false, false)));
+        check(":/a", Ok((Some("/a"), false, false)));
+        check(":journald", Ok((Some("journald"), false, false)));
+        check("journald: k8s-file:/a", Ok((Some("/a"), true, false)));
+        check("journald", Ok((None, true, false)));
+        check("none: off null:x", Ok((None, false, false)));
+        check("passthrough", Ok((None, false, true)));
+        check(":", Err("log-path must not be empty"));
+        check("k8s-file:", Err("k8s-file requires a filename"));
+        check("what:", Err("No such log driver what"));
+    }
+
+    #[test]
+    fn labels_are_fields_of_the_journal() {
+        for good in ["A=b", "A_1=", "_X=a b"] {
+            assert!(check_label(good).is_ok(), "{good}");
+        }
+        for bad in ["A", "=b", "A=b=c", "a=b", "A%=b"] {
+            assert!(check_label(bad).is_err(), "{bad}");
+        }
+    }
+}

@@ -39,6 +39,8 @@ const SIGINT: i32 = 2;
 const SIGQUIT: i32 = 3;
 const SIGKILL: i32 = 9;
 const SIGTERM: i32 = 15;
+const OOM_SCORE: &str = "/proc/self/oom_score_adj";
+const LAST_TO_GO: &str = "-1000";
 const EXIT_FILE: &str = "exit";
 const OOM_FILE: &str = "oom";
 /// The exit code of a container that was killed for its time being up, and what its caller is told.
@@ -156,17 +158,27 @@ struct Hold {
     exit_command_at: Option<Instant>,
     exit_command: Option<i32>,
     exit_command_code: Option<i32>,
+    /// As it was given to us, for the exit command.
+    oom_score: Option<Vec<u8>>,
 }
 
 impl Hold {
     fn new(options: Options, handed: &OsStr) -> Result<Hold, Error> {
         let handed = Handed::decode(handed)?;
         let foreign = take_the_rest();
+        // The monitor is the last to go when memory is short. Not every host allows that.
+        let oom_score = fs::read(OOM_SCORE).ok();
+        let _ = fs::write(OOM_SCORE, LAST_TO_GO);
         // All descriptors from here on are ours alone.
         let _ = close_range_cloexec(3);
         let _ = set_name(c"conmon");
         let drivers = options.drivers()?;
-        let log = drivers.file.as_ref().map(|path| Log::open(path, limits(&options), Lost::default()));
+        let mut log = drivers.file.as_ref().map(|path| Log::open(path, limits(&options), Lost::default()));
+        if let (Some(log), Ok(most @ 1..)) = (&mut log, u64::try_from(options.log_global_size_max)) {
+            // What an earlier monitor wrote counts.
+            let (_, size) = log.position();
+            log.budget = most.saturating_sub(size);
+        }
         let mut pump = Pump::new(log, None)?;
         if drivers.journal {
             pump.journal = Some(Box::new(Journal::new(&Fields {
@@ -205,6 +217,7 @@ impl Hold {
             exit_command_at: None,
             exit_command: None,
             exit_command_code: None,
+            oom_score,
             options,
         })
     }
@@ -239,6 +252,8 @@ impl Hold {
         if got == 0 && self.pump.warm {
             self.pump.cool();
         }
+        // New clients first: they came before the output that is ready with them.
+        ready[..got].sort_unstable_by_key(|ready| ready.token);
         for ready in &ready[..got] {
             self.dispatch(*ready);
         }
@@ -280,11 +295,7 @@ impl Hold {
                 self.reap();
             }
             CONTAINER => self.container_ended(ready.events),
-            LISTENER => {
-                if let Some(listener) = &self.listener {
-                    self.clients.accept(listener, &self.epoll);
-                }
-            }
+            LISTENER => self.accept(),
             STDIN => self.feed(),
             STDOUT => self.output(0),
             STDERR => self.output(1),
@@ -300,6 +311,12 @@ impl Hold {
                     self.client(index, ready.events);
                 }
             }
+        }
+    }
+
+    fn accept(&mut self) {
+        if let Some(listener) = &self.listener {
+            self.clients.accept(listener, &self.epoll);
         }
     }
 
@@ -349,6 +366,7 @@ impl Hold {
         if let Some(pidfd) = self.pidfd.take() {
             let _ = self.epoll.remove(&pidfd);
         }
+        self.accept();
         // What is written by now counts; somebody in the background may hold the streams for ever.
         for output in self.outputs.iter_mut().filter_map(Option::take) {
             let _ = self.epoll.remove(&output.file);
@@ -403,6 +421,9 @@ impl Hold {
     }
 
     fn run_exit_command(&mut self) {
+        if let Some(before) = self.oom_score.take() {
+            let _ = fs::write(OOM_SCORE, before);
+        }
         let Some(mut command) = setup::exit_command(&self.options) else { return };
         match command.spawn() {
             Ok(child) => self.exit_command = i32::try_from(child.id()).ok(),
