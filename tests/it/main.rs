@@ -7,6 +7,7 @@ mod conmon;
 mod crash;
 mod daemon;
 mod images;
+mod images_pull;
 mod manifests;
 mod network;
 mod podspec;

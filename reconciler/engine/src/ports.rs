@@ -52,7 +52,8 @@ pub struct ActionError {
 pub enum Next {
     /// Worth another try after the usual back-off.
     Retry,
-    /// Pointless until the manifest or the host changes; tried again at the slowest rate.
+    /// Pointless until the manifest, the host or a registry changes; tried again at the slowest rate, a pull with the
+    /// usual back-off.
     Blocked,
 }
 

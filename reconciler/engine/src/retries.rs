@@ -1,5 +1,5 @@
 //! When a failed action may be tried again: 10 s doubling to 300 s, at once at 300 s when trying is pointless until
-//! something changes.
+//! something changes; pulls always double, as the kubelet does.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -36,8 +36,11 @@ impl Retries {
     pub(crate) fn failed(&mut self, work: Work, error: ActionError, settings: &Settings, now_ms: u64) {
         let before = self.failed.get(&work).map_or(0, |retry| retry.delay_ms);
         let delay_ms = match error.next {
-            Next::Blocked => settings.retry_max_ms,
-            Next::Retry => before.saturating_mul(2).clamp(settings.retry_initial_ms, settings.retry_max_ms),
+            // An image that is not there is often on its way: the push was forgotten, or the mirror is behind.
+            Next::Blocked if !matches!(work, Work::Pull(_)) => settings.retry_max_ms,
+            Next::Blocked | Next::Retry => {
+                before.saturating_mul(2).clamp(settings.retry_initial_ms, settings.retry_max_ms)
+            }
         };
         self.fruitless.remove(&work);
         self.failed.insert(work, Retry { delay_ms, until_ms: now_ms.saturating_add(delay_ms), error });
@@ -98,5 +101,32 @@ impl Retries {
 
     pub(crate) fn next_deadline(&self, now_ms: u64) -> Option<u64> {
         self.failed.values().map(|retry| retry.until_ms).filter(|until| *until > now_ms).min()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_cannot_work_waits_longest_but_a_pull_comes_back_soon_and_ever_later() {
+        let error = ActionError { next: Next::Blocked, message: "no".into(), reason: "X", hint: None };
+        let settings = Settings::default();
+        let mut retries = Retries::default();
+        let mut delays = |work: Work, times: usize| -> Vec<u64> {
+            let mut now = 0;
+            let mut all = Vec::new();
+            for _ in 0..times {
+                retries.failed(work.clone(), error.clone(), &settings, now);
+                let until = retries.next_deadline(now).unwrap();
+                all.push((until - now) / 1000);
+                now = until;
+            }
+            retries.succeeded(&work, now);
+            all
+        };
+        assert_eq!(delays(Work::Pull("x".into()), 7), [10, 20, 40, 80, 160, 300, 300]);
+        let key = PodKey { namespace: "default".into(), name: "web".into() };
+        assert_eq!(delays(Work::Create(key), 2), [300, 300]);
     }
 }

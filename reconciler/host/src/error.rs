@@ -24,10 +24,12 @@ pub enum HostError {
     ImageMissing(String),
     #[error("image {0} is not in the store, and imagePullPolicy is Never")]
     NeverPulled(String),
-    #[error("pull {image}")]
+    #[error("pull {image}{}", without.as_ref().map(|w| format!(" ({w})")).unwrap_or_default())]
     Pull {
         image: String,
         retry: bool,
+        /// What is wrong with Secrets that should have helped.
+        without: Option<String>,
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
     },

@@ -6,6 +6,8 @@ use std::sync::{Arc, Mutex};
 
 use keel_engine::ports::{Done, Progress};
 use keel_manifest::model::PullPolicy;
+use keel_plan::PullSecret;
+use keel_registry::{InlineAuth, PullError, PullOptions};
 use keel_store::{ConfigSpec, Content, FileSpec, Image, LayerSpec, Store};
 
 use crate::RealHost;
@@ -63,6 +65,7 @@ impl RealHost {
         &self,
         image: &str,
         policy: PullPolicy,
+        secrets: &[PullSecret],
         report: &(dyn Fn(Progress) + Sync),
     ) -> Result<Done, HostError> {
         let reference = canonical(image)?;
@@ -78,10 +81,15 @@ impl RealHost {
             }
             return Ok(Done::Done);
         }
-        self.fetch(&reference, report)
+        self.fetch(&reference, secrets, report)
     }
 
-    fn fetch(&self, reference: &str, report: &(dyn Fn(Progress) + Sync)) -> Result<Done, HostError> {
+    fn fetch(
+        &self,
+        reference: &str,
+        secrets: &[PullSecret],
+        report: &(dyn Fn(Progress) + Sync),
+    ) -> Result<Done, HostError> {
         // The client reports from tasks that may outlive a borrow: it leaves its numbers here, and this thread passes
         // them on while it waits.
         let latest: Arc<Mutex<Option<Progress>>> = Arc::default();
@@ -97,12 +105,8 @@ impl RealHost {
             };
             *sink.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = Some(seen);
         };
-        let pull = self.registry.pull(
-            &self.store,
-            reference,
-            keel_registry::Platform::host(),
-            Arc::new(on_progress),
-        );
+        let options = PullOptions { auth: logins(secrets), ..PullOptions::default() };
+        let pull = self.registry.pull_with(&self.store, reference, options, Arc::new(on_progress));
         let pass_on = || {
             let seen = latest.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).take();
             if let Some(seen) = seen {
@@ -124,10 +128,29 @@ impl RealHost {
             Err(error) => Err(HostError::Pull {
                 image: reference.to_string(),
                 retry: error.is_retryable(),
+                without: without(secrets, &error),
                 source: Box::new(error),
             }),
         }
     }
+}
+
+fn logins(secrets: &[PullSecret]) -> Vec<InlineAuth> {
+    let usable = secrets.iter().filter_map(|secret| Some((secret, secret.config.as_ref().ok()?)));
+    usable
+        .map(|(secret, config)| InlineAuth { name: secret.name.clone(), config_json: config.to_vec() })
+        .collect()
+}
+
+/// The Secrets that could not be used, where a login may be what is missing.
+fn without(secrets: &[PullSecret], error: &PullError) -> Option<String> {
+    let about_logins = matches!(
+        error,
+        PullError::Unauthorized { .. } | PullError::Denied { .. } | PullError::NotFound { .. }
+    );
+    let problems: Vec<&str> =
+        secrets.iter().filter_map(|secret| secret.config.as_ref().err().map(String::as_str)).collect();
+    (about_logins && !problems.is_empty()).then(|| problems.join("; "))
 }
 
 /// Often enough for a progress bar, rarely enough for an event stream.
@@ -147,6 +170,7 @@ fn canonical(reference: &str) -> Result<String, HostError> {
     keel_store::canonical_reference(reference).map_err(|source| HostError::Pull {
         image: reference.to_string(),
         retry: false,
+        without: None,
         source: Box::new(source),
     })
 }
@@ -156,6 +180,7 @@ pub(crate) fn make_demo_image(store: &Store) -> Result<(), HostError> {
     let failed = |source: Box<dyn std::error::Error + Send + Sync>| HostError::Pull {
         image: DEMO_IMAGE.to_string(),
         retry: false,
+        without: None,
         source,
     };
     let program = std::env::current_exe().map_err(|e| failed(Box::new(e)))?;

@@ -147,7 +147,7 @@ impl Host for RealHost {
 
     fn perform(&self, action: &Action, report: &(dyn Fn(Progress) + Sync)) -> Result<Done, ActionError> {
         let result = match action {
-            Action::Pull { image, policy, .. } => self.pull(image, *policy, report),
+            Action::Pull { image, policy, secrets, .. } => self.pull(image, *policy, secrets, report),
             Action::CreatePod { pod } => self.create_pod(pod),
             Action::StartContainer { pod, incarnation, container, attempt } => {
                 self.start_container(pod, *incarnation, container, *attempt)

@@ -45,8 +45,21 @@ pub fn check_change(before: &Object, after: &Object) -> Option<Diagnostic> {
 
 /// Something in a pod that concerns other objects.
 pub(crate) enum Use<'a> {
-    HostPort { port: u16, protocol: Protocol, host_ip: Option<&'a str> },
-    Contents { kind: &'static str, name: &'a str, keys: Vec<&'a str>, optional: bool },
+    HostPort {
+        port: u16,
+        protocol: Protocol,
+        host_ip: Option<&'a str>,
+    },
+    Contents {
+        kind: &'static str,
+        name: &'a str,
+        keys: Vec<&'a str>,
+        optional: bool,
+    },
+    /// Logins for registries; as in Kubernetes, images are pulled without one that is missing.
+    PullSecret {
+        name: &'a str,
+    },
 }
 
 /// Visits everything in an object that concerns other objects, always in the same order.
@@ -70,6 +83,10 @@ fn visit_spec<'a>(spec: &'a PodSpec, path: &Path<'_>, f: &mut dyn FnMut(&Path<'_
     let list = path.key("volumes");
     for (index, volume) in spec.volumes.iter().enumerate() {
         visit_volume(volume, &list.index(index), f);
+    }
+    let list = path.key("imagePullSecrets");
+    for (index, secret) in spec.image_pull_secrets.iter().enumerate() {
+        f(&list.index(index).key("name"), Use::PullSecret { name: &secret.name });
     }
 }
 
@@ -222,6 +239,10 @@ fn host_ports(objects: &[Object]) -> Vec<Diagnostic> {
     found
 }
 
+const PULLED_WITHOUT: &str = "images are pulled without it";
+/// The keys of the two types of Secret that hold logins.
+const PULL_SECRET_KEYS: [&str; 2] = [".dockerconfigjson", ".dockercfg"];
+
 fn missing_references(objects: &[Object]) -> Vec<Diagnostic> {
     let mut contents: BTreeMap<ObjectKey, &Object> = BTreeMap::new();
     for object in objects {
@@ -232,16 +253,30 @@ fn missing_references(objects: &[Object]) -> Vec<Diagnostic> {
     let mut found = Vec::new();
     for object in objects {
         each_use(object, &mut |index, used| {
-            let Use::Contents { kind, name, keys, optional: false } = used else { return };
+            let (kind, name, keys, outcome) = match used {
+                Use::Contents { kind, name, keys, optional: false } => {
+                    (kind, name, keys, "the pod waits until it is")
+                }
+                Use::PullSecret { name } => ("Secret", name, Vec::new(), PULLED_WITHOUT),
+                Use::Contents { optional: true, .. } | Use::HostPort { .. } => return,
+            };
             let key = ObjectKey {
                 kind: kind.to_owned(),
                 namespace: object.namespace().to_owned(),
                 name: name.to_owned(),
             };
             let Some(target) = contents.get(&key) else {
-                found.push(missing_object(object, index, &key, &contents));
+                found.push(missing_object(object, index, &key, &contents, outcome));
                 return;
             };
+            if outcome == PULLED_WITHOUT && !PULL_SECRET_KEYS.iter().any(|k| has_key(&target.kind, k)) {
+                let message = format!("{key} holds no logins for registries; {outcome}");
+                let help = format!("it needs the key {}", PULL_SECRET_KEYS.join(" or "));
+                let other = related(target, 0, "declared here");
+                let mut warning = error(object, place(object, index), message, Some(&help), other);
+                warning.severity = Severity::Warning;
+                found.push(warning);
+            }
             for wanted in keys.into_iter().filter(|k| !has_key(&target.kind, k)) {
                 let message = format!("{key} has no key \"{wanted}\"; the pod waits until it has");
                 let near = crate::known::nearest(wanted, keys_of(&target.kind).into_iter());
@@ -261,6 +296,7 @@ fn missing_object(
     index: usize,
     key: &ObjectKey,
     contents: &BTreeMap<ObjectKey, &Object>,
+    outcome: &str,
 ) -> Diagnostic {
     let alike = contents.keys().filter(|k| k.kind == key.kind);
     let elsewhere = alike.clone().find(|k| k.name == key.name);
@@ -273,9 +309,10 @@ fn missing_object(
         (None, Some(other)) => {
             format!("there is one in namespace {}; pods see only their own namespace", other.namespace)
         }
+        (None, None) if outcome == PULLED_WITHOUT => "declare it, or remove it from the list".to_owned(),
         (None, None) => "declare it, or set optional: true".to_owned(),
     };
-    let message = format!("{key} is not declared; the pod waits until it is");
+    let message = format!("{key} is not declared; {outcome}");
     let mut warning = error(object, place(object, index), message, Some(&help), None);
     warning.severity = Severity::Warning;
     warning

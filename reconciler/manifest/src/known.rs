@@ -43,7 +43,6 @@ pub(crate) const FIELDS: &[KnownFields] = &[
             "evictionResponders",
             "hostUsers",
             "hostnameOverride",
-            "imagePullSecrets",
             "readinessGates",
             "resourceClaims",
             "resources",

@@ -199,6 +199,9 @@ pub struct PodSpec {
     /// Directories and files that containers mount by name.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub volumes: Vec<Volume>,
+    /// Secrets with logins for registries, of type kubernetes.io/dockerconfigjson or kubernetes.io/dockercfg.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub image_pull_secrets: Vec<LocalRef>,
     /// When an ended container is started again; Always when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub restart_policy: Option<RestartPolicy>,
@@ -408,6 +411,14 @@ pub struct ObjectRef {
     /// True: go on without it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub optional: Option<bool>,
+}
+
+/// An object in the pod's namespace that may be missing.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct LocalRef {
+    /// Name of the object.
+    pub name: String,
 }
 
 /// A port that the container listens on.

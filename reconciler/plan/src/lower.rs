@@ -14,7 +14,7 @@ use crate::hash::Hasher;
 use crate::image::{canonical_image, is_latest};
 use crate::model::{
     Conflict, ContainerName, Desired, DesiredContainer, DesiredDeployment, DesiredPod, EnvEntry, EnvValue,
-    Origin, Owner, PodId, PodKey, Resolved, Role, SpecHash, VolumeFiles,
+    Origin, Owner, PodId, PodKey, PullSecret, Resolved, Role, SpecHash, VolumeFiles,
 };
 
 /// Fields of a container that take effect without a restart, or that are hashed in resolved form.
@@ -146,6 +146,8 @@ impl Template<'_> {
             let env = resolve_env(self.spec, container, namespace, sources)?;
             resolved.env.insert(ContainerName(container.name.clone()), env);
         }
+        resolved.pull_secrets =
+            self.spec.image_pull_secrets.iter().map(|s| sources.pull_secret(namespace, &s.name)).collect();
         let init = self.spec.init_containers.iter().enumerate().map(|(index, c)| (Role::Init, index, c));
         let main = self.spec.containers.iter().enumerate().map(|(index, c)| (Role::Main, index, c));
         let containers: Vec<_> =
@@ -268,6 +270,7 @@ impl Template<'_> {
             init_containers: Vec::new(),
             containers: Vec::new(),
             volumes: self.spec.volumes.iter().map(volume_identity).collect(),
+            image_pull_secrets: Vec::new(),
             restart_policy: None,
             termination_grace_period_seconds: None,
             ..self.spec.clone()
@@ -394,6 +397,22 @@ impl Sources {
     fn is_text(&self, kind: SourceKind, namespace: &str, name: &str, key: &str) -> bool {
         matches!(kind, SourceKind::Secret)
             || !self.binary.contains(&(namespace.to_owned(), name.to_owned(), key.to_owned()))
+    }
+
+    /// A missing one is no obstacle, as in Kubernetes: the pull goes on without it, and says so if it fails.
+    fn pull_secret(&self, namespace: &str, name: &str) -> PullSecret {
+        let config = self.object(SourceKind::Secret, namespace, name, false).and_then(|contents| {
+            let contents = contents.cloned().unwrap_or_default();
+            if let Some(config) = contents.get(".dockerconfigjson") {
+                return Ok(config.clone());
+            }
+            // The old format is the inner table of the new one.
+            let inner = contents
+                .get(".dockercfg")
+                .ok_or_else(|| missing_key(SourceKind::Secret, namespace, name, ".dockerconfigjson"))?;
+            Ok(Arc::from([b"{\"auths\":".as_slice(), inner, b"}"].concat()))
+        });
+        PullSecret { name: format!("Secret {namespace}/{name}"), config }
     }
 
     fn env_from(&self, namespace: &str, from: &EnvFrom, env: &mut Vec<EnvEntry>) -> Result<(), String> {

@@ -190,6 +190,23 @@ pub struct Resolved {
     pub env: BTreeMap<ContainerName, Vec<EnvEntry>>,
     /// configMap and secret volumes by volume name.
     pub files: BTreeMap<String, VolumeFiles>,
+    /// In the order of the pod.
+    pub pull_secrets: Vec<PullSecret>,
+}
+
+/// Logins for registries from an `imagePullSecrets` entry.
+#[derive(Clone, PartialEq, Eq)]
+pub struct PullSecret {
+    /// `Secret default/regcred`.
+    pub name: String,
+    /// The contents of a `config.json`, or what is wrong with the Secret.
+    pub config: Result<Arc<[u8]>, String>,
+}
+
+impl fmt::Debug for PullSecret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("PullSecret").field(&self.name).finish()
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -343,7 +360,8 @@ pub struct ContainerMemory {
 #[derive(Clone, Debug, PartialEq)]
 pub enum Action {
     /// Make the image present (or refresh it when `policy` is `Always`).
-    Pull { image: String, policy: PullPolicy, pod: PodKey },
+    /// `secrets`: those of every pod that is made of the image.
+    Pull { image: String, policy: PullPolicy, pod: PodKey, secrets: Vec<PullSecret> },
     /// Directories, volumes, namespaces, network of a new pod. Repairs a half-made one.
     CreatePod { pod: Arc<DesiredPod> },
     /// Root file system, OCI spec, shim, process.

@@ -19,7 +19,7 @@ use crate::diff::{FieldChange, diff};
 use crate::endpoints::{PortTable, endpoints, endpoints_hash};
 use crate::model::{
     Action, ContainerMemory, ContainerName, ContainerState, Desired, DesiredContainer, DesiredPod, Memory,
-    Millis, Observed, ObservedContainer, ObservedPod, PodKey, Role, Waiting,
+    Millis, Observed, ObservedContainer, ObservedPod, PodKey, PullSecret, Role, Waiting,
 };
 use crate::reason::Reason;
 
@@ -79,6 +79,7 @@ pub fn plan(
         now,
         ports: PortTable::of(desired, observed),
         old_pods: old_pods(desired, observed),
+        pull_secrets: pull_secrets(desired),
         pulls: BTreeSet::new(),
         plan: Plan::default(),
     };
@@ -89,6 +90,21 @@ pub fn plan(
     planner.held();
     planner.network();
     planner.plan
+}
+
+fn pull_secrets(desired: &Desired) -> BTreeMap<&str, Vec<PullSecret>> {
+    let mut all: BTreeMap<&str, Vec<PullSecret>> = BTreeMap::new();
+    for pod in desired.pods.values().filter(|pod| !pod.resolved.pull_secrets.is_empty()) {
+        for container in &pod.containers {
+            let known = all.entry(&container.image).or_default();
+            for secret in &pod.resolved.pull_secrets {
+                if !known.contains(secret) {
+                    known.push(secret.clone());
+                }
+            }
+        }
+    }
+    all
 }
 
 struct Planner<'a> {
@@ -102,6 +118,8 @@ struct Planner<'a> {
     old_pods: BTreeMap<(&'a str, &'a str), BTreeSet<&'a PodKey>>,
     /// Images with a planned pull: one is enough.
     pulls: BTreeSet<&'a str>,
+    /// By image. An image is on the host once, so the logins of one pod that is made of it are those of all.
+    pull_secrets: BTreeMap<&'a str, Vec<PullSecret>>,
     plan: Plan,
 }
 
@@ -434,7 +452,8 @@ impl<'a> Planner<'a> {
             }
             if self.pulls.insert(&container.image) {
                 let (image, policy) = (container.image.clone(), container.pull_policy);
-                self.act(Action::Pull { image, policy, pod: pod.key.clone() }, reason);
+                let secrets = self.pull_secrets.get(image.as_str()).cloned().unwrap_or_default();
+                self.act(Action::Pull { image, policy, pod: pod.key.clone(), secrets }, reason);
             }
         }
         all_present

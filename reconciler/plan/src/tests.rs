@@ -458,6 +458,55 @@ fn secrets_are_not_in_records_reasons_or_differences() {
     assert!(!resolved.contains("TOKEN"), "{resolved}");
 }
 
+#[test]
+fn an_image_is_pulled_with_the_logins_of_all_its_pods() {
+    let with = |name: &str, secrets: &str| pod(name, &format!("  imagePullSecrets: [{secrets}]\n{MAIN}"));
+    let yaml = with("a", "{name: absent}, {name: new}")
+        + &with("b", "{name: old}, {name: new}")
+        + &with("c", "")
+        + "apiVersion: v1\nkind: Secret\nmetadata: {name: new}\ntype: kubernetes.io/dockerconfigjson\n\
+           stringData: {.dockerconfigjson: '{\"auths\":{\"r\":{\"auth\":\"bmV3\"}}}'}\n---\n\
+           apiVersion: v1\nkind: Secret\nmetadata: {name: old}\ntype: kubernetes.io/dockercfg\n\
+           stringData: {.dockercfg: '{\"r\":{\"auth\":\"b2xk\"}}'}\n";
+    let plan = Paper::new(&yaml).plan();
+    let pulls: Vec<_> = plan
+        .actions
+        .iter()
+        .filter_map(|p| match &p.action {
+            Action::Pull { secrets, .. } => Some(secrets),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(pulls.len(), 1);
+    let shown: Vec<String> = pulls[0]
+        .iter()
+        .map(|s| match &s.config {
+            Ok(config) => format!("{}: {}", s.name, String::from_utf8_lossy(config)),
+            Err(problem) => format!("{}: {problem}", s.name),
+        })
+        .collect();
+    assert_eq!(
+        shown,
+        [
+            "Secret default/absent: Secret default/absent does not exist",
+            "Secret default/new: {\"auths\":{\"r\":{\"auth\":\"bmV3\"}}}",
+            "Secret default/old: {\"auths\":{\"r\":{\"auth\":\"b2xk\"}}}",
+        ]
+    );
+    assert!(!format!("{plan:?}").contains("bmV3"), "no secret in a message");
+}
+
+#[test]
+fn another_pull_secret_restarts_nothing() {
+    let yaml = |secrets: &str| pod("web", &format!("{secrets}{MAIN}"));
+    let mut host = Paper::new(&yaml(""));
+    host.settle();
+    host.desired = lower(&yaml("  imagePullSecrets: [{name: s}]\n"));
+    let text = host.round();
+    assert!(text.starts_with("record web: "), "{text}");
+    assert_eq!(host.round(), "");
+}
+
 /// `cargo test --release -p keel-plan plan_time -- --nocapture` prints the figures; here it is only a sanity bound.
 #[test]
 fn plan_time_of_five_thousand_pods() {

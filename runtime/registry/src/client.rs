@@ -204,10 +204,10 @@ impl Client {
         inline: &[InlineAuth],
         access: Access,
     ) -> Result<Session<'a>, PullError> {
-        let credential =
+        let credentials =
             credentials::find(inline, &self.options.auth_files, &endpoint.registry, &endpoint.repository)
                 .await?;
-        Ok(Session::new(self, tracker, reference, endpoint, credential, access))
+        Ok(Session::new(self, tracker, reference, endpoint, credentials, access))
     }
 
     /// From the reference through indexes to one image.

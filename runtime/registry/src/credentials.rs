@@ -71,27 +71,29 @@ pub fn default_auth_files() -> Vec<PathBuf> {
     files
 }
 
-/// Finds the login for a repository: inline ones first, then the files in order.
+/// Finds the logins for a repository, in the order to try them: one of each inline source, as Kubernetes tries all
+/// secrets of a pod, then that of the first file that has one.
 pub(crate) async fn find(
     inline: &[InlineAuth],
     files: &[PathBuf],
     registry: &str,
     repository: &str,
-) -> Result<Option<Credential>, PullError> {
+) -> Result<Vec<Credential>, PullError> {
+    let mut all = Vec::new();
     for source in inline {
         let file = parse(&source.config_json, Path::new(&source.name))?;
-        if let Some(found) = file.look_up(registry, repository).resolve(registry).await? {
-            return Ok(Some(found));
-        }
+        let found = file.look_up(registry, repository).resolve(registry).await?;
+        all.extend(found.filter(|login| !all.contains(login)));
     }
     for path in files {
         let Some(bytes) = read(path)? else { continue };
         let file = parse(&bytes, path)?;
         if let Some(found) = file.look_up(registry, repository).resolve(registry).await? {
-            return Ok(Some(found));
+            all.push(found);
+            break;
         }
     }
-    Ok(None)
+    Ok(all)
 }
 
 /// `None` where the file does not exist; a small local file, so reading it does not hold up the runtime.

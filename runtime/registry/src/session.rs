@@ -1,5 +1,6 @@
 //! One conversation with one registry about one repository: scheme, login, documents, blobs.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, OnceLock};
 
 use bytes::Bytes;
@@ -37,7 +38,10 @@ pub(crate) struct Session<'a> {
     pub(crate) tracker: &'a Tracker,
     pub(crate) reference: &'a Reference,
     pub(crate) endpoint: Endpoint,
-    pub(crate) credential: Option<Credential>,
+    /// In the order to try them.
+    credentials: Vec<Credential>,
+    /// How many of them were refused.
+    refused: AtomicUsize,
     access: Access,
     /// A repository of the same registry that has the blobs of a push.
     mount_from: Option<String>,
@@ -60,7 +64,7 @@ impl<'a> Session<'a> {
         tracker: &'a Tracker,
         reference: &'a Reference,
         endpoint: Endpoint,
-        credential: Option<Credential>,
+        credentials: Vec<Credential>,
         access: Access,
     ) -> Self {
         Self {
@@ -70,7 +74,8 @@ impl<'a> Session<'a> {
             tracker,
             reference,
             endpoint,
-            credential,
+            credentials,
+            refused: AtomicUsize::new(0),
             access,
             mount_from: None,
             base: OnceLock::new(),
@@ -198,19 +203,45 @@ impl<'a> Session<'a> {
 
     /// Sends a request, logging in once when the registry asks for it.
     pub(crate) async fn call(&self, outgoing: impl Fn() -> Outgoing) -> Result<Incoming, PullError> {
-        let tried = self.authorization();
-        let response = self.transport.send(self.at_home(outgoing(), tried.clone())).await?;
+        let mut tried = self.authorization();
+        let mut response = self.transport.send(self.at_home(outgoing(), tried.clone())).await?;
         // A challenge from a host that we were redirected to is not ours to answer.
-        if response.status() != StatusCode::UNAUTHORIZED || !response.at_home {
-            return Ok(response);
+        while response.status() == StatusCode::UNAUTHORIZED && response.at_home {
+            let offered = challenges(response.headers());
+            match self.log_in(&offered, tried.as_ref()).await {
+                Ok(Some(header)) if Some(&header) != tried.as_ref() => {
+                    *self.lock() = Some(header.clone());
+                    tried = Some(header.clone());
+                    response = self.transport.send(self.at_home(outgoing(), Some(header))).await?;
+                    if response.status() != StatusCode::UNAUTHORIZED {
+                        break;
+                    }
+                }
+                Ok(_) => {}
+                Err(PullError::Unauthorized { .. }) if self.has_another_login() => {}
+                Err(error) => return Err(error),
+            }
+            if !self.try_another_login() {
+                break;
+            }
         }
-        let offered = challenges(response.headers());
-        let header = match self.log_in(&offered, tried.as_ref()).await? {
-            Some(header) if Some(&header) != tried.as_ref() => header,
-            _ => return Ok(response),
-        };
-        *self.lock() = Some(header.clone());
-        self.transport.send(self.at_home(outgoing(), Some(header))).await
+        Ok(response)
+    }
+
+    fn credential(&self) -> Option<&Credential> {
+        self.credentials.get(self.refused.load(Ordering::Relaxed))
+    }
+
+    fn has_another_login(&self) -> bool {
+        self.refused.load(Ordering::Relaxed) + 1 < self.credentials.len()
+    }
+
+    fn try_another_login(&self) -> bool {
+        let another = self.has_another_login();
+        if another {
+            self.refused.fetch_add(1, Ordering::Relaxed);
+        }
+        another
     }
 
     /// With what belongs to this place: login, connection settings, the name that it stands for.
@@ -226,7 +257,7 @@ impl<'a> Session<'a> {
         offered: &[Challenge],
         stale: Option<&HeaderValue>,
     ) -> Result<Option<HeaderValue>, PullError> {
-        if let Some(Credential::RegistryToken(token)) = &self.credential {
+        if let Some(Credential::RegistryToken(token)) = self.credential() {
             return Ok(bearer_header(token));
         }
         let bearer = offered.iter().find_map(|challenge| match challenge {
@@ -244,14 +275,14 @@ impl<'a> Session<'a> {
                 realm,
                 service: service.as_deref(),
                 scope,
-                credential: self.credential.as_ref(),
+                credential: self.credential(),
                 registry: &self.endpoint.registry,
                 repository: &self.endpoint.repository,
                 link: self.endpoint.link.as_ref(),
             };
             return self.tokens.token(self.transport, &request, stale).await.map(Some);
         }
-        match &self.credential {
+        match self.credential() {
             Some(Credential::Basic { username, password }) if offered.contains(&Challenge::Basic) => {
                 Ok(basic_header(username, password))
             }
@@ -353,7 +384,7 @@ impl<'a> Session<'a> {
             StatusCode::UNAUTHORIZED if response.at_home => PullError::Unauthorized {
                 registry,
                 repository,
-                had_credentials: self.credential.is_some(),
+                had_credentials: !self.credentials.is_empty(),
                 detail: response.error_detail().await,
             },
             StatusCode::FORBIDDEN if response.at_home => {

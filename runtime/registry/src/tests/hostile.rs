@@ -10,7 +10,7 @@ use serde_json::json;
 use super::fixture::{Content, Packing, noise};
 use super::server::{Body, Reply, Request, Server, honest};
 use super::{Bench, eventually, options, recorder, silent};
-use crate::{Client, ClientOptions, LayerState, Platform, PullError, PullOptions};
+use crate::{Client, ClientOptions, InlineAuth, LayerState, Platform, PullError, PullOptions};
 
 /// Larger than every buffer between server and store, so that half of it is really half.
 const BIG: usize = 3 << 20;
@@ -658,6 +658,31 @@ async fn anonymous_tokens_and_inline_logins_work() {
     let without = client.pull_with(&bench.store, &reference, PullOptions::default(), silent());
     let error = without.await.unwrap_err();
     assert!(matches!(error, PullError::Unauthorized { .. }), "another workload's token was used: {error}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn each_login_that_comes_with_a_pull_is_tried_before_the_hosts() {
+    let (content, _) = two_layers();
+    let server = Server::start(content, |r| {
+        (!r.has_basic("third:right")).then(|| Reply::new(401).with("WWW-Authenticate", "Basic realm=\"x\""))
+    })
+    .await;
+    let host = server.address.to_string();
+    let login = |name: &str, password: &str| InlineAuth {
+        name: format!("Secret default/{name}"),
+        config_json: json!({"auths": {&host: {"username": name, "password": password}}})
+            .to_string()
+            .into_bytes(),
+    };
+    let bench = Bench::new();
+    let pull = async |auth: Vec<InlineAuth>| {
+        let platform = Platform::parse("linux/amd64").unwrap();
+        let options = PullOptions { auth, platform, ..PullOptions::default() };
+        Client::new(super::options()).pull_with(&bench.store, &server.reference("1"), options, silent()).await
+    };
+    let wrong = pull(vec![login("first", "x"), login("second", "y")]).await.unwrap_err();
+    assert!(matches!(wrong, PullError::Unauthorized { had_credentials: true, .. }), "{wrong}");
+    pull(vec![login("first", "x"), login("second", "y"), login("third", "right")]).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]
