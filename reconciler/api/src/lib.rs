@@ -21,5 +21,5 @@ pub use server::serve;
 pub use socket::{ListenError, Listener};
 pub use types::{
     ActionFailure, ApplyRequest, ControlError, ControlEvent, DeleteRequest, ErrorCode, Event, ImageRequest,
-    InputFile, PlannedAction, RestartRequest, Snapshot, VersionInfo, WaitingObject, exit,
+    InputFile, PlannedAction, RestartRequest, SaveFormat, Snapshot, VersionInfo, WaitingObject, exit,
 };

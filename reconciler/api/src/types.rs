@@ -110,11 +110,20 @@ pub enum ImageRequest {
         image: String,
         reference: String,
     },
-    /// As one OCI archive. `path` is absolute, on the daemon's host.
+    /// `target` is another name to push it by.
+    Push {
+        image: String,
+        #[serde(default)]
+        target: Option<String>,
+    },
+    /// `path` is absolute, on the daemon's host.
     Save {
         images: Vec<String>,
         path: std::path::PathBuf,
+        #[serde(default)]
+        format: SaveFormat,
     },
+    Usage,
     List,
     Inspect {
         image: String,
@@ -129,6 +138,16 @@ pub enum ImageRequest {
         repair: bool,
     },
     Prune,
+}
+
+/// What images are written as.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum SaveFormat {
+    #[default]
+    OciArchive,
+    OciDirectory,
+    DockerArchive,
 }
 
 /// One line of the answer to `apply` and `delete`. A stream ends with exactly one [`ControlEvent::Result`].

@@ -78,6 +78,10 @@ pub enum Output {
         action: Action,
         reason: Reason,
     },
+    /// What was asked for by this ticket is not wanted any more. It may end early, and is answered in any case.
+    Cancel {
+        ticket: Ticket,
+    },
     /// Read the host once and answer with `Observed`. Not repeated before the answer.
     Observe,
     Probe {
@@ -128,6 +132,7 @@ pub struct Core {
     /// Runs to stop although nothing is wrong with their spec.
     kills: BTreeMap<ContainerId, Kill>,
     kills_changed: bool,
+    cancels: Vec<Ticket>,
     graces: BTreeMap<PodKey, u64>,
     pulls: BTreeMap<String, String>,
     events: Events,
@@ -193,6 +198,7 @@ impl Core {
             prober: Prober::default(),
             kills: BTreeMap::new(),
             kills_changed: false,
+            cancels: Vec::new(),
             graces: BTreeMap::new(),
             pulls: BTreeMap::new(),
             events: Events::default(),
@@ -220,7 +226,8 @@ impl Core {
             self.make_plan(now);
         }
         self.notice_overdue(now);
-        let mut outputs = Vec::new();
+        let mut outputs: Vec<Output> =
+            std::mem::take(&mut self.cancels).into_iter().map(|ticket| Output::Cancel { ticket }).collect();
         self.dispatch(now, &mut outputs);
         self.probe(now, &mut outputs);
         self.observe(now, &mut outputs);
@@ -402,6 +409,11 @@ impl Core {
                 self.retries.forget_pod(key, &images);
             }
         }
+        let uses = |image: &str| desired.pods.values().any(|p| p.containers.iter().any(|c| c.image == image));
+        let held = |pod: &PodKey| desired.unresolved.contains_key(pod) || desired.frozen.contains(pod);
+        // An incomplete view is no reason to stop anything.
+        let cancelled = self.flights.cancel_pulls(|image, pod| !desired.complete || uses(image) || held(pod));
+        self.cancels.extend(cancelled);
         self.desired = Some(desired);
         self.replan = true;
         self.status_stale = true;
@@ -447,6 +459,11 @@ impl Core {
             self.pulls.remove(image);
         }
         let failed = match result {
+            // Whoever wants the image again gets it from the start.
+            _ if flight.cancelled => {
+                self.replan = true;
+                None
+            }
             Ok(Done::Done) => {
                 self.note_success(&flight, now);
                 self.retries.succeeded(&work, now.mono)
@@ -467,6 +484,10 @@ impl Core {
 
     /// What was tried is not what is declared now: its failure says nothing about the next try.
     fn is_outdated(&self, action: &Action) -> bool {
+        if let Action::Pull { image, secrets, .. } = action {
+            let now = self.desired.as_ref().map(|desired| keel_plan::pull_secrets(desired, image));
+            return now.is_some_and(|now| now != *secrets);
+        }
         let Some(tried) = brings_up(action) else { return false };
         let declared = self.desired.as_ref().and_then(|desired| desired.pods.get(&tried.key));
         declared.is_some_and(|declared| !Arc::ptr_eq(declared, tried) && **declared != **tried)

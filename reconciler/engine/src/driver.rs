@@ -256,6 +256,11 @@ impl<H: Host + 'static> Loop<H> {
     fn carry_out(&mut self, output: Output) {
         match output {
             Output::Perform { ticket, action, reason } => self.perform(ticket, action, reason),
+            Output::Cancel { ticket } => {
+                if let Some((_, action)) = self.flights.iter().find(|(known, _)| *known == ticket) {
+                    self.host.cancel(action);
+                }
+            }
             Output::Observe => {
                 let (host, sender) = (self.host.clone(), self.handle.sender.clone());
                 self.blocking.spawn_blocking(move || {

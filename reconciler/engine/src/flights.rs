@@ -41,6 +41,8 @@ pub(crate) struct Flight {
     /// When it takes suspiciously long. Pulls move it with their progress.
     pub(crate) deadline_ms: u64,
     pub(crate) overdue: bool,
+    /// Nobody wants it any more, and the host was told; how it ends does not matter.
+    pub(crate) cancelled: bool,
 }
 
 /// An action that hangs (a dead network file system, a stuck kernel) gives its place free after its deadline, so that
@@ -144,7 +146,11 @@ impl Flights {
         let overdue = self.flights.values().filter(|f| f.overdue).count();
         overdue < MAX_OVERDUE
             && match action {
-                Action::Pull { .. } => counted(is_pull) < settings.max_pulls,
+                Action::Pull { image, .. } => {
+                    let same = |f: &&Flight| matches!(&f.action, Action::Pull { image: other, .. } if registry(other) == registry(image));
+                    let of_registry = self.flights.values().filter(|f| !f.overdue).filter(same).count();
+                    counted(is_pull) < settings.max_pulls && of_registry < settings.max_pulls_per_registry
+                }
                 Action::StopContainer { .. } => counted(is_stop) < settings.max_stops,
                 Action::SyncNetwork { .. } => true,
                 _ => counted(|a| !is_pull(a) && !is_stop(a)) < settings.max_actions,
@@ -161,8 +167,10 @@ impl Flights {
             _ => DEADLINE_MS,
         };
         let deadline_ms = now_ms.saturating_add(allowed);
-        self.flights
-            .insert(ticket, Flight { action, reason, started_ms: now_ms, deadline_ms, overdue: false });
+        self.flights.insert(
+            ticket,
+            Flight { action, reason, started_ms: now_ms, deadline_ms, overdue: false, cancelled: false },
+        );
     }
 
     pub(crate) fn end(&mut self, ticket: Ticket) -> Option<Flight> {
@@ -186,6 +194,21 @@ impl Flights {
             flight.deadline_ms = now_ms.saturating_add(DEADLINE_MS);
             flight.overdue = false;
         }
+    }
+
+    /// Marks the pulls under way that fail `wanted`; gives those that were not marked before.
+    pub(crate) fn cancel_pulls(&mut self, wanted: impl Fn(&str, &PodKey) -> bool) -> Vec<Ticket> {
+        let mut cancelled = Vec::new();
+        for (ticket, flight) in &mut self.flights {
+            if let Action::Pull { image, pod, .. } = &flight.action
+                && !flight.cancelled
+                && !wanted(image, pod)
+            {
+                flight.cancelled = true;
+                cancelled.push(*ticket);
+            }
+        }
+        cancelled
     }
 
     /// Flights whose deadline has just passed.
@@ -231,10 +254,44 @@ impl Flights {
     }
 }
 
+/// References are canonical: the registry is all before the first slash.
+fn registry(image: &str) -> &str {
+    image.split('/').next().unwrap_or(image)
+}
+
 fn is_pull(action: &Action) -> bool {
     matches!(action, Action::Pull { .. })
 }
 
 fn is_stop(action: &Action) -> bool {
     matches!(action, Action::StopContainer { .. })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use keel_manifest::model::PullPolicy;
+
+    #[test]
+    fn a_slow_registry_holds_up_only_its_own_images() {
+        let pull = |image: &str| Action::Pull {
+            image: image.into(),
+            policy: PullPolicy::IfNotPresent,
+            pod: PodKey { namespace: "default".into(), name: "web".into() },
+            secrets: Vec::new(),
+        };
+        let settings = Settings { max_pulls: 5, max_pulls_per_registry: 2, ..Settings::default() };
+        let mut flights = Flights::default();
+        let mut begin = |ticket: u64, image: &str| {
+            let free = flights.has_room(&pull(image), &settings);
+            if free {
+                flights.begin(Ticket(ticket), pull(image), Reason::ImageMissing, 0);
+            }
+            free
+        };
+        assert!(begin(1, "slow.example/a:1") && begin(2, "slow.example/b:1"));
+        assert!(!begin(3, "slow.example/c:1"));
+        assert!(begin(4, "slow.example.org/c:1") && begin(5, "quick:5000/c:1") && begin(6, "quick:5000/d:1"));
+        assert!(!begin(7, "third.example/a:1"), "five of all");
+    }
 }

@@ -13,6 +13,9 @@ pub trait Host: Send + Sync {
     /// Does one action. Idempotent: done twice, or begun by a predecessor that died, the result is the same.
     fn perform(&self, action: &Action, report: &(dyn Fn(Progress) + Sync)) -> Result<Done, ActionError>;
 
+    /// Nobody wants this any more: what can be broken off without harm is. `perform` still answers.
+    fn cancel(&self, _action: &Action) {}
+
     /// One try of one probe, within its timeout.
     fn probe(&self, request: &ProbeRequest) -> ProbeOutcome;
 

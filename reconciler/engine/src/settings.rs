@@ -6,8 +6,11 @@ pub struct Settings {
     pub plan: keel_plan::Settings,
     /// Actions at a time, pulls and stops not counted: enough to hide latency, few enough not to thrash a small host.
     pub max_actions: usize,
-    /// Pulls at a time; each of them fetches several layers at once.
+    /// Pulls at a time, whatever the registries: each costs a thread and some memory.
     pub max_pulls: usize,
+    /// Pulls at a time from one registry; each of them fetches several layers at once. A slow registry holds up only
+    /// its own images.
+    pub max_pulls_per_registry: usize,
     /// Stops at a time: a stop mostly waits for its grace period.
     pub max_stops: usize,
     /// Probe tries at a time.
@@ -24,7 +27,8 @@ impl Default for Settings {
         Settings {
             plan: keel_plan::Settings::default(),
             max_actions: 8,
-            max_pulls: 3,
+            max_pulls: 24,
+            max_pulls_per_registry: 3,
             max_stops: 64,
             max_probes: 32,
             observe_every_ms: 20_000,

@@ -33,6 +33,8 @@ pub enum HostError {
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
     },
+    #[error("pull {0}: nobody wants it any more")]
+    Cancelled(String),
     #[error("root file system of {container}")]
     RootFs {
         container: String,
@@ -86,7 +88,7 @@ impl HostError {
 
     fn reason(&self) -> &'static str {
         match self {
-            HostError::ImageMissing(_) | HostError::Pull { .. } => "ErrImagePull",
+            HostError::ImageMissing(_) | HostError::Pull { .. } | HostError::Cancelled(_) => "ErrImagePull",
             HostError::NeverPulled(_) => "ErrImageNeverPull",
             HostError::Spec(_) | HostError::User { .. } => "CreateContainerConfigError",
             HostError::Volume(_) => "FailedMount",

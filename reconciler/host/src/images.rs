@@ -2,13 +2,15 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use keel_engine::ports::{Done, Progress};
 use keel_manifest::model::PullPolicy;
 use keel_plan::PullSecret;
 use keel_registry::{InlineAuth, PullError, PullOptions};
 use keel_store::{ConfigSpec, Content, FileSpec, Image, LayerSpec, Store};
+
+use tokio::sync::Notify;
 
 use crate::RealHost;
 use crate::error::HostError;
@@ -17,6 +19,31 @@ use crate::state::names;
 
 /// Made from the running program itself, so that a first try needs neither a registry nor a download.
 pub const DEMO_IMAGE: &str = "evenkeel.dev/hello:latest";
+
+/// Pulls under way, by image, to break them off.
+#[derive(Debug, Default)]
+pub(crate) struct Pulls(Mutex<BTreeMap<String, Arc<Notify>>>);
+
+impl Pulls {
+    fn begin(&self, image: &str) -> Arc<Notify> {
+        self.lock().entry(image.to_string()).or_default().clone()
+    }
+
+    fn end(&self, image: &str) {
+        self.lock().remove(image);
+    }
+
+    /// One that has not begun yet, or has just ended, is not waited for.
+    pub(crate) fn cancel(&self, image: &str) {
+        if let Some(pull) = self.lock().get(image) {
+            pull.notify_one();
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Arc<Notify>>> {
+        self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+}
 
 /// How registries are reached.
 #[derive(Clone, Debug, Default)]
@@ -113,16 +140,23 @@ impl RealHost {
                 report(seen);
             }
         };
+        let cancelled = self.pulls.begin(reference);
         let result = self.runtime.block_on(async {
             tokio::pin!(pull);
+            let stop = cancelled.notified();
+            tokio::pin!(stop);
             loop {
-                match tokio::time::timeout(PROGRESS_INTERVAL, &mut pull).await {
-                    Ok(result) => return result,
-                    Err(_) => pass_on(),
+                // Polling the same pinned futures again loses nothing.
+                tokio::select! {
+                    result = &mut pull => return Some(result),
+                    () = &mut stop => return None,
+                    () = tokio::time::sleep(PROGRESS_INTERVAL) => pass_on(),
                 }
             }
         });
+        self.pulls.end(reference);
         pass_on();
+        let Some(result) = result else { return Err(HostError::Cancelled(reference.to_string())) };
         match result {
             Ok(_) => Ok(Done::Done),
             Err(error) => Err(HostError::Pull {

@@ -70,6 +70,7 @@ pub struct RealHost {
     facts: facts::Facts,
     store: Arc<keel_store::Store>,
     registry: keel_registry::Client,
+    pulls: images::Pulls,
     cgroups: keel_cgroup::Layout,
     net: once::OnceLock<keel_net::Net>,
     /// Written by whoever measures, see [`UsageWatch`].
@@ -109,6 +110,7 @@ impl RealHost {
             facts: facts::Facts::read(),
             store,
             registry,
+            pulls: images::Pulls::default(),
             cgroups,
             net: once::OnceLock::new(),
             over_limit: usage::OverLimit::default(),
@@ -160,6 +162,12 @@ impl Host for RealHost {
             Action::SyncNetwork { endpoints, hash } => self.sync_network(endpoints, hash),
         };
         Ok(result?)
+    }
+
+    fn cancel(&self, action: &Action) {
+        if let Action::Pull { image, .. } = action {
+            self.pulls.cancel(image);
+        }
     }
 
     fn probe(&self, request: &ProbeRequest) -> ProbeOutcome {

@@ -429,6 +429,20 @@ pub(crate) enum Image {
     Pull {
         #[arg(value_name = "IMAGE", required = true)]
         images: Vec<String>,
+        /// json: one event a line
+        #[arg(short, long, value_name = "FORM", default_value = "text")]
+        output: TextOrJson,
+    },
+    /// Send to a registry; blobs that are there already are not sent again
+    Push {
+        #[arg(value_name = "IMAGE")]
+        image: String,
+        /// Where to, if not where its name says
+        #[arg(value_name = "NAME")]
+        target: Option<String>,
+        /// json: one event a line
+        #[arg(short, long, value_name = "FORM", default_value = "text")]
+        output: TextOrJson,
     },
     /// List
     #[command(visible_alias = "list")]
@@ -443,6 +457,9 @@ pub(crate) enum Image {
     Import {
         #[arg(value_name = "FILE|DIR|-", required = true, value_hint = ValueHint::AnyPath)]
         files: Vec<PathBuf>,
+        /// json: one event a line
+        #[arg(short, long, value_name = "FORM", default_value = "text")]
+        output: TextOrJson,
     },
     /// Remove
     Rm {
@@ -454,6 +471,9 @@ pub(crate) enum Image {
         /// No such image is not an error
         #[arg(long)]
         ignore_not_found: bool,
+        /// json: one event a line
+        #[arg(short, long, value_name = "FORM", default_value = "text")]
+        output: TextOrJson,
     },
     /// Give an image one more name
     Tag {
@@ -461,13 +481,31 @@ pub(crate) enum Image {
         image: String,
         #[arg(value_name = "NAME")]
         reference: String,
+        /// json: one event a line
+        #[arg(short, long, value_name = "FORM", default_value = "text")]
+        output: TextOrJson,
     },
-    /// Write images as one OCI archive
+    /// Write images as one archive or layout
     Save {
         #[arg(value_name = "IMAGE", required = true)]
         images: Vec<String>,
-        #[arg(short, long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+        /// - is standard output
+        #[arg(short, long, value_name = "FILE|DIR|-", value_hint = ValueHint::AnyPath)]
         output: PathBuf,
+        #[arg(long, value_name = "FORMAT", default_value = "oci-archive")]
+        format: SaveAs,
+    },
+    /// How an image was built, newest step first
+    History {
+        #[arg(value_name = "IMAGE")]
+        image: String,
+        #[arg(short, long, value_name = "FORM", default_value = "text")]
+        output: TextOrJson,
+    },
+    /// What takes how much space
+    Du {
+        #[arg(short, long, value_name = "FORM", default_value = "text")]
+        output: TextOrJson,
     },
     /// Configuration and layers
     Inspect {
@@ -489,7 +527,21 @@ pub(crate) enum Image {
         output: TextOrJson,
     },
     /// Remove images and layers that nothing uses
-    Prune,
+    Prune {
+        /// json: one event a line
+        #[arg(short, long, value_name = "FORM", default_value = "text")]
+        output: TextOrJson,
+    },
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum SaveAs {
+    /// A tar of an OCI layout; digests stay what they are
+    OciArchive,
+    /// An OCI layout as a directory
+    OciDir,
+    /// What `docker save` writes, for docker and podman of any age
+    DockerArchive,
 }
 
 #[derive(Debug, Args)]

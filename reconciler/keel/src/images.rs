@@ -2,12 +2,13 @@
 //! its clients, a command calls it when there is no daemon.
 
 use std::collections::BTreeSet;
+use std::path::Path;
 use std::sync::Arc;
 
-use keel_api::{ControlError, ControlEvent, ErrorCode, EventSender, ImageRequest, Status, exit};
+use keel_api::{ControlError, ControlEvent, ErrorCode, EventSender, ImageRequest, SaveFormat, Status, exit};
 use keel_plan::{ContainerStatus, PodStatus};
-use keel_registry::{Client, Platform, PullProgress};
-use keel_store::{Depth, Digest, Image, ImportOptions, ImportProgress, Roots, SaveFormat, Store};
+use keel_registry::{Client, OnProgress, Platform, PullProgress};
+use keel_store::{Depth, Digest, Image, ImportOptions, ImportProgress, Roots, Store};
 use serde_json::{Value, json};
 
 use crate::failure::chain;
@@ -22,6 +23,9 @@ pub(crate) async fn run(
 ) -> Result<(), ControlError> {
     let message = match request {
         ImageRequest::Pull { image } => pull(store, registry, &image, events).await?,
+        ImageRequest::Push { image, target } => {
+            push(store, registry, &image, target.as_deref().unwrap_or(&image), events).await?
+        }
         ImageRequest::Verify { full, repair } => verify(store, registry, full, repair, events).await?,
         request => {
             if let ImageRequest::Remove { image, force: false } = &request {
@@ -45,8 +49,34 @@ async fn pull(
     events: &EventSender,
 ) -> Result<String, ControlError> {
     let reference = keel_store::canonical_reference(image).map_err(|error| invalid(&error))?;
-    let (sender, shown) = (events.clone(), reference.clone());
-    let report = move |progress: PullProgress| {
+    let report = reporter(&reference, events);
+    let pulled = registry.pull(store, &reference, Platform::host(), report).await.map_err(|error| {
+        let refused = ControlError::new(ErrorCode::Internal, chain(&error));
+        error.hint().into_iter().fold(refused, ControlError::hint)
+    })?;
+    Ok(format!("{} {}", pulled.reference, pulled.manifest_digest))
+}
+
+async fn push(
+    store: &Arc<Store>,
+    registry: &Client,
+    image: &str,
+    target: &str,
+    events: &EventSender,
+) -> Result<String, ControlError> {
+    let source = known(store, image)?.reference;
+    let target = keel_store::canonical_reference(target).map_err(|error| invalid(&error))?;
+    let report = reporter(&target, events);
+    let digest = registry.push(store, &source, &target, &[], report).await.map_err(|error| {
+        let refused = ControlError::new(ErrorCode::Internal, chain(&error));
+        error.hint().into_iter().fold(refused, ControlError::hint)
+    })?;
+    Ok(format!("{target} {digest}"))
+}
+
+fn reporter(reference: &str, events: &EventSender) -> OnProgress {
+    let (sender, shown) = (events.clone(), reference.to_owned());
+    Arc::new(move |progress: PullProgress| {
         // Progress that finds no room is superseded by the next one.
         let _ = sender.try_send(ControlEvent::Progress {
             image: shown.clone(),
@@ -55,13 +85,7 @@ async fn pull(
             layers_done: progress.layers_done,
             layers_total: progress.layers_total,
         });
-    };
-    let pulled =
-        registry.pull(store, &reference, Platform::host(), Arc::new(report)).await.map_err(|error| {
-            let refused = ControlError::new(ErrorCode::Internal, chain(&error));
-            error.hint().into_iter().fold(refused, ControlError::hint)
-        })?;
-    Ok(format!("{} {}", pulled.reference, pulled.manifest_digest))
+    })
 }
 
 async fn verify(
@@ -113,7 +137,7 @@ fn blocking(
     events: &EventSender,
 ) -> Result<String, ControlError> {
     match request {
-        ImageRequest::Pull { .. } | ImageRequest::Verify { .. } => {
+        ImageRequest::Pull { .. } | ImageRequest::Push { .. } | ImageRequest::Verify { .. } => {
             Err(ControlError::new(ErrorCode::Internal, "what asks registries is not a blocking operation"))
         }
         ImageRequest::List => {
@@ -137,18 +161,31 @@ fn blocking(
                 .map(|image| format!("{} {}", image.reference, image.manifest_digest))
                 .unwrap_or_default())
         }
-        ImageRequest::Save { images, path } => {
+        ImageRequest::Usage => {
+            let usage = store.usage().map_err(|error| failed(&error))?;
+            data(
+                events,
+                json!({
+                    "images": usage.images.iter().map(|image| json!({
+                        "reference": image.reference,
+                        "uniqueBytes": image.unique_bytes,
+                        "sharedBytes": image.shared_bytes,
+                    })).collect::<Vec<_>>(),
+                    "layersBytes": usage.layers_bytes,
+                    "blobsBytes": usage.blobs_bytes,
+                    "partialBytes": usage.partial_bytes,
+                }),
+            );
+            Ok(String::new())
+        }
+        ImageRequest::Save { images, path, format } => {
             for image in &images {
                 known(store, image)?;
             }
             let fail = |error: &dyn std::fmt::Display| {
                 ControlError::new(ErrorCode::Internal, format!("write {}: {error}", path.display()))
             };
-            let mut file = std::fs::File::create(&path).map_err(|error| fail(&error))?;
-            let references: Vec<&str> = images.iter().map(String::as_str).collect();
-            store
-                .save(&references, SaveFormat::OciArchive, &mut file)
-                .map_err(|error| fail(&chain(&error)))?;
+            save(store, &images, &path, format, &fail)?;
             Ok(format!("saved {} to {}", crate::text::count(images.len(), "image"), path.display()))
         }
         ImageRequest::Prune => {
@@ -185,6 +222,31 @@ fn blocking(
             Ok(crate::text::count(images.len(), "image"))
         }
     }
+}
+
+/// A file that could not be written whole does not stay.
+fn save(
+    store: &Store,
+    images: &[String],
+    path: &Path,
+    format: SaveFormat,
+    fail: &dyn Fn(&dyn std::fmt::Display) -> ControlError,
+) -> Result<(), ControlError> {
+    let references: Vec<&str> = images.iter().map(String::as_str).collect();
+    let archive = match format {
+        SaveFormat::OciArchive => keel_store::SaveFormat::OciArchive,
+        SaveFormat::DockerArchive => keel_store::SaveFormat::DockerArchive,
+        SaveFormat::OciDirectory => {
+            return store.save_layout(&references, path).map_err(|error| fail(&chain(&error)));
+        }
+    };
+    let mut file = std::fs::File::create(path).map_err(|error| fail(&error))?;
+    let saved = store.save(&references, archive, &mut file).map_err(|error| fail(&chain(&error)));
+    if saved.is_err() {
+        // The error that matters is the first one.
+        let _ = std::fs::remove_file(path);
+    }
+    saved
 }
 
 fn known(store: &Store, image: &str) -> Result<Image, ControlError> {

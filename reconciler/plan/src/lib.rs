@@ -29,7 +29,7 @@ pub use image::canonical_image;
 pub use lower::lower_desired;
 pub use model::*;
 pub use phase::Phase;
-pub use planner::{Plan, Planned, Settings, container_of, plan};
+pub use planner::{Plan, Planned, Settings, container_of, plan, pull_secrets};
 #[cfg(test)]
 pub(crate) use preview::follow as preview_follow;
 pub use preview::{mark_refreshed, preview};

@@ -79,7 +79,7 @@ pub fn plan(
         now,
         ports: PortTable::of(desired, observed),
         old_pods: old_pods(desired, observed),
-        pull_secrets: pull_secrets(desired),
+        pull_secrets: all_pull_secrets(desired),
         pulls: BTreeSet::new(),
         plan: Plan::default(),
     };
@@ -92,7 +92,12 @@ pub fn plan(
     planner.plan
 }
 
-fn pull_secrets(desired: &Desired) -> BTreeMap<&str, Vec<PullSecret>> {
+/// The logins that an image is pulled with: those of every pod that is made of it.
+pub fn pull_secrets(desired: &Desired, image: &str) -> Vec<PullSecret> {
+    all_pull_secrets(desired).remove(image).unwrap_or_default()
+}
+
+fn all_pull_secrets(desired: &Desired) -> BTreeMap<&str, Vec<PullSecret>> {
     let mut all: BTreeMap<&str, Vec<PullSecret>> = BTreeMap::new();
     for pod in desired.pods.values().filter(|pod| !pod.resolved.pull_secrets.is_empty()) {
         for container in &pod.containers {

@@ -346,6 +346,8 @@ impl Sim {
     fn obey(&mut self, output: Output) {
         match output {
             Output::Perform { ticket, action, reason } => self.perform(ticket, action, &reason),
+            // A host may be too late with it at any time.
+            Output::Cancel { .. } => {}
             Output::Observe => {
                 let delay = self.rng.between(1, 30);
                 self.at(delay, Happening::Snapshot { life: self.life });

@@ -170,6 +170,12 @@ impl Reporter {
         }
     }
 
+    /// The word for what takes long, if not pulling.
+    pub(crate) fn doing(mut self, word: &'static str) -> Reporter {
+        self.progress.word = word;
+        self
+    }
+
     pub(crate) fn event(&mut self, event: &ControlEvent) -> Outcome {
         if let ControlEvent::Plan { actions, waiting } = event {
             self.planned = !(actions.is_empty() && waiting.is_empty());

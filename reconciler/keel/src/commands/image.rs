@@ -4,10 +4,10 @@ use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use keel_api::{ImageRequest, exit};
-use serde_json::Value;
+use keel_api::{ImageRequest, SaveFormat, exit};
+use serde_json::{Value, json};
 
-use crate::cli::{Form, Image, TextOrJson};
+use crate::cli::{Form, Image, SaveAs, TextOrJson};
 use crate::commands::apply::{Operation, Reporter, one_shot, through_daemon};
 use crate::commands::see::as_data;
 use crate::context::Context;
@@ -20,30 +20,45 @@ const SHORT_DIGEST: usize = "sha256:".len() + 12;
 
 pub(crate) fn image(context: &Context, command: &Image) -> Outcome {
     match command {
-        Image::Pull { images } => {
-            each(images, |image| act(context, ImageRequest::Pull { image: image.clone() }).map(drop))
+        Image::Pull { images, output } => {
+            each(images, |image| act(context, *output, ImageRequest::Pull { image: image.clone() }).map(drop))
         }
-        Image::Import { files } => each(files, |file| import(context, file)),
-        Image::Rm { images, force, ignore_not_found } => {
+        Image::Push { image, target, output } => {
+            let request = ImageRequest::Push { image: image.clone(), target: target.clone() };
+            act(context, *output, request).map(drop)
+        }
+        Image::Import { files, output } => each(files, |file| import(context, *output, file)),
+        Image::Rm { images, force, ignore_not_found, output } => {
             let request = |image: &String| ImageRequest::Remove { image: image.clone(), force: *force };
-            each(images, |image| match act(context, request(image)) {
+            each(images, |image| match act(context, *output, request(image)) {
                 Err(failure) if failure.code == exit::NOT_FOUND && *ignore_not_found => Ok(()),
                 other => other.map(drop),
             })
         }
-        Image::Tag { image, reference } => {
+        Image::Tag { image, reference, output } => {
             let (image, reference) = (image.clone(), reference.clone());
-            act(context, ImageRequest::Tag { image, reference }).map(drop)
+            act(context, *output, ImageRequest::Tag { image, reference }).map(drop)
         }
-        Image::Save { images, output } => {
-            let path = std::path::absolute(output)
-                .map_err(|error| Failure::io("write", output.display(), &error).code(exit::INVALID))?;
-            act(context, ImageRequest::Save { images: images.clone(), path }).map(drop)
+        Image::Save { images, output, format } => save(context, images, output, *format),
+        Image::History { image, output } => {
+            let found = ask(context, ImageRequest::Inspect { image: image.clone() })?;
+            let steps = history(&found);
+            Ok(context.term.print(&match output {
+                TextOrJson::Json => as_data(Form::Json, &Value::Array(steps)),
+                TextOrJson::Text => render_history(&steps),
+            })?)
         }
-        Image::Prune => act(context, ImageRequest::Prune).map(drop),
+        Image::Du { output } => {
+            let found = ask(context, ImageRequest::Usage)?;
+            Ok(context.term.print(&match output {
+                TextOrJson::Json => as_data(Form::Json, &found),
+                TextOrJson::Text => render_usage(&found),
+            })?)
+        }
+        Image::Prune { output } => act(context, *output, ImageRequest::Prune).map(drop),
         Image::Verify { repair, quick, output } => {
             let request = ImageRequest::Verify { full: !quick, repair: *repair };
-            let found = act(context, request)?.unwrap_or_default();
+            let found = ask(context, request)?;
             let text = match output {
                 TextOrJson::Json => as_data(Form::Json, &found),
                 TextOrJson::Text => render_verified(&found),
@@ -56,7 +71,7 @@ pub(crate) fn image(context: &Context, command: &Image) -> Outcome {
             }
         }
         Image::Ls { output, no_headers } => {
-            let found = act(context, ImageRequest::List)?.unwrap_or_default();
+            let found = ask(context, ImageRequest::List)?;
             let images = found.as_array().map(Vec::as_slice).unwrap_or_default();
             let text = match output {
                 Form::Json | Form::Yaml => as_data(*output, &found),
@@ -66,7 +81,7 @@ pub(crate) fn image(context: &Context, command: &Image) -> Outcome {
             Ok(context.term.print(&text)?)
         }
         Image::Inspect { images, output } => each(images, |image| {
-            let found = act(context, ImageRequest::Inspect { image: image.clone() })?.unwrap_or_default();
+            let found = ask(context, ImageRequest::Inspect { image: image.clone() })?;
             Ok(context.term.print(&as_data(*output, &found))?)
         }),
     }
@@ -76,9 +91,19 @@ fn each<T>(items: &[T], run: impl FnMut(&T) -> Outcome) -> Outcome {
     items.iter().try_for_each(run)
 }
 
+/// What the operation gave back.
+fn ask(context: &Context, request: ImageRequest) -> Outcome<Value> {
+    Ok(act(context, TextOrJson::Text, request)?.unwrap_or_default())
+}
+
 /// What the operation gave back, if it gives anything.
-fn act(context: &Context, request: ImageRequest) -> Outcome<Option<Value>> {
-    let mut reporter = Reporter::new(context.term, TextOrJson::Text, false);
+fn act(context: &Context, form: TextOrJson, request: ImageRequest) -> Outcome<Option<Value>> {
+    let doing = match &request {
+        ImageRequest::Push { .. } => "pushing",
+        ImageRequest::Import { .. } => "importing",
+        _ => "pulling",
+    };
+    let mut reporter = Reporter::new(context.term, form, false).doing(doing);
     let operation = Operation::Image(request);
     match context.client().probe() {
         Ok(()) => through_daemon(context, operation, &mut reporter)?,
@@ -91,27 +116,57 @@ fn act(context: &Context, request: ImageRequest) -> Outcome<Option<Value>> {
 }
 
 /// A stream is kept on disk until it is taken in: archives are read more than once, and maybe by another process.
-fn import(context: &Context, file: &Path) -> Outcome {
+fn import(context: &Context, form: TextOrJson, file: &Path) -> Outcome {
     if file != Path::new("-") {
         let path = std::fs::canonicalize(file)
             .map_err(|error| Failure::io("import", file.display(), &error).code(exit::INVALID))?;
-        return act(context, ImageRequest::Import { path, name: file.display().to_string() }).map(drop);
+        return act(context, form, ImageRequest::Import { path, name: file.display().to_string() }).map(drop);
     }
-    let spooled = Spool::new(context)?;
-    act(context, ImageRequest::Import { path: spooled.0.clone(), name: "standard input".into() }).map(drop)
+    let spooled = Spool::new(context, "import")?;
+    let fail = |error| Failure::io("write", spooled.0.display(), &error);
+    let mut to = File::create_new(&spooled.0).map_err(fail)?;
+    io::copy(&mut io::stdin().lock(), &mut to).map_err(fail)?;
+    act(context, form, ImageRequest::Import { path: spooled.0.clone(), name: "standard input".into() })
+        .map(drop)
 }
 
+fn save(context: &Context, images: &[String], output: &Path, format: SaveAs) -> Outcome {
+    let format = match format {
+        SaveAs::OciArchive => SaveFormat::OciArchive,
+        SaveAs::OciDir => SaveFormat::OciDirectory,
+        SaveAs::DockerArchive => SaveFormat::DockerArchive,
+    };
+    let images = images.to_vec();
+    if output != Path::new("-") {
+        let path = std::path::absolute(output)
+            .map_err(|error| Failure::io("write", output.display(), &error).code(exit::INVALID))?;
+        return act(context, TextOrJson::Text, ImageRequest::Save { images, path, format }).map(drop);
+    }
+    if format == SaveFormat::OciDirectory {
+        return Err(Failure::new(exit::INVALID, "a directory cannot be written to standard output"));
+    }
+    let spooled = Spool::new(context, "save")?;
+    let path = spooled.0.clone();
+    act(context, TextOrJson::Text, ImageRequest::Save { images, path, format })?;
+    let mut from =
+        File::open(&spooled.0).map_err(|error| Failure::io("read", spooled.0.display(), &error))?;
+    match io::copy(&mut from, &mut io::stdout().lock()) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+            Err(Failure::io("write", "standard output", &error))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// A place for an archive that comes or goes as a stream.
 struct Spool(PathBuf);
 
 impl Spool {
-    fn new(context: &Context) -> Outcome<Spool> {
-        let path = context.paths.root().join(format!("import-{}.tar", std::process::id()));
-        let fail = |error| Failure::io("write", path.display(), &error);
-        std::fs::create_dir_all(context.paths.root()).map_err(fail)?;
-        let mut file = File::create_new(&path).map_err(fail)?;
-        let spool = Spool(path.clone());
-        io::copy(&mut io::stdin().lock(), &mut file).map_err(fail)?;
-        Ok(spool)
+    fn new(context: &Context, what: &str) -> Outcome<Spool> {
+        let path = context.paths.root().join(format!("{what}-{}.tar", std::process::id()));
+        std::fs::create_dir_all(context.paths.root())
+            .map_err(|error| Failure::io("create", context.paths.root().display(), &error))?;
+        Ok(Spool(path))
     }
 }
 
@@ -120,6 +175,65 @@ impl Drop for Spool {
         // Nothing better can be done here; the name says what it is.
         let _ = std::fs::remove_file(&self.0);
     }
+}
+
+/// One entry a step, newest first, with the size of the layer that it made.
+fn history(image: &Value) -> Vec<Value> {
+    let mut layers = image["layers"].as_array().into_iter().flatten();
+    let mut steps: Vec<Value> = image["config"]["history"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .map(|step| {
+            let layer = match step["empty_layer"].as_bool() {
+                Some(true) => None,
+                _ => layers.next(),
+            };
+            json!({
+                "created": step["created"],
+                "createdBy": step["created_by"],
+                "comment": step["comment"],
+                "layer": layer.map(|layer| layer["blob_digest"].clone()),
+                "sizeBytes": layer.and_then(|layer| layer["size"].as_u64()).unwrap_or(0),
+            })
+        })
+        .collect();
+    // Builders that write no history leave their layers all the same.
+    steps.extend(layers.map(|layer| json!({"layer": layer["blob_digest"], "sizeBytes": layer["size"]})));
+    steps.reverse();
+    steps
+}
+
+fn render_history(steps: &[Value]) -> String {
+    let mut table = Table::with_header(&["CREATED", "SIZE", "BY"], true);
+    for step in steps {
+        let by = text(step, "createdBy");
+        let by = if by.is_empty() { text(step, "comment") } else { by };
+        let created = text(step, "created");
+        table.row(vec![
+            if created.is_empty() { "-".to_owned() } else { created.to_owned() },
+            size(step["sizeBytes"].as_u64().unwrap_or_default()),
+            by.split_whitespace().collect::<Vec<_>>().join(" "),
+        ]);
+    }
+    table.render(0)
+}
+
+fn render_usage(usage: &Value) -> String {
+    let number = |value: &Value, field: &str| size(value[field].as_u64().unwrap_or_default());
+    let mut table = Table::with_header(&["IMAGE", "OWN", "SHARED"], true);
+    for image in usage["images"].as_array().into_iter().flatten() {
+        let row =
+            [text(image, "reference").to_owned(), number(image, "uniqueBytes"), number(image, "sharedBytes")];
+        table.row(row.to_vec());
+    }
+    format!(
+        "{}\nunpacked layers {}, blobs {}, unfinished {}\n",
+        table.render(0),
+        number(usage, "layersBytes"),
+        number(usage, "blobsBytes"),
+        number(usage, "partialBytes"),
+    )
 }
 
 fn render_images(images: &[Value], headers: bool, wide: bool, now: u64) -> String {
@@ -173,6 +287,27 @@ fn text<'a>(image: &'a Value, field: &str) -> &'a str {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_history_has_the_sizes_of_its_layers_newest_first() {
+        let image = json!({
+            "layers": [{"blob_digest": "sha256:a", "size": 10}, {"blob_digest": "sha256:b", "size": 2048}],
+            "config": {"history": [
+                {"created": "2026-01-01T00:00:00Z", "created_by": "ADD rootfs"},
+                {"created_by": "ENV  A=1", "empty_layer": true},
+                {"comment": "by hand"},
+            ]},
+        });
+        let steps = history(&image);
+        assert_eq!(
+            render_history(&steps),
+            "CREATED                SIZE      BY\n\
+             -                      2.0 KiB   by hand\n\
+             -                      0 B       ENV A=1\n\
+             2026-01-01T00:00:00Z   10 B      ADD rootfs\n"
+        );
+        assert_eq!(steps[1]["layer"], Value::Null);
+    }
 
     #[test]
     fn images_are_listed_short_and_wide() {

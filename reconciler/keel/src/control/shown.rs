@@ -70,7 +70,9 @@ impl Shown {
                 let error = result.err().map(|error| ActionFailure {
                     reason: error.reason.to_string(),
                     message: error.message.clone(),
-                    retry: error.next == keel_engine::ports::Next::Retry,
+                    // An image that cannot be had now may come by itself.
+                    retry: error.next == keel_engine::ports::Next::Retry
+                        || matches!(action, keel_plan::Action::Pull { .. }),
                     hint: error.hint.clone(),
                 });
                 let duration_ms = u64::try_from(took.as_millis()).unwrap_or(u64::MAX);

@@ -25,6 +25,8 @@ pub(crate) struct Progress {
     term: Term,
     bars: MultiProgress,
     pulls: BTreeMap<String, Pull>,
+    /// `pulling`.
+    pub(crate) word: &'static str,
 }
 
 struct Pull {
@@ -39,7 +41,12 @@ impl Progress {
         } else {
             ProgressDrawTarget::hidden()
         };
-        Progress { term, bars: MultiProgress::with_draw_target(target), pulls: BTreeMap::new() }
+        Progress {
+            term,
+            bars: MultiProgress::with_draw_target(target),
+            pulls: BTreeMap::new(),
+            word: "pulling",
+        }
     }
 
     pub(crate) fn update(&mut self, image: &str, amount: Amount) {
@@ -57,7 +64,7 @@ impl Progress {
         let step = percent - percent % STEP_PERCENT;
         if step > pull.said_percent {
             pull.said_percent = step;
-            self.term.note(&render_line(image, amount));
+            self.term.note(&render_line(self.word, image, amount));
         }
     }
 
@@ -96,10 +103,10 @@ fn layers(amount: Amount) -> String {
     }
 }
 
-pub(crate) fn render_line(image: &str, amount: Amount) -> String {
+pub(crate) fn render_line(word: &str, image: &str, amount: Amount) -> String {
     let percent = (amount.done_bytes * 100).checked_div(amount.total_bytes).unwrap_or(0);
     let (done, total) = (size(amount.done_bytes), size(amount.total_bytes));
-    format!("pulling {image}: {percent}% ({done} of {total}, {})\n", layers(amount))
+    format!("{word} {image}: {percent}% ({done} of {total}, {})\n", layers(amount))
 }
 
 #[cfg(test)]
@@ -109,6 +116,9 @@ mod tests {
     #[test]
     fn plain_progress_is_one_line() {
         let amount = Amount { done_bytes: 512, total_bytes: 2048, layers_done: 1, layers_total: 3 };
-        assert_eq!(render_line("x:1", amount), "pulling x:1: 25% (512 B of 2.0 KiB, 1/3 layers)\n");
+        assert_eq!(
+            render_line("pulling", "x:1", amount),
+            "pulling x:1: 25% (512 B of 2.0 KiB, 1/3 layers)\n"
+        );
     }
 }
