@@ -179,3 +179,22 @@ fn an_immutable_map_is_not_changed() {
     instance.keel(&["delete", "configmap", "x"]).expect_code(0);
     instance.keel_with_input(&["apply", "-f", "-"], &map("2")).expect_code(0);
 }
+
+#[test]
+fn several_objects_are_stopped_side_by_side() {
+    let instance = Instance::new();
+    instance.import_busybox();
+    // Deaf to the stop signal: each takes its whole grace period.
+    let deaf = |name: &str| pod(name, "    command: [sh, -c, 'trap \"\" TERM; sleep 100000 & wait']\n");
+    let all = [deaf("a"), deaf("b"), deaf("c")].join("---\n");
+    instance.keel_with_input(&["apply", "-f", "-", "--wait"], &all).expect_code(0);
+    let ran = instance.keel(&["delete", "pod/a", "pod/b", "pod/c", "-o", "json"]).expect_code(0);
+    let stops = |event: &str| -> Vec<usize> {
+        let lines = ran.stdout.lines().enumerate();
+        lines.filter(|(_, l)| l.contains(event) && l.contains("\"stop\"")).map(|(at, _)| at).collect()
+    };
+    let (started, finished) = (stops("actionStarted"), stops("actionFinished"));
+    assert_eq!((started.len(), finished.len()), (3, 3), "{}", ran.all());
+    assert!(started.last() < finished.first(), "{}", ran.all());
+    assert!(instance.pids().is_empty());
+}

@@ -780,8 +780,8 @@ impl Core {
             let (Some(pod), Some(retry)) = (work.pod(), self.retries.waiting(&work, now.mono)) else {
                 continue;
             };
-            let message = retry.error.message.clone();
-            let wait = Waiting::Retry { until: until(retry.until_ms), message };
+            let (error, message) = (retry.error.reason.into(), retry.error.message.clone());
+            let wait = Waiting::Retry { until: until(retry.until_ms), error, message };
             facts.waiting.entry(pod.clone()).or_default().push(wait);
         }
     }

@@ -91,36 +91,65 @@ pub(crate) enum When {
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     /// Make the given manifests true, once
+    #[command(
+        after_help = "Examples:\n  keel apply -f manifests/ --wait          true once, and ready\n  keel apply -f web.yaml --dry-run         only the plan\n  keel apply -f manifests/ --prune         also delete what they no longer name\n  generate | keel apply -f -"
+    )]
     Apply(Apply),
     /// Keep a directory of manifests true
     #[command(visible_alias = "run")]
+    #[command(after_help = "Examples:\n  keel daemon --manifests /etc/evenkeel/manifests")]
     Daemon(Daemon),
     /// Say what is wrong with manifests; needs no root and no daemon
     #[command(visible_alias = "validate")]
+    #[command(after_help = "Examples:\n  keel check -f manifests/\n  keel check -f web.yaml -o json")]
     Check(Check),
     /// Print what apply would do, and why
     #[command(visible_alias = "diff")]
+    #[command(
+        after_help = "Examples:\n  keel plan -f manifests/\n  keel diff -f manifests/ --exit-code      1 when there is something to do"
+    )]
     Plan(Plan),
     /// List objects
     #[command(visible_alias = "ps")]
+    #[command(
+        after_help = "Examples:\n  keel get                                 pods\n  keel get deploy,cm -A -o wide\n  keel get pod/web -o yaml\n  keel get -l app=web -w"
+    )]
     Get(Get),
     /// Everything about one object
     #[command(visible_alias = "inspect")]
+    #[command(after_help = "Examples:\n  keel describe web\n  keel describe deployment/web -o json")]
     Describe(Describe),
     /// Print the output of containers
+    #[command(
+        after_help = "Examples:\n  keel logs web -f --tail 100\n  keel logs web -c sidecar -p              the run before\n  keel logs deployment/web --since 10m --timestamps"
+    )]
     Logs(Logs),
     /// Run a command inside a container
+    #[command(
+        after_help = "Examples:\n  keel exec web -- ls /\n  keel exec -it web -c main -- sh\n  tar c . | keel exec -i web -- tar x -C /data"
+    )]
     Exec(Exec),
     /// One look at the whole host
+    #[command(
+        after_help = "Examples:\n  keel status\n  keel status --check                      3 unless everything is ready"
+    )]
     Status(Status),
     /// What happened
+    #[command(after_help = "Examples:\n  keel events\n  keel events --for pod/web -w")]
     Events(Events),
     /// Stop and remove an object
     #[command(visible_alias = "rm")]
+    #[command(
+        after_help = "Examples:\n  keel delete pod/web configmap/web\n  keel delete -f web.yaml\n  keel delete pod web --now"
+    )]
     Delete(Delete),
     /// Stop containers and let their restart policy go on
+    #[command(after_help = "Examples:\n  keel restart web\n  keel restart deployment/web")]
     Restart(Restart),
     /// Ask the daemon for a full round now
+    #[command(
+        after_help = "Examples:\n  keel reconcile\n  keel reconcile --accept-removals         what has gone from the directory is meant to go"
+    )]
     Reconcile(Reconcile),
     /// Images of the store
     #[command(subcommand, visible_alias = "images")]
@@ -245,6 +274,25 @@ pub(crate) enum Form {
     Yaml,
 }
 
+/// A view for people, or data.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub(crate) enum View {
+    #[default]
+    Table,
+    Json,
+    Yaml,
+}
+
+impl From<View> for Form {
+    fn from(view: View) -> Form {
+        match view {
+            View::Table => Form::Table,
+            View::Json => Form::Json,
+            View::Yaml => Form::Yaml,
+        }
+    }
+}
+
 #[derive(Debug, Args)]
 pub(crate) struct Get {
     /// KIND, KIND/NAME or KIND NAME... [default: pods]
@@ -275,7 +323,7 @@ pub(crate) struct Describe {
     pub(crate) objects: Vec<String>,
     /// `json` or `yaml`: the object's status as data
     #[arg(short, long, value_name = "FORM", default_value = "table")]
-    pub(crate) output: Form,
+    pub(crate) output: View,
 }
 
 #[derive(Debug, Args)]
@@ -316,8 +364,10 @@ pub(crate) struct Logs {
 
 #[derive(Debug, Args)]
 pub(crate) struct Exec {
+    /// Pod
     #[arg(value_name = "POD")]
     pub(crate) object: String,
+    /// Container [default: the first]
     #[arg(short, long, value_name = "NAME")]
     pub(crate) container: Option<String>,
     /// Pass standard input on
@@ -335,6 +385,7 @@ pub(crate) struct Exec {
     /// NAME=VALUE, or NAME to pass our own on; repeatable
     #[arg(short, long, value_name = "NAME[=VALUE]")]
     pub(crate) env: Vec<String>,
+    /// Program and arguments
     #[arg(last = true, required = true, value_name = "COMMAND", value_hint = ValueHint::CommandWithArguments)]
     pub(crate) command: Vec<std::ffi::OsString>,
 }
@@ -345,7 +396,7 @@ pub(crate) struct Status {
     #[arg(long)]
     pub(crate) check: bool,
     #[arg(short, long, value_name = "FORM", default_value = "table")]
-    pub(crate) output: Form,
+    pub(crate) output: View,
 }
 
 #[derive(Debug, Args)]

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use futures_util::future::join_all;
 use keel_api::{ApplyRequest, Control, ControlError, DeleteRequest, ErrorCode, EventSender, RestartRequest};
 
 use crate::context::Context;
@@ -20,15 +21,16 @@ pub(crate) async fn apply(
     result
 }
 
+/// All at once: grace periods run side by side. One result for each.
 pub(crate) async fn delete(
     context: &Context,
-    request: DeleteRequest,
-    events: EventSender,
-) -> Result<(), ControlError> {
+    requests: impl IntoIterator<Item = (DeleteRequest, EventSender)>,
+) -> Result<Vec<Result<(), ControlError>>, ControlError> {
     let instance = open(context, COMMAND_PATIENCE).await?;
-    let result = instance.controller.delete(request, events).await;
+    let results = requests.into_iter().map(|(request, events)| instance.controller.delete(request, events));
+    let results = join_all(results).await;
     instance.close().await;
-    result
+    Ok(results)
 }
 
 pub(crate) async fn restart(

@@ -443,6 +443,8 @@ pub enum Waiting {
     /// The last try failed; the next comes at `until`.
     Retry {
         until: Millis,
+        /// The error's word, e.g. `FailedMount`.
+        error: String,
         message: String,
     },
     /// Too many actions are in flight.

@@ -231,7 +231,7 @@ impl PodStatus {
 
 impl Waiting {
     /// Kubernetes' word for it.
-    pub fn reason(&self) -> &'static str {
+    pub fn reason(&self) -> &str {
         match self {
             Waiting::ImagePull { .. } => "Pulling",
             Waiting::ImagePullBackOff { .. } => "ImagePullBackOff",
@@ -242,7 +242,7 @@ impl Waiting {
             Waiting::Initializing { .. } => "PodInitializing",
             Waiting::OldPods { .. } => "WaitingForOldPods",
             Waiting::PortTaken { .. } => "PortTaken",
-            Waiting::Retry { .. } => "Retrying",
+            Waiting::Retry { error, .. } => error,
             Waiting::Queued => "Queued",
         }
     }

@@ -2,9 +2,10 @@
 
 use std::path::PathBuf;
 
+use futures_util::future::join_all;
 use keel_api::{
     ApplyRequest, ClientError, ControlError, ControlEvent, DeleteRequest, ErrorCode, EventSender,
-    ImageRequest, RestartRequest, exit,
+    ImageRequest, Lines, RestartRequest, exit,
 };
 use keel_manifest::Diagnostic;
 use tokio::sync::mpsc;
@@ -80,7 +81,6 @@ pub(crate) fn sources(context: &Context, names: &[PathBuf]) -> Outcome<Vec<PathB
 #[derive(Clone, Debug)]
 pub(crate) enum Operation {
     Apply(ApplyRequest),
-    Delete(DeleteRequest),
     Restart(RestartRequest),
     Image(ImageRequest),
 }
@@ -88,39 +88,76 @@ pub(crate) enum Operation {
 pub(crate) fn through_daemon(context: &Context, operation: Operation, reporter: &mut Reporter) -> Outcome {
     let client = context.client();
     client_runtime()?.block_on(async {
-        let mut lines = match &operation {
+        let lines = match &operation {
             Operation::Apply(request) => client.apply(request).await?,
-            Operation::Delete(request) => client.delete(request).await?,
             Operation::Restart(request) => client.restart(request).await?,
             Operation::Image(request) => client.images(request).await?,
         };
-        while let Some(event) = lines.next().await? {
-            reporter.event(&event)?;
-        }
-        Ok(())
+        print_lines(lines, reporter).await
     })
 }
 
-/// The same, in this process. The operation goes on when nobody reads its reports any more.
+async fn print_lines(mut lines: Lines<ControlEvent>, reporter: &mut Reporter) -> Outcome {
+    while let Some(event) = lines.next().await? {
+        reporter.event(&event)?;
+    }
+    Ok(())
+}
+
+async fn print_received(mut events: mpsc::Receiver<ControlEvent>, reporter: &mut Reporter) -> Outcome {
+    let mut printed = Ok(());
+    while let Some(event) = events.recv().await {
+        // The operation goes on when nobody reads its reports any more.
+        if printed.is_ok() {
+            printed = reporter.event(&event);
+        }
+    }
+    printed
+}
+
+/// Deletes all of them side by side. One result for each, in their order.
+pub(crate) fn delete_each(
+    context: &Context,
+    requests: Vec<DeleteRequest>,
+    reporters: &mut [Reporter],
+) -> Outcome<Vec<Outcome>> {
+    match context.client().probe() {
+        Ok(()) => {
+            let client = context.client();
+            let each = requests.iter().zip(reporters).map(|(request, reporter)| async {
+                print_lines(client.delete(request).await?, reporter).await
+            });
+            Ok(client_runtime()?.block_on(join_all(each)))
+        }
+        Err(ClientError::NoDaemon { .. }) => {
+            let runtime = acting_runtime()?;
+            let results = runtime.block_on(async {
+                let (senders, receivers): (Vec<_>, Vec<_>) =
+                    requests.iter().map(|_| mpsc::channel(EVENT_QUEUE)).unzip();
+                let acting = crate::oneshot::delete(context, requests.into_iter().zip(senders));
+                let printing = receivers.into_iter().zip(reporters);
+                let printing = join_all(printing.map(|(events, reporter)| print_received(events, reporter)));
+                let (acted, printed) = tokio::join!(acting, printing);
+                let result = |(acted, printed): (Result<(), ControlError>, Outcome)| {
+                    acted.map_err(Failure::from).and(printed)
+                };
+                Ok::<_, Failure>(acted?.into_iter().zip(printed).map(result).collect())
+            });
+            // A stop that was begun and is not waited for goes on without us.
+            runtime.shutdown_background();
+            results
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// The same, in this process.
 pub(crate) fn one_shot(context: &Context, operation: Operation, reporter: &mut Reporter) -> Outcome {
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .enable_all()
-        .build()
-        .map_err(|error| Failure::io("start", "the runtime of the command", &error))?;
+    let runtime = acting_runtime()?;
     let outcome = runtime.block_on(async {
-        let (sender, mut receiver) = mpsc::channel(EVENT_QUEUE);
+        let (sender, receiver) = mpsc::channel(EVENT_QUEUE);
         let acting = act(context, operation, sender);
-        let printing = async {
-            let mut printed = Ok(());
-            while let Some(event) = receiver.recv().await {
-                if printed.is_ok() {
-                    printed = reporter.event(&event);
-                }
-            }
-            printed
-        };
-        let (acted, printed) = tokio::join!(acting, printing);
+        let (acted, printed) = tokio::join!(acting, print_received(receiver, reporter));
         acted?;
         printed
     });
@@ -132,10 +169,18 @@ pub(crate) fn one_shot(context: &Context, operation: Operation, reporter: &mut R
 async fn act(context: &Context, operation: Operation, events: EventSender) -> Result<(), ControlError> {
     match operation {
         Operation::Apply(request) => crate::oneshot::apply(context, request, events).await,
-        Operation::Delete(request) => crate::oneshot::delete(context, request, events).await,
         Operation::Restart(request) => crate::oneshot::restart(context, request, events).await,
         Operation::Image(request) => crate::world::images(context, request, events).await,
     }
+}
+
+/// For acting in this process.
+fn acting_runtime() -> Outcome<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .map_err(|error| Failure::io("start", "the runtime of the command", &error))
 }
 
 pub(crate) fn client_runtime() -> Outcome<tokio::runtime::Runtime> {

@@ -4,7 +4,7 @@ use keel_api::{ClientError, DeleteRequest, RestartRequest, exit};
 
 use crate::cli::{Delete, Reconcile, Restart};
 use crate::commands::apply::{
-    Operation, Reporter, client_runtime, one_shot, say_diagnostics, through_daemon,
+    Operation, Reporter, client_runtime, delete_each, one_shot, say_diagnostics, through_daemon,
 };
 use crate::context::Context;
 use crate::failure::{Failure, Outcome};
@@ -13,21 +13,13 @@ use crate::object;
 
 pub(crate) fn delete(context: &Context, args: &Delete) -> Outcome {
     let requests = if args.filename.is_empty() { named(context, args)? } else { declared(context, args)? };
-    let daemon = match context.client().probe() {
-        Ok(()) => true,
-        Err(ClientError::NoDaemon { .. }) => false,
-        Err(error) => return Err(error.into()),
-    };
+    let names: Vec<String> =
+        requests.iter().map(|request| format!("{} {}", request.kind, request.name)).collect();
+    let mut reporters: Vec<Reporter> =
+        names.iter().map(|_| Reporter::new(context.term, args.output, false)).collect();
+    let results = delete_each(context, requests, &mut reporters)?;
     let mut worst = Ok(());
-    for request in requests {
-        let what = format!("{} {}", request.kind, request.name);
-        let mut reporter = Reporter::new(context.term, args.output, false);
-        let operation = Operation::Delete(request);
-        let ran = if daemon {
-            through_daemon(context, operation, &mut reporter)
-        } else {
-            one_shot(context, operation, &mut reporter)
-        };
+    for ((what, reporter), ran) in names.iter().zip(reporters).zip(results) {
         match ran.and_then(|()| reporter.end().map(drop)) {
             Err(failure) if failure.code == exit::NOT_FOUND && args.ignore_not_found => {}
             // The others are tried as well; the last failure is the command's.

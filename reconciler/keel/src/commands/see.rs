@@ -268,9 +268,10 @@ pub(crate) fn describe(context: &Context, args: &Describe) -> Outcome {
         words => object::parse(words)?,
     };
     let status = world::status(context)?;
+    let output = Form::from(args.output);
     let look = Get {
         objects: Vec::new(),
-        output: args.output,
+        output,
         watch: false,
         no_headers: false,
         selector: None,
@@ -278,9 +279,9 @@ pub(crate) fn describe(context: &Context, args: &Describe) -> Outcome {
         ignore_not_found: false,
     };
     let found = find(context, &status, &look, &wanted)?;
-    if matches!(args.output, Form::Json | Form::Yaml) {
+    if matches!(output, Form::Json | Form::Yaml) {
         let one = matches!(&wanted[..], [Wanted { name: Some(_), .. }]);
-        context.term.print(&data(args.output, &items(context, &found), one))?;
+        context.term.print(&data(output, &items(context, &found), one))?;
         return missing(context, found.missing, false);
     }
     let events = world::events(context)?;
@@ -288,10 +289,17 @@ pub(crate) fn describe(context: &Context, args: &Describe) -> Outcome {
     let of = |object: String| -> Vec<Event> {
         events.iter().filter(|event| event.object == object).cloned().collect()
     };
+    // A pod that waits for its image has no events of its own yet.
+    let of_pod = |pod: &PodStatus| -> Vec<Event> {
+        let containers = pod.init_container_statuses.iter().chain(&pod.container_statuses);
+        let images = containers.map(|container| format!("Image/{}", container.image));
+        let objects: Vec<String> = images.chain([format!("Pod/{}", pod.key)]).collect();
+        events.iter().filter(|event| objects.contains(&event.object)).cloned().collect()
+    };
     let pods = found.pods.iter().map(|pod| {
         let declared = world::declared(context, &pod.key);
         let spec = declared.as_ref().map(|pod| &pod.spec);
-        objects::describe_pod(pod, spec, &of(format!("Pod/{}", pod.key)), now)
+        objects::describe_pod(pod, spec, &of_pod(pod), now)
     });
     let deployments = found.deployments.iter().map(|deployment| {
         let pods: Vec<&PodStatus> = owned(&status, deployment).collect();
@@ -305,13 +313,14 @@ pub(crate) fn describe(context: &Context, args: &Describe) -> Outcome {
 
 pub(crate) fn status(context: &Context, args: &cli::Status) -> Outcome {
     let status = world::status(context)?;
-    note_no_daemon(context, &status, args.output);
+    let output = Form::from(args.output);
+    note_no_daemon(context, &status, output);
     let well = objects::all_well(&status);
-    let text = match args.output {
+    let text = match output {
         Form::Json | Form::Yaml => {
             let mut whole = serde_json::to_value(&status).map_err(|error| Failure::of(&error))?;
             whole["healthy"] = json!(well);
-            as_data(args.output, &whole)
+            as_data(output, &whole)
         }
         _ => objects::render_status(&status, world::daemon(context), context.term.color_out, now_ms()),
     };
