@@ -198,3 +198,19 @@ fn several_objects_are_stopped_side_by_side() {
     assert!(started.last() < finished.first(), "{}", ran.all());
     assert!(instance.pids().is_empty());
 }
+
+#[test]
+fn the_namespace_that_is_asked_for_is_that_of_objects_without_one() {
+    let instance = Instance::new();
+    let map = |metadata: &str| format!("apiVersion: v1\nkind: ConfigMap\nmetadata: {{{metadata}}}\n");
+    instance.keel_with_input(&["-n", "other", "apply", "-f", "-"], &map("name: x")).expect_code(0);
+    let listed = instance.keel(&["get", "cm", "-A", "-o", "name"]).expect_code(0);
+    let there = instance.keel(&["-n", "other", "get", "cm", "x"]).expect_code(0);
+    assert!(there.stdout.contains('x'), "{}\n{}", there.all(), listed.all());
+    instance.keel(&["get", "cm", "x"]).expect_code(4);
+    let wrong = map("name: y, namespace: third");
+    let refused = instance.keel_with_input(&["-n", "other", "apply", "-f", "-"], &wrong).expect_code(2);
+    assert!(refused.stderr.contains("third, and other was asked for"), "{}", refused.all());
+    instance.keel_with_input(&["-n", "other", "delete", "-f", "-"], &map("name: x")).expect_code(0);
+    instance.keel(&["-n", "other", "get", "cm", "x"]).expect_code(4);
+}

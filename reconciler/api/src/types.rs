@@ -27,6 +27,9 @@ pub mod exit {
 #[serde(rename_all = "camelCase")]
 pub struct ApplyRequest {
     pub files: Vec<InputFile>,
+    /// Where objects go that name no namespace; those that name another one are refused. `None`: `default`, and any.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub namespace: Option<String>,
     /// Delete applied objects that these files no longer name.
     #[serde(default)]
     pub prune: bool,

@@ -79,7 +79,10 @@ pub(crate) struct Settings {
     pub(crate) log_max_bytes: u64,
     pub(crate) log_max_files: u32,
     pub(crate) listen: Option<SocketAddr>,
+    /// Of objects named in commands.
     pub(crate) namespace: String,
+    /// The same, where it was asked for.
+    pub(crate) asked_namespace: Option<String>,
 }
 
 impl Settings {
@@ -112,6 +115,7 @@ impl Settings {
             log_max_bytes: config.logs.max_bytes.unwrap_or(DEFAULT_LOG_MAX_BYTES),
             log_max_files,
             listen: config.api.listen,
+            asked_namespace: global.namespace.clone(),
             namespace: global.namespace.clone().unwrap_or_else(|| "default".to_owned()),
         })
     }

@@ -650,6 +650,9 @@ fn read(request: &ApplyRequest) -> (Vec<Object>, Vec<Diagnostic>) {
         objects.extend(parsed.objects);
         diagnostics.extend(parsed.diagnostics);
     }
+    if let Some(namespace) = &request.namespace {
+        diagnostics.extend(keel_manifest::place_in(&mut objects, namespace));
+    }
     (objects, diagnostics)
 }
 

@@ -43,13 +43,16 @@ impl Input {
     }
 
     /// All files parsed, with the problems of reading first.
-    pub(crate) fn parse(&self) -> (Vec<keel_manifest::Object>, Vec<Diagnostic>) {
+    pub(crate) fn parse(&self, namespace: Option<&str>) -> (Vec<keel_manifest::Object>, Vec<Diagnostic>) {
         let mut objects = Vec::new();
         let mut problems = self.problems.clone();
         for (name, text) in &self.files {
             let parsed = keel_manifest::parse(name, text);
             objects.extend(parsed.objects);
             problems.extend(parsed.diagnostics);
+        }
+        if let Some(namespace) = namespace {
+            problems.extend(keel_manifest::place_in(&mut objects, namespace));
         }
         problems.extend(keel_manifest::check(&objects));
         problems.sort();

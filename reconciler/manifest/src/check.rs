@@ -18,6 +18,24 @@ pub fn check(objects: &[Object]) -> Vec<Diagnostic> {
     found
 }
 
+/// Puts objects that name no namespace into this one. Those that name another one are errors.
+pub fn place_in(objects: &mut [Object], namespace: &str) -> Vec<Diagnostic> {
+    let mut found = Vec::new();
+    for object in objects {
+        match &object.metadata().namespace {
+            None => object.metadata_mut().namespace = Some(namespace.to_owned()),
+            Some(own) if own == namespace => {}
+            Some(own) => {
+                let message =
+                    format!("{} is of namespace {own}, and {namespace} was asked for", object.key());
+                let help = "leave --namespace out, or the namespace of the manifest";
+                found.push(error(object, place(object, 0), message, Some(help), None));
+            }
+        }
+    }
+    found
+}
+
 /// What a new version of an object may not change: the contents of a ConfigMap or Secret that says it is immutable.
 pub fn check_change(before: &Object, after: &Object) -> Option<Diagnostic> {
     let is_changed = match (&before.kind, &after.kind) {

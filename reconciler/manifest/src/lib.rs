@@ -26,7 +26,7 @@ mod yaml;
 
 pub mod model;
 
-pub use check::{check, check_change};
+pub use check::{check, check_change, place_in};
 pub use diagnostic::{Diagnostic, Related, Severity};
 pub use effective::{Effective, FileCondition, LastGood, effective};
 pub use object::{Kind, Object, ObjectKey, Origin};

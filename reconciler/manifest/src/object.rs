@@ -76,6 +76,15 @@ impl Object {
         }
     }
 
+    pub(crate) fn metadata_mut(&mut self) -> &mut ObjectMeta {
+        match &mut self.kind {
+            Kind::Pod(pod) => &mut pod.metadata,
+            Kind::Deployment(deployment) => &mut deployment.metadata,
+            Kind::ConfigMap(map) => &mut map.metadata,
+            Kind::Secret(secret) => &mut secret.metadata,
+        }
+    }
+
     pub fn name(&self) -> &str {
         &self.metadata().name
     }

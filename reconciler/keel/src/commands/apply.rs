@@ -52,11 +52,12 @@ fn run_apply(
     form: TextOrJson,
 ) -> Outcome<bool> {
     let input = Input::read(&sources(context, names)?)?;
+    request.namespace = context.settings.asked_namespace.clone();
     let mut reporter = Reporter::new(context.term, form, request.dry_run);
     match input.request_files() {
         Some(files) if input.problems.is_empty() => request.files = files,
         _ => {
-            reporter.event(&ControlEvent::Diagnostics { diagnostics: input.parse().1 })?;
+            reporter.event(&ControlEvent::Diagnostics { diagnostics: input.parse(None).1 })?;
             return Err(Failure::silent(exit::INVALID));
         }
     }

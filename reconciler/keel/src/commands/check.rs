@@ -13,7 +13,7 @@ use crate::text::count;
 
 pub(crate) fn check(context: &Context, args: &Check) -> Outcome {
     let input = Input::read(&sources(context, &args.files.filename)?)?;
-    let (objects, problems) = input.parse();
+    let (objects, problems) = input.parse(context.settings.asked_namespace.as_deref());
     let bad = problems.iter().any(|problem| args.strict || problem.is_error());
     match args.output {
         TextOrJson::Json => {

@@ -48,7 +48,7 @@ fn named(context: &Context, args: &Delete) -> Outcome<Vec<DeleteRequest>> {
 
 /// Dependents first: the reverse of the order in which they are declared.
 fn declared(context: &Context, args: &Delete) -> Outcome<Vec<DeleteRequest>> {
-    let (objects, problems) = Input::read(&args.filename)?.parse();
+    let (objects, problems) = Input::read(&args.filename)?.parse(context.settings.asked_namespace.as_deref());
     say_diagnostics(context.term, &problems);
     if problems.iter().any(keel_api::Diagnostic::is_error) {
         return Err(Failure::silent(exit::INVALID));
