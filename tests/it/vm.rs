@@ -1,6 +1,6 @@
 //! A kernel whose only cgroup hierarchy is v2, in an emulator: what this host may not have, or may have given up.
 //!
-//! One boot runs all cases of `tests/vm/cases`; each test here looks for the result of one of them. `tests/vm/fetch` gets
+//! One boot runs all cases of `tests/vm/cases`, and those of `tests/vm/systemd` with systemd as process 1; each test here looks for the result of one of them. `tests/vm/fetch` gets
 //! the emulator and the kernel. `KEEL_VM_KERNEL` names another directory with `boot/vmlinuz-*` and `lib/modules/`.
 
 use std::collections::BTreeMap;
@@ -20,7 +20,8 @@ const DEADLINE: Duration = Duration::from_secs(300);
 /// Of the root disk; a sparse file.
 const DISK: &str = "384M";
 /// What containers, overlays and a bridge with a packet filter load.
-const MODULES: &[&str] = &["net", "lib", "crypto", "fs/overlayfs", "drivers/net/veth.ko"];
+const MODULES: &[&str] =
+    &["net", "lib", "crypto", "fs/overlayfs", "drivers/net/veth.ko", "drivers/net/tun.ko"];
 /// Built as modules too, but needed before there is a disk.
 const DISK_MODULES: &[&str] = &[
     "virtio/virtio_ring",
@@ -29,6 +30,16 @@ const DISK_MODULES: &[&str] = &[
     "virtio/virtio_pci_modern_dev",
     "virtio/virtio_pci",
     "block/virtio_blk",
+];
+
+/// Of this host, in the machine for the cases that need them.
+const PROGRAMS: &[&str] = &[
+    "/lib/systemd/systemd",
+    "/bin/systemctl",
+    "/usr/bin/dbus-daemon",
+    "/usr/sbin/criu",
+    "/usr/sbin/iptables-restore",
+    "/usr/sbin/ip6tables-restore",
 ];
 
 /// Result of each case: `Err` with what it printed.
@@ -75,7 +86,23 @@ cases! {
     stats_come_from_the_files
     a_missing_controller_file_is_named
     a_populated_cgroup_is_refused
+    a_restored_container_goes_on_where_it_was
+    a_checkpoint_can_leave_the_container_running
+    a_pre_dump_is_the_parent_of_a_checkpoint
+    output_into_a_pipe_goes_into_the_new_one_after_a_restore
+    a_restore_that_fails_leaves_nothing
     nothing_of_the_runtime_is_left
+    a_container_is_a_scope_in_its_slice
+    limits_outlive_a_reload_of_systemd
+    device_rules_outlive_a_reload_of_systemd
+    a_scope_freezes_and_thaws
+    delete_leaves_no_unit
+    a_failed_start_leaves_no_unit_and_frees_the_name
+    annotations_become_properties
+    the_managers_own_socket_will_do
+    without_systemd_the_error_says_where_it_was_looked_for
+    an_ordinary_user_has_scopes_of_its_own
+    nothing_of_the_scopes_is_left
     pod_comes_up_with_its_limits
     pod_can_be_looked_into
     pod_killed_for_memory_says_so
@@ -116,6 +143,9 @@ struct Kernel {
 }
 
 fn kernel() -> Result<Kernel, String> {
+    if let Some(missing) = PROGRAMS.iter().find(|program| !Path::new(program).exists()) {
+        return Err(format!("{missing} is missing"));
+    }
     for tool in ["qemu-system-x86_64", "cpio", "mke2fs"] {
         Command::new(tool)
             .arg("--version")
@@ -188,7 +218,7 @@ fn make_initrd(work: &Path, kernel: &Kernel) -> PathBuf {
 
 fn make_disk(work: &Path, kernel: &Kernel) -> PathBuf {
     let root = work.join("root");
-    for sub in ["bin", "dev", "proc", "sys", "run", "tmp", "etc", "root", "var", "b"] {
+    for sub in ["bin", "dev", "proc", "sys", "run", "tmp", "etc", "root", "var", "b", "cases"] {
         fs::create_dir_all(root.join(sub)).expect("a directory of the disk");
     }
     install(Path::new("/bin/busybox"), &root.join("bin/busybox"));
@@ -197,9 +227,12 @@ fn make_disk(work: &Path, kernel: &Kernel) -> PathBuf {
         // Symbols are most of a debug build.
         run(Command::new("strip").arg("-o").arg(&to).arg(bin(name)));
     }
-    for name in ["init", "cases"] {
-        install(&sources().join(name), &root.join(name));
+    install(&sources().join("init"), &root.join("init"));
+    for name in ["lib", "cases", "systemd"] {
+        install(&sources().join(name), &root.join("cases").join(name));
     }
+    copy_programs(&root);
+    copy_units(&root);
     copy_modules(kernel, &root);
     busybox_rootfs(&root.join("rootfs"));
     for sub in ["proc", "sys", "dev"] {
@@ -213,6 +246,47 @@ fn make_disk(work: &Path, kernel: &Kernel) -> PathBuf {
         .arg(&disk)
         .arg(DISK));
     disk
+}
+
+/// Programs of this host, with the libraries that they name.
+fn copy_programs(root: &Path) {
+    for program in PROGRAMS {
+        let output = Command::new("ldd").arg(program).output().expect("ldd runs");
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        let libraries = text.split_whitespace().filter(|word| word.starts_with('/'));
+        for file in libraries.chain([*program]) {
+            let to = root.join(&file[1..]);
+            if !to.exists() {
+                fs::create_dir_all(to.parent().expect("below the root")).expect("a directory of the disk");
+                install(Path::new(file), &to);
+            }
+        }
+    }
+}
+
+/// The least that systemd and the bus need: units, their configuration, and names for users.
+fn copy_units(root: &Path) {
+    let write = |path: &str, text: &str| {
+        let path = root.join(path);
+        fs::create_dir_all(path.parent().expect("below the root")).expect("a directory of the disk");
+        fs::write(path, text).expect("a file of the disk");
+    };
+    write("etc/machine-id", "0123456789abcdef0123456789abcdef\n");
+    write(
+        "etc/passwd",
+        "root:x:0:0::/root:/bin/sh\nmessagebus:x:100:100::/:/bin/sh\nuser:x:1000:1000::/tmp:/bin/sh\n",
+    );
+    write("etc/group", "root:x:0:\nmessagebus:x:100:\nuser:x:1000:\n");
+    write("etc/systemd/user/default.target", "[Unit]\nDefaultDependencies=no\n");
+    for file in ["system.conf", "system.d/org.freedesktop.systemd1.conf"] {
+        let text =
+            fs::read_to_string(Path::new("/usr/share/dbus-1").join(file)).expect("the bus's configuration");
+        write(&format!("usr/share/dbus-1/{file}"), &text);
+    }
+    for entry in fs::read_dir(sources().join("units")).expect("units").flatten() {
+        let text = fs::read_to_string(entry.path()).expect("a unit");
+        write(&format!("etc/systemd/system/{}", entry.file_name().to_string_lossy()), &text);
+    }
 }
 
 fn copy_modules(kernel: &Kernel, root: &Path) {

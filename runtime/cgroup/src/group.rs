@@ -349,7 +349,8 @@ impl Cgroup {
         }
     }
 
-    fn freezer_dir(&self) -> Option<(&Path, Version)> {
+    /// Where processes are stopped: the freezer of v1, or the v2 cgroup.
+    pub fn freezer_dir(&self) -> Option<(&Path, Version)> {
         let v1 = self.entries.iter().find(|e| e.has("freezer")).map(|e| (e.dir.as_path(), Version::V1));
         v1.or_else(|| self.v2().map(|e| (e.dir.as_path(), Version::V2)))
     }

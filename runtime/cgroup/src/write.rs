@@ -184,7 +184,7 @@ fn max_or(value: i64) -> String {
 
 /// v1 shares (2..262144) on the scale of v2 weights (1..10000): the quadratic conversion in the logarithm that keeps
 /// 2 -> 1, 1024 -> 100, 262144 -> 10000.
-pub(crate) fn shares_to_weight(shares: u64) -> u64 {
+pub fn shares_to_weight(shares: u64) -> u64 {
     if shares <= 2 {
         return 1;
     }

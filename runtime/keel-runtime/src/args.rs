@@ -11,6 +11,7 @@ pub(crate) struct Globals {
     pub(crate) log_json: bool,
     pub(crate) debug: bool,
     pub(crate) systemd_cgroup: bool,
+    pub(crate) criu: Option<PathBuf>,
 }
 
 #[derive(Debug)]
@@ -124,6 +125,58 @@ const KNOWN: &[Known] = &[
         ],
         positional: usize::MAX,
     },
+    Known {
+        command: "checkpoint",
+        flags: &[
+            "leave-running",
+            "tcp-established",
+            "tcp-skip-in-flight",
+            "link-remap",
+            "ext-unix-sk",
+            "shell-job",
+            "lazy-pages",
+            "file-locks",
+            "pre-dump",
+            "auto-dedup",
+        ],
+        values: &[
+            "image-path",
+            "work-path",
+            "parent-path",
+            "status-fd",
+            "page-server",
+            "manage-cgroups-mode",
+            "empty-ns",
+        ],
+        positional: usize::MAX,
+    },
+    Known {
+        command: "restore",
+        flags: &[
+            "detach",
+            "no-subreaper",
+            "no-pivot",
+            "tcp-established",
+            "link-remap",
+            "ext-unix-sk",
+            "shell-job",
+            "lazy-pages",
+            "file-locks",
+            "auto-dedup",
+        ],
+        values: &[
+            "bundle",
+            "image-path",
+            "work-path",
+            "pid-file",
+            "console-socket",
+            "manage-cgroups-mode",
+            "empty-ns",
+            "lsm-profile",
+            "lsm-mount-context",
+        ],
+        positional: usize::MAX,
+    },
     Known { command: "spec", flags: &["rootless"], values: &["bundle"], positional: usize::MAX },
     Known { command: "features", flags: &[], values: &[], positional: usize::MAX },
 ];
@@ -137,9 +190,9 @@ fn short(command: &str, letter: char) -> Option<&'static str> {
     Some(match (command, letter) {
         ("list" | "ps", 'f') => "format",
         ("delete", 'f') => "force",
-        ("create" | "run" | "spec", 'b') => "bundle",
+        ("create" | "run" | "restore" | "spec", 'b') => "bundle",
         ("create" | "run", 'f') => "config",
-        ("run" | "exec", 'd') => "detach",
+        ("run" | "exec" | "restore", 'd') => "detach",
         ("list", 'q') => "quiet",
         ("kill", 'a') => "all",
         ("kill", 's') => "signal",
@@ -232,7 +285,8 @@ fn global(name: &str, parser: &mut Parser, globals: &mut Globals) -> Result<bool
         "systemd-cgroup" => globals.systemd_cgroup = true,
         "cgroup-manager" => globals.systemd_cgroup = parser.value()? == "systemd",
         // Whether cgroup errors are forgiven is decided by the rights that are there.
-        "rootless" | "criu" | "log-level" => {
+        "criu" => globals.criu = Some(parser.value()?.into()),
+        "rootless" | "log-level" => {
             parser.value()?;
         }
         _ => return Ok(false),

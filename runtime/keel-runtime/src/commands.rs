@@ -2,7 +2,7 @@
 
 use crate::args::{Globals, Options};
 use crate::log::Log;
-use crate::{root, update};
+use crate::{checkpoint, root, update};
 use keel_oci::foreground::{self, OwnConsole, Signals};
 use keel_oci::{CreateOptions, ExecOptions, Runtime, RuntimeError, names, parse_user};
 use std::fs;
@@ -26,10 +26,8 @@ pub(crate) fn run(
     positional: &[String],
     log: &Log,
 ) -> Outcome {
-    if globals.systemd_cgroup {
-        return Err(usage("--systemd-cgroup is not supported yet: use the cgroupfs driver"));
-    }
-    let runtime = Runtime::new(root(globals));
+    let mut runtime = Runtime::new(root(globals));
+    runtime.systemd = globals.systemd_cgroup;
     log.debug(&format!("{command} {positional:?}"));
     match command {
         "create" => create(&runtime, options, positional, log),
@@ -45,6 +43,8 @@ pub(crate) fn run(
         "resume" => done(runtime.pause(id(positional)?, false)),
         "update" => update::update(&runtime, options, id(positional)?),
         "events" => events(&runtime, options, positional),
+        "checkpoint" => checkpoint::checkpoint(&runtime, globals, options, id(positional)?),
+        "restore" => checkpoint::restore(&runtime, globals, options, id(positional)?, log),
         "spec" => spec(options),
         "features" => features(),
         other => Err(usage(format!("no command {other:?}"))),

@@ -3,15 +3,23 @@
 #![forbid(unsafe_code)]
 
 mod args;
+mod checkpoint;
 mod commands;
 mod log;
 mod update;
 
 use args::{Command, Globals};
+use keel_oci::checkpoint::{HELPER, helper};
 use log::Log;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
+    // Not in the help: this program starts itself with it.
+    let mut words = std::env::args().skip(1);
+    if words.next().as_deref() == Some(HELPER) {
+        eprintln!("keel-runtime: {}", helper(&words.collect::<Vec<_>>()).chain());
+        return ExitCode::from(1);
+    }
     let parsed = args::parse(std::env::args_os().skip(1));
     let (globals, command) = match parsed {
         Ok(parsed) => parsed,
@@ -67,7 +75,7 @@ fn help() {
     println!("  --log FILE           where errors are also written");
     println!("  --log-format FORMAT  text or json");
     println!("  --debug              more in the log");
-    println!("  --systemd-cgroup     not supported yet");
+    println!("  --systemd-cgroup     cgroups are scopes of systemd; cgroupsPath is slice:prefix:name");
     println!("  --version            print the version");
 }
 

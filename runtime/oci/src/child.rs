@@ -39,6 +39,7 @@ pub(crate) enum Word {
     WantIdMaps = 2,
     WantHooks = 3,
     Ready = 4,
+    WantCgroup = 5,
 }
 
 /// Size of one message: word, operation, step, errno, detail.
@@ -66,6 +67,7 @@ pub(crate) fn decode(bytes: &[u8]) -> Option<(Word, u32, Failure)> {
         2 => Word::WantIdMaps,
         3 => Word::WantHooks,
         4 => Word::Ready,
+        5 => Word::WantCgroup,
         _ => return None,
     };
     let failure =
@@ -184,6 +186,7 @@ impl Machine<'_> {
 
     fn step(&mut self, op: &Op) -> Done {
         match op {
+            Op::WaitCgroup => self.ask(Word::WantCgroup),
             Op::JoinCgroup => {
                 for tasks in &self.fds.tasks {
                     file::write_once(tasks, b"0").at(Step::Write)?;

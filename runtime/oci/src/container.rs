@@ -9,8 +9,9 @@ use crate::lower::{self, HostFacts, Lowered, Request, lower_hook};
 use crate::netdev;
 use crate::op::NsKind;
 use crate::rdt;
+use crate::scope::{self, Scope};
 use crate::spec::{Hook, IdMapping, Spec};
-use crate::state::{ContainerDir, START_SOCKET, State, Status, Store, start_time};
+use crate::state::{ContainerDir, START_SOCKET, State, Status, Store, SystemdUnit, start_time};
 use keel_cgroup::{Cgroup, Resources, Roots};
 use keel_sys::{file, process, socket};
 use std::fs;
@@ -26,6 +27,8 @@ const CONFIG_MAX_BYTES: u64 = 16 << 20;
 pub struct Runtime {
     pub store: Store,
     pub roots: Roots,
+    /// Cgroups are systemd's scopes; for containers to come, those that are remember it.
+    pub systemd: bool,
 }
 
 #[derive(Clone, Debug, Default)]
@@ -57,7 +60,7 @@ pub struct Created {
 
 impl Runtime {
     pub fn new(root: impl Into<PathBuf>) -> Runtime {
-        Runtime { store: Store::new(root), roots: Roots::default() }
+        Runtime { store: Store::new(root), roots: Roots::default(), systemd: false }
     }
 
     /// `create`: the process stays, waiting for `start`.
@@ -104,11 +107,7 @@ impl Runtime {
         console: Option<OwnedFd>,
     ) -> Result<Created, RuntimeError> {
         self.store.check_id(&options.id)?;
-        let bundle =
-            fs::canonicalize(&options.bundle).map_err(io_error("open the bundle", &options.bundle))?;
-        let text = read_config(&bundle.join("config.json"))?;
-        let mut spec: Spec = serde_json::from_slice(&text)
-            .map_err(|source| RuntimeError::Json { path: bundle.join("config.json"), source })?;
+        let (mut spec, text, bundle, rootfs) = self.read_bundle(&options.bundle)?;
         let namespaces = spec.linux.as_ref().map_or(&[][..], |l| l.namespaces.as_slice());
         let notify = options.notify_socket.is_some() && namespaces.iter().any(|n| n.kind == "mount");
         if notify {
@@ -119,11 +118,16 @@ impl Runtime {
             const MOUNTS: &str = "/proc/self/mountinfo";
             facts.resctrl = rdt::find_mount(&fs::read_to_string(MOUNTS).map_err(io_error("read", MOUNTS))?);
         }
-        let rootfs = rootfs_path(&bundle, &spec)?;
-        let cgroup_path = cgroup_path(&spec, &options.id)?;
+        let mut scope = self.systemd.then(|| Scope::prepare(&spec, &options.id, &self.roots)).transpose()?;
+        let cgroup_path = match &scope {
+            Some(scope) => scope.path.clone(),
+            None => cgroup_path(&spec, &options.id)?,
+        };
         let mut cgroup = facts.layout.cgroup(&cgroup_path)?;
         let mut no_cgroup = None;
-        if facts.euid != 0
+        if let Some(scope) = &scope {
+            scope::reachable(&mut cgroup, &scope.record());
+        } else if facts.euid != 0
             && let Err(e) = cgroup.create()
         {
             // An ordinary user may have been delegated nothing: the container runs in its caller's cgroup.
@@ -140,6 +144,7 @@ impl Runtime {
             listen_fds: options.listen_fds,
             cgroup: cgroup_path.clone(),
             borrowed_cgroup: no_cgroup.is_some(),
+            wait_for_cgroup: scope.is_some(),
         };
         let mut lowered = match lower::lower(&spec, &request, &facts) {
             Err(e) if facts.euid != 0 => {
@@ -165,8 +170,16 @@ impl Runtime {
         }
         let mut state = State::new(&spec, &options.id, &bundle, &rootfs, &cgroup, &cgroup_path);
         state.own_pid_namespace = lowered.own_pid_namespace;
-        let mut building =
-            Building { dir: &dir, cgroup: &cgroup, pid: None, rdt: rdt::Made::new(), done: false };
+        state.systemd = scope.as_ref().map(Scope::record);
+        let mut building = Building {
+            dir: &dir,
+            cgroup: &cgroup,
+            unit: state.systemd.clone(),
+            scope: scope.as_mut(),
+            pid: None,
+            rdt: rdt::Made::new(),
+            done: false,
+        };
         if notify {
             let other_root = lowered.id_maps.is_some() || lowered.user_join.is_some();
             activation::make_directory(&dir, other_root)?;
@@ -179,6 +192,20 @@ impl Runtime {
         let warnings = lowered.warnings.clone();
         drop(building);
         Ok(Created { dir, state, spec, launched, lowered, warnings, kept: false })
+    }
+
+    /// The configuration, its text, and the whole paths of the bundle and its root file system.
+    pub(crate) fn read_bundle(
+        &self,
+        bundle: &Path,
+    ) -> Result<(Spec, Vec<u8>, PathBuf, PathBuf), RuntimeError> {
+        let bundle = fs::canonicalize(bundle).map_err(io_error("open the bundle", bundle))?;
+        let path = bundle.join("config.json");
+        let text = read_config(&path)?;
+        let spec: Spec =
+            serde_json::from_slice(&text).map_err(|source| RuntimeError::Json { path, source })?;
+        let rootfs = rootfs_path(&bundle, &spec)?;
+        Ok((spec, text, bundle, rootfs))
     }
 
     #[expect(clippy::too_many_arguments, reason = "the one place where all parts of a container meet")]
@@ -194,8 +221,13 @@ impl Runtime {
         console: Option<OwnedFd>,
     ) -> Result<Launched, RuntimeError> {
         let dir = building.dir;
-        create_cgroup(building.cgroup, spec, lowered, facts)?;
-        let mut fds = Fds { tasks: building.cgroup.open_tasks()?, console, ..Fds::default() };
+        let mut fds = Fds { console, ..Fds::default() };
+        let mut cgroup = None;
+        if building.scope.is_none() {
+            create_cgroup(building.cgroup, spec, lowered, facts)?;
+            fds.tasks = building.cgroup.open_tasks()?;
+            cgroup = building.cgroup.open_v2()?;
+        }
         for (kind, path) in &lowered.child_joins {
             fds.namespaces.push(open_namespace(*kind, path)?);
         }
@@ -229,7 +261,7 @@ impl Runtime {
             user_join,
             parent_joins,
             time_offsets: lowered.time_offsets.clone(),
-            cgroup: building.cgroup.open_v2()?,
+            cgroup,
             state: StateText { notify: notify_text(spec, state, None), ..state_text(state, "creating") },
         })?;
         building.pid = Some(launched.pid);
@@ -252,7 +284,7 @@ impl Runtime {
             let socket = socket.map_err(io_error("connect to the pidfd socket", path))?;
             socket::send_fd(&socket, b"pidfd", &launched.pidfd).map_err(sys_error("send the pidfd"))?;
         }
-        self.until_ready(&launched, spec, lowered, state)?;
+        self.until_ready(&launched, spec, lowered, state, building)?;
         state.ready = true;
         dir.save(state)?;
         Ok(launched)
@@ -264,10 +296,18 @@ impl Runtime {
         spec: &Spec,
         lowered: &Lowered,
         state: &State,
+        building: &mut Building<'_>,
     ) -> Result<(), RuntimeError> {
         loop {
             match launch::hear(&launched.sync, &lowered.ops)? {
                 Heard::Word(Word::Ready) => return Ok(()),
+                Heard::Word(Word::WantCgroup) => {
+                    if let Some(scope) = &mut building.scope {
+                        let resources = resources(spec, lowered);
+                        scope.start(building.cgroup, launched.pid, resources, &self.roots)?;
+                    }
+                    launch::answer(&launched.sync)?;
+                }
                 Heard::Word(Word::WantIdMaps) => {
                     if let Some((uids, gids)) = &lowered.id_maps {
                         write_id_maps(launched.pid, uids, gids)?;
@@ -414,7 +454,12 @@ impl Runtime {
     pub fn update(&self, id: &str, resources: &Resources) -> Result<(), RuntimeError> {
         let dir = self.store.open(id)?;
         let state = dir.load()?;
-        Ok(state.cgroup().apply_limits(resources)?)
+        let cgroup = state.cgroup();
+        let mut resources = resources.clone();
+        if let Some(unit) = &state.systemd {
+            scope::update(unit, cgroup.mode, &mut resources, &self.roots)?;
+        }
+        Ok(cgroup.apply_limits(&resources)?)
     }
 }
 
@@ -480,6 +525,9 @@ impl Drop for Created {
 struct Building<'a> {
     dir: &'a ContainerDir,
     cgroup: &'a Cgroup,
+    unit: Option<SystemdUnit>,
+    /// To be started when the process is there.
+    scope: Option<&'a mut Scope>,
     pid: Option<i32>,
     rdt: rdt::Made,
     done: bool,
@@ -496,6 +544,7 @@ impl Drop for Building<'_> {
         }
         // A cgroup that others use too is busy or has children of theirs, and stays.
         let _ = self.cgroup.kill_all();
+        scope::stop(self.unit.as_ref());
         let _ = self.cgroup.remove();
         let _ = rdt::remove(&self.rdt);
         let _ = self.dir.remove();
@@ -533,7 +582,7 @@ fn rootfs_path(bundle: &Path, spec: &Spec) -> Result<PathBuf, RuntimeError> {
     fs::canonicalize(&path).map_err(io_error("open rootfs", &path))
 }
 
-fn cgroup_path(spec: &Spec, id: &str) -> Result<String, RuntimeError> {
+pub(crate) fn cgroup_path(spec: &Spec, id: &str) -> Result<String, RuntimeError> {
     let given = spec.linux.as_ref().and_then(|l| l.cgroups_path.as_deref()).filter(|p| !p.is_empty());
     match given {
         Some(path) if path.split('/').any(|part| part == "..") => {
@@ -561,7 +610,7 @@ fn check_terminal(
     }
 }
 
-fn create_cgroup(
+pub(crate) fn create_cgroup(
     cgroup: &Cgroup,
     spec: &Spec,
     lowered: &Lowered,
@@ -571,13 +620,17 @@ fn create_cgroup(
         return Ok(());
     }
     cgroup.create()?;
-    let mut resources = spec.linux.as_ref().and_then(|l| l.resources.clone()).unwrap_or_default();
-    resources.devices = lowered.device_rules.clone();
+    let mut resources = resources(spec, lowered);
     if facts.euid != 0 {
         // An ordinary user has no right to the device rules, and its user namespace no right to devices.
         resources.devices.clear();
     }
     Ok(cgroup.apply(&resources)?)
+}
+
+pub(crate) fn resources(spec: &Spec, lowered: &Lowered) -> Resources {
+    let given = spec.linux.as_ref().and_then(|l| l.resources.clone()).unwrap_or_default();
+    Resources { devices: lowered.device_rules.clone(), ..given }
 }
 
 pub(crate) fn open_namespace(kind: NsKind, path: &str) -> Result<OwnedFd, RuntimeError> {
@@ -717,7 +770,7 @@ fn run_hooks(kind: &'static str, hooks: &[Hook], state: &State, status: &str) ->
 }
 
 /// A failing poststart hook stops the container (specification 1.3, "Lifecycle").
-fn poststart(spec: &Spec, state: &State) -> Result<(), RuntimeError> {
+pub(crate) fn poststart(spec: &Spec, state: &State) -> Result<(), RuntimeError> {
     let Some(hooks) = &spec.hooks else { return Ok(()) };
     let result = run_hooks("poststart", &hooks.poststart, state, "running");
     if result.is_err()
@@ -729,7 +782,7 @@ fn poststart(spec: &Spec, state: &State) -> Result<(), RuntimeError> {
 }
 
 /// Removes cgroup and state of a container without processes; a failing poststop hook is only told.
-fn destroy(dir: &ContainerDir, state: &State) -> Result<(), RuntimeError> {
+pub(crate) fn destroy(dir: &ContainerDir, state: &State) -> Result<(), RuntimeError> {
     let cgroup = state.cgroup();
     // Without a pid namespace of its own, processes may have outlived the init.
     if !state.own_pid_namespace {
@@ -739,6 +792,7 @@ fn destroy(dir: &ContainerDir, state: &State) -> Result<(), RuntimeError> {
             std::thread::sleep(Duration::from_millis(1));
         }
     }
+    scope::stop(state.systemd.as_ref());
     cgroup.remove()?;
     rdt::remove(&state.rdt)?;
     let hooks = dir.load_spec().ok().and_then(|s| s.hooks).unwrap_or_default();

@@ -33,6 +33,12 @@ pub enum RuntimeError {
     Cgroup(#[from] CgroupError),
     #[error(transparent)]
     Layout(#[from] LayoutError),
+    #[error(transparent)]
+    Systemd(#[from] keel_systemd::SystemdError),
+    #[error(transparent)]
+    Unit(#[from] keel_systemd::UnitError),
+    #[error(transparent)]
+    Property(#[from] keel_systemd::PropertyError),
     #[error("{0}")]
     Child(String),
     #[error("container init died during the set-up: {0}")]

@@ -8,8 +8,9 @@ use crate::launch::{self, Heard, Launch, Launched};
 use crate::lower::{ProcessContext, lower_affinity, lower_process};
 use crate::names;
 use crate::op::{NsKind, Op};
+use crate::scope;
 use crate::spec::{Capabilities, Process, Spec};
-use crate::state::{State, Status};
+use crate::state::{State, Status, SystemdUnit};
 use keel_cgroup::{Cgroup, Roots};
 use keel_sys::{file, process, socket};
 use std::fs;
@@ -95,8 +96,16 @@ impl Runtime {
         if user_join.is_some() {
             flags &= !libc::CLONE_NEWUSER;
         }
-        let ops = exec_ops(process, flags, user_namespace, rest)?;
-        let (tasks, cgroup) = open_cgroup(&state, options, &self.roots)?;
+        // From a session of its own a user can only ask systemd to let a process into the scope.
+        let attached = state.systemd.as_ref().filter(|unit| unit.user);
+        let mut ops = exec_ops(process, flags, user_namespace, rest)?;
+        if attached.is_some() {
+            ops.insert(0, Op::WaitCgroup);
+        }
+        let (tasks, cgroup) = match attached {
+            Some(_) => Default::default(),
+            None => open_cgroup(&state, options, &self.roots)?,
+        };
         let mut fds = Fds { tasks, console, ..Fds::default() };
         if let Some(path) = &options.console_socket {
             let socket = socket::connect(path, libc::SOCK_STREAM);
@@ -125,7 +134,7 @@ impl Runtime {
                 ..state_text(&state, "running")
             },
         })?;
-        match finish(&launched, &ops, options) {
+        match finish(&launched, &ops, options, attached) {
             Ok(()) => Ok(Executed { pid: launched.pid, pidfd: launched.pidfd, warnings }),
             Err(e) => {
                 let _ = process::pidfd_send_signal(&launched.pidfd, libc::SIGKILL);
@@ -136,8 +145,20 @@ impl Runtime {
     }
 }
 
-fn finish(launched: &Launched, ops: &[Op], options: &ExecOptions) -> Result<(), RuntimeError> {
-    match launch::hear(&launched.sync, ops)? {
+fn finish(
+    launched: &Launched,
+    ops: &[Op],
+    options: &ExecOptions,
+    attached: Option<&SystemdUnit>,
+) -> Result<(), RuntimeError> {
+    let mut heard = launch::hear(&launched.sync, ops)?;
+    if let (Heard::Word(Word::WantCgroup), Some(unit)) = (&heard, attached) {
+        let below = parse_sub_cgroups(&options.sub_cgroups)?.pop().map(|(_, path)| path).unwrap_or_default();
+        scope::attach(unit, &format!("/{below}"), launched.pid)?;
+        launch::answer(&launched.sync)?;
+        heard = launch::hear(&launched.sync, ops)?;
+    }
+    match heard {
         Heard::Word(Word::Ready) => {}
         _ => return Err(RuntimeError::ChildDied(launch::obituary(launched.pid))),
     }

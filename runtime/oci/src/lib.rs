@@ -6,6 +6,7 @@
 #![deny(unsafe_code)]
 
 mod activation;
+pub mod checkpoint;
 #[expect(unsafe_code, reason = "the child of a clone works with raw memory of its parent")]
 mod child;
 mod container;
@@ -19,6 +20,7 @@ pub mod names;
 mod netdev;
 pub mod op;
 mod rdt;
+mod scope;
 pub mod seccomp;
 pub mod spec;
 pub mod state;

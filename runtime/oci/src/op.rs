@@ -178,6 +178,8 @@ pub struct HookProgram {
 
 #[derive(Debug)]
 pub enum Op {
+    /// Waits until somebody else has moved the process into its cgroup.
+    WaitCgroup,
     /// Writes `0` to every v1 `tasks` file.
     JoinCgroup,
     /// Joins the namespace that the parent opened.
@@ -529,6 +531,7 @@ impl Op {
     /// What the operation does.
     pub fn describe(&self) -> String {
         match self {
+            Op::WaitCgroup => "wait to be moved into the cgroup".into(),
             Op::JoinCgroup => "join the cgroup".into(),
             Op::Join { kind, .. } => format!("join {} namespace", kind.spec_name()),
             Op::EnterProcess { .. } => "join the container's namespaces".into(),

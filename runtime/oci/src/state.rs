@@ -48,6 +48,9 @@ pub struct State {
     pub cgroup_mode: String,
     pub cgroup_path: String,
     pub cgroup: Vec<CgroupDir>,
+    /// Made by the systemd driver.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub systemd: Option<SystemdUnit>,
     #[serde(default)]
     pub own_pid_namespace: bool,
     /// Directories of the resctrl file system that go with the container.
@@ -60,6 +63,13 @@ pub struct State {
 /// Earlier versions wrote no such field.
 fn yes() -> bool {
     true
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SystemdUnit {
+    pub unit: String,
+    /// Of the user's instance.
+    pub user: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -308,6 +318,7 @@ impl State {
             owner: process::geteuid(),
             cgroup_mode: mode.to_owned(),
             cgroup_path: path.to_owned(),
+            systemd: None,
             cgroup: cgroup
                 .entries
                 .iter()

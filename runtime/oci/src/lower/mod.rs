@@ -3,6 +3,7 @@
 mod mounts;
 mod process;
 
+pub(crate) use mounts::is_bind;
 pub(crate) use process::lower_affinity;
 pub use process::{ProcessContext, lower_process};
 
@@ -45,6 +46,8 @@ pub struct Request {
     pub cgroup: String,
     /// The container has no cgroup of its own and runs in its caller's.
     pub borrowed_cgroup: bool,
+    /// Another process moves the container's into its cgroup.
+    pub wait_for_cgroup: bool,
 }
 
 /// Both halves of the work.
@@ -318,6 +321,9 @@ fn early(
     // While /proc is the host's and the file belongs to whoever runs this.
     if let Some(value) = spec.process.as_ref().and_then(|p| p.oom_score_adj) {
         ops.push(Op::OomScoreAdj { value });
+    }
+    if request.wait_for_cgroup {
+        ops.push(Op::WaitCgroup);
     }
     ops.push(Op::JoinCgroup);
     for (slot, (kind, _)) in out.child_joins.iter().enumerate() {

@@ -145,7 +145,7 @@ fn root_propagation(linux: &Linux) -> Result<Option<u64>, SpecError> {
     }
 }
 
-fn is_bind(mount: &Mount) -> bool {
+pub(crate) fn is_bind(mount: &Mount) -> bool {
     mount.kind.as_deref() == Some("bind")
         || mount.options.iter().any(|o| matches!(o.as_str(), "bind" | "rbind"))
 }
