@@ -38,8 +38,14 @@ const PROGRAMS: &[&str] = &[
     "/bin/systemctl",
     "/usr/bin/dbus-daemon",
     "/usr/sbin/criu",
+    // CRIU runs these, and busybox' versions know too little.
+    "/bin/ip",
+    "/bin/tar",
     "/usr/sbin/iptables-restore",
     "/usr/sbin/ip6tables-restore",
+    // By which CRIU tells its own packets from those that it holds back.
+    "/usr/lib/x86_64-linux-gnu/xtables/libxt_mark.so",
+    "/usr/lib/x86_64-linux-gnu/xtables/libxt_standard.so",
 ];
 
 /// Result of each case: `Err` with what it printed.

@@ -48,8 +48,16 @@ fn never(graph: &BTreeMap<String, BTreeSet<String>>, from: &str, forbidden: &[&s
     }
 }
 
-const RUNTIME_SIDE: &[&str] =
-    &["keel-sys", "keel-cgroup", "keel-oci", "keel-store", "keel-registry", "keel-net", "keel-proto"];
+const RUNTIME_SIDE: &[&str] = &[
+    "keel-sys",
+    "keel-cgroup",
+    "keel-systemd",
+    "keel-oci",
+    "keel-store",
+    "keel-registry",
+    "keel-net",
+    "keel-proto",
+];
 const RECONCILER_SIDE: &[&str] = &[
     "keel-manifest",
     "keel-plan",
@@ -86,6 +94,7 @@ fn the_runtime_side_has_no_async_and_no_reconciler() {
     for name in [
         "keel-sys",
         "keel-cgroup",
+        "keel-systemd",
         "keel-oci",
         "keel-store",
         "keel-net",
@@ -125,7 +134,15 @@ fn no_unordered_maps_in_the_pure_crates() {
 #[test]
 fn unsafe_code_stays_where_the_system_calls_are() {
     let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
-    for side in ["reconciler", "shim", "runtime/net", "runtime/store", "runtime/registry", "runtime/cgroup"] {
+    for side in [
+        "reconciler",
+        "shim",
+        "runtime/net",
+        "runtime/store",
+        "runtime/registry",
+        "runtime/cgroup",
+        "runtime/systemd",
+    ] {
         visit(&root.join(side), &mut |path, text| {
             let lines = text.lines().filter(|line| !line.trim_start().starts_with("//"));
             let found = lines.filter(|line| line.contains("unsafe {") || line.contains("unsafe fn")).count();

@@ -34,6 +34,8 @@ pub enum CgroupError {
     Kill { pid: i32, path: PathBuf, source: io::Error },
     #[error("remove cgroup {}", path.display())]
     Remove { path: PathBuf, source: io::Error },
+    #[error("memory limit {limit} is not set: {used} bytes are in use")]
+    InUse { limit: i64, used: u64 },
     #[error("{} did not become {wanted} in time", path.display())]
     Freeze { path: PathBuf, wanted: &'static str },
     #[error("no freezer: neither a v1 freezer nor cgroup v2 is available")]
@@ -141,6 +143,21 @@ impl Cgroup {
     pub fn apply(&self, resources: &Resources) -> Result<(), CgroupError> {
         self.apply_devices(resources)?;
         self.apply_limits(resources)
+    }
+
+    /// `checkBeforeUpdate`: v2 would reclaim, and kill when that does not help; v1 refuses by itself.
+    pub fn check_memory(&self, resources: &Resources) -> Result<(), CgroupError> {
+        let Some(memory) = resources.memory.as_ref().filter(|m| m.check_before_update == Some(true)) else {
+            return Ok(());
+        };
+        let (Some(limit), Mode::V2, Some(entry)) = (memory.limit.filter(|l| *l > 0), self.mode, self.v2())
+        else {
+            return Ok(());
+        };
+        let path = entry.dir.join("memory.current");
+        let text = fs::read_to_string(&path).map_err(|source| CgroupError::Read { path, source })?;
+        let used = text.trim().parse().unwrap_or(0);
+        if used > limit as u64 { Err(CgroupError::InUse { limit, used }) } else { Ok(()) }
     }
 
     /// Writes limits only, as for an update of a running container.

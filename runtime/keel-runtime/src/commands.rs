@@ -8,9 +8,12 @@ use keel_oci::{CreateOptions, ExecOptions, Runtime, RuntimeError, names, parse_u
 use std::fs;
 use std::io::{self, Write};
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 pub(crate) const SPEC_VERSION: &str = "1.3.0";
+
+/// How late `events` may tell of a kill for memory, whatever the interval of the statistics is.
+const OOM_LATENCY: Duration = Duration::from_millis(200);
 
 type Outcome = Result<u8, RuntimeError>;
 
@@ -371,9 +374,10 @@ fn events(runtime: &Runtime, options: &Options, positional: &[String]) -> Outcom
     let interval = interval(options.get("interval").unwrap_or("5s"))?;
     let init = state.init_pidfd().ok_or(RuntimeError::NotRunning)?;
     let mut kills = cgroup.oom_kills();
-    let timeout = interval.as_millis().min(i32::MAX as u128) as i32;
+    let mut next = Instant::now() + interval;
     loop {
-        let ended = keel_sys::file::wait_readable(&init, Some(timeout))
+        let wait = next.saturating_duration_since(Instant::now()).min(OOM_LATENCY);
+        let ended = keel_sys::file::wait_readable(&init, Some(wait.as_millis() as i32))
             .map_err(|source| RuntimeError::Sys { what: "wait for the container", source })?;
         let now = cgroup.oom_kills();
         if now > kills {
@@ -383,7 +387,10 @@ fn events(runtime: &Runtime, options: &Options, positional: &[String]) -> Outcom
         if ended {
             return Ok(0);
         }
-        show("stats", Some(cgroup.stats()));
+        if Instant::now() >= next {
+            show("stats", Some(cgroup.stats()));
+            next += interval;
+        }
     }
 }
 

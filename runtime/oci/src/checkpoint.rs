@@ -13,9 +13,9 @@ use crate::scope::{self, Scope};
 use crate::spec::Spec;
 use crate::state::{State, Status, start_time};
 use keel_sys::file::{self, RESOLVE_IN_ROOT};
-use keel_sys::{mount, process, socket};
+use keel_sys::{mount, process};
 use std::fs;
-use std::io;
+use std::io::{self, Read};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -219,7 +219,7 @@ impl Runtime {
             criu.arg("--inherit-fd").arg(format!("fd[{}]:{name}", copy.as_raw_fd()));
             kept.push(copy);
         }
-        let (ours, theirs) = socket::pair().map_err(sys_error("make a socket pair"))?;
+        let (theirs, ours) = file::pipe().map_err(sys_error("make a pipe"))?;
         let mut helper = Command::new(me);
         helper.arg(HELPER).arg(theirs.as_raw_fd().to_string()).arg(&rootfs).arg(&root);
         helper.arg(criu.get_program()).args(criu.get_args()).stdin(Stdio::inherit());
@@ -238,7 +238,7 @@ impl Runtime {
                 cgroup.add(pid)?;
             }
         }
-        socket::send(&ours, b"go").map_err(sys_error("let CRIU go"))?;
+        file::write_once(&ours, b"go").map_err(sys_error("let CRIU go"))?;
         let status = child.wait().map_err(io_error("wait for", "criu"))?;
         undo.helper = None;
         if !status.success() {
@@ -293,13 +293,12 @@ pub fn helper(args: &[String]) -> RuntimeError {
         return usage(format!("{HELPER} is for {} itself", env!("CARGO_PKG_NAME")));
     };
     let become_criu = || -> Result<io::Error, RuntimeError> {
-        let number: i32 = fd.parse().map_err(|_| usage(format!("{fd:?} is no descriptor")))?;
-        let mut word = [0u8; 4];
-        if socket::recv(file::standard(number), &mut word).map_err(sys_error("wait for the cgroup"))? == 0 {
+        let path = format!("/proc/self/fd/{fd}");
+        let mut word = [0u8; 2];
+        let read = fs::File::open(&path).and_then(|mut pipe| pipe.read(&mut word));
+        if read.map_err(io_error("read", path))? == 0 {
             return Err(usage("the command that wanted CRIU has gone".to_owned()));
         }
-        // CRIU makes no container's descriptor of it: it is closed when CRIU is executed.
-        file::set_cloexec(file::standard(number), true).map_err(sys_error("close a descriptor"))?;
         process::unshare(libc::CLONE_NEWNS).map_err(sys_error("make a mount namespace"))?;
         let mounted = |source: &Path, target: &Path, flags| {
             let call = || mount::mount(&file::c_path(source)?, &file::c_path(target)?, c"", flags, None);

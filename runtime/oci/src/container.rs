@@ -455,6 +455,7 @@ impl Runtime {
         let dir = self.store.open(id)?;
         let state = dir.load()?;
         let cgroup = state.cgroup();
+        cgroup.check_memory(resources)?;
         let mut resources = resources.clone();
         if let Some(unit) = &state.systemd {
             scope::update(unit, cgroup.mode, &mut resources, &self.roots)?;

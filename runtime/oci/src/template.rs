@@ -115,7 +115,7 @@ pub fn features() -> String {
     "linux": {{
         "namespaces": {namespaces},
         "capabilities": {caps},
-        "cgroup": {{"v1": true, "v2": true, "systemd": false, "systemdUser": false, "rdma": true}},
+        "cgroup": {{"v1": true, "v2": true, "systemd": true, "systemdUser": true, "rdma": true}},
         "seccomp": {{
             "enabled": true,
             "actions": {actions},
@@ -131,7 +131,7 @@ pub fn features() -> String {
         "netDevices": {{"enabled": true}},
         "mountExtensions": {{"idmap": {{"enabled": true}}}}
     }},
-    "potentiallyUnsafeConfigAnnotations": []
+    "potentiallyUnsafeConfigAnnotations": ["org.systemd.property."]
 }}"#,
         hooks = words(HOOKS),
         options = words(MOUNT_OPTIONS),
