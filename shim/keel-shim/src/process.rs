@@ -49,6 +49,12 @@ impl Identity {
     }
 }
 
+/// Whether it is the first of its process group, and that not the group of whoever started it.
+pub(crate) fn leads_group(pid: i32) -> bool {
+    let stat = fs::read_to_string(format!("{PROC}/{pid}/stat")).unwrap_or_default();
+    field(&stat, 5).and_then(|group| group.parse().ok()) == Some(pid)
+}
+
 fn start_time(stat: &str) -> Option<u64> {
     field(stat, 22)?.parse().ok()
 }

@@ -12,7 +12,7 @@ use keel_proto::Stream;
 use keel_sys::epoll::{BATCH, ERR, Epoll, HUP, IN, OUT, Ready};
 use keel_sys::monitor::{Status, pidfd_exit_status, reap, take_inherited};
 use keel_sys::process::{
-    block_signals, close_range_cloexec, pidfd_open, pidfd_send_signal, read_signal, set_name,
+    block_signals, close_range_cloexec, kill, pidfd_open, pidfd_send_signal, read_signal, set_name,
 };
 use keel_sys::{seqpacket, tty};
 
@@ -26,6 +26,7 @@ use crate::error::{Context, Error};
 use crate::hold::exit_numbers;
 use crate::journal::{Fields, Journal};
 use crate::log::{Limits, Log, Lost};
+use crate::process::leads_group;
 use crate::pump::{Output, Pump, Read};
 use crate::record::write_durably;
 
@@ -274,7 +275,7 @@ impl Hold {
         let past = |at: &mut Option<Instant>| at.take_if(|at| now >= *at).is_some();
         if past(&mut self.timeout) {
             self.timed_out = true;
-            self.signal(SIGKILL);
+            self.kill();
         }
         if past(&mut self.terminal_again) {
             self.watch_outputs();
@@ -325,6 +326,14 @@ impl Hold {
             // It may have just ended.
             let _ = pidfd_send_signal(pidfd, signal);
         }
+    }
+
+    /// With what a command has started, which no pid namespace takes along.
+    fn kill(&self) {
+        if self.options.exec && self.code.is_none() && leads_group(self.pid) {
+            let _ = kill(-self.pid, SIGKILL);
+        }
+        self.signal(SIGKILL);
     }
 
     fn reap(&mut self) {
@@ -483,6 +492,8 @@ impl Hold {
         self.clients.watch(&self.epoll, !self.unfed.is_empty());
     }
 
+    /// Not inlined: its message buffer would become part of the frame that sleeps.
+    #[inline(never)]
     fn client(&mut self, index: usize, events: u32) {
         if events & OUT != 0 {
             self.clients.writable(index);
@@ -491,7 +502,8 @@ impl Hold {
             return;
         }
         let gone = events & (HUP | ERR) != 0;
-        let mut message = vec![0; INPUT];
+        let mut message = [0; INPUT];
+        self.pump.warm = true;
         while let Some(fd) = self.clients.fd(index) {
             let got = match seqpacket::receive(fd, &mut message) {
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,

@@ -38,8 +38,9 @@ pub(crate) fn listen(bundle: &Path) -> Result<UnixDatagram, Error> {
 }
 
 /// Passes on what waits, as far as it may be.
+#[inline(never)]
 pub(crate) fn forward(from: &UnixDatagram, to: &OsString) {
-    let mut buffer = vec![0; LONGEST];
+    let mut buffer = [0; LONGEST];
     while let Ok(got) = from.recv(&mut buffer) {
         let message = allowed(&buffer[..got]);
         if !message.is_empty() {
