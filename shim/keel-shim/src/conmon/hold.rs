@@ -1,10 +1,11 @@
 //! The hold phase: output to the log and the clients, input from them, and the end.
 
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{self, Write as _};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixDatagram;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
@@ -59,10 +60,14 @@ const WINDOW: u64 = 7;
 const NOTIFY: u64 = 8;
 const CLIENTS: u64 = 16;
 
-/// What set-up leaves open.
+/// What set-up leaves open, and what it found out: the search would leave its memory behind.
 #[derive(Default)]
 pub(super) struct Handed {
     pub(super) pid: i32,
+    /// Empty where the container has no cgroup of its own, or had ended before we looked.
+    pub(super) cgroup: Cgroup,
+    /// No descriptor is open above this.
+    pub(super) highest: i32,
     pub(super) stdin: Option<OwnedFd>,
     /// A terminal's master, or the end of a pipe.
     pub(super) stdout: Option<OwnedFd>,
@@ -88,21 +93,27 @@ impl Handed {
         ]
     }
 
-    /// `pid:fd,fd,..`, with nothing in place of one that there is not.
-    pub(super) fn encode(mut self) -> Result<OsString, Failure> {
-        let mut numbers = Vec::new();
+    /// As words: `pid,highest,fd,fd,..` with nothing in place of a descriptor that there is not, and the cgroup's
+    /// directories.
+    pub(super) fn encode(mut self) -> Result<[OsString; WORDS], Failure> {
+        let mut numbers = vec![self.pid.to_string(), self.highest.to_string()];
         for slot in self.slots() {
             let number = slot.take().map(parent::leave_open).transpose()?;
             numbers.push(number.map(|n| n.to_string()).unwrap_or_default());
         }
-        Ok(format!("{}:{}", self.pid, numbers.join(",")).into())
+        let path = |dir: Option<PathBuf>| dir.unwrap_or_default().into_os_string();
+        Ok([numbers.join(",").into(), path(self.cgroup.unified), path(self.cgroup.memory)])
     }
 
-    fn decode(text: &OsStr) -> Result<Handed, Error> {
+    pub(super) fn decode([numbers, unified, memory]: &[OsString; WORDS]) -> Result<Handed, Error> {
         let wrong = || Error::new("not a call from set-up");
-        let (pid, numbers) = text.to_str().and_then(|t| t.split_once(':')).ok_or_else(wrong)?;
-        let mut handed = Handed { pid: pid.parse().map_err(|_| wrong())?, ..Handed::default() };
-        for (slot, number) in handed.slots().into_iter().zip(numbers.split(',')) {
+        let mut numbers = numbers.to_str().ok_or_else(wrong)?.split(',');
+        let mut number = || numbers.next().and_then(|n| n.parse().ok()).ok_or_else(wrong);
+        let (pid, highest) = (number()?, number()?);
+        let path = |word: &OsString| Some(PathBuf::from(word)).filter(|path| !path.as_os_str().is_empty());
+        let cgroup = Cgroup { unified: path(unified), memory: path(memory), ..Cgroup::default() };
+        let mut handed = Handed { pid, highest, cgroup, ..Handed::default() };
+        for (slot, number) in handed.slots().into_iter().zip(numbers) {
             if !number.is_empty() {
                 let number = number.parse().map_err(|_| wrong())?;
                 *slot = Some(take_inherited(number).doing("take a descriptor from set-up")?);
@@ -112,7 +123,15 @@ impl Handed {
     }
 }
 
-pub(super) fn run(options: Options, handed: &OsStr) -> Result<ExitCode, Error> {
+/// How many words [`Handed`] is.
+pub(super) const WORDS: usize = 3;
+
+pub(super) fn highest_descriptor() -> i32 {
+    let entries = fs::read_dir("/proc/self/fd").into_iter().flatten().flatten();
+    entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).max().unwrap_or(2)
+}
+
+pub(super) fn run(options: Options, handed: Handed) -> Result<ExitCode, Error> {
     let mut hold = Hold::new(options, handed)?;
     hold.begin();
     while !hold.is_over() {
@@ -129,8 +148,7 @@ struct Hold {
     signals: OwnedFd,
     pid: i32,
     pidfd: Option<OwnedFd>,
-    /// Absent where the container has no cgroup of its own, or had ended before we looked.
-    cgroup: Option<Cgroup>,
+    cgroup: Cgroup,
     stdin: Option<File>,
     /// Taken from a client and not yet by the container.
     unfed: Vec<u8>,
@@ -164,9 +182,9 @@ struct Hold {
 }
 
 impl Hold {
-    fn new(options: Options, handed: &OsStr) -> Result<Hold, Error> {
-        let handed = Handed::decode(handed)?;
-        let foreign = take_the_rest();
+    fn new(options: Options, handed: Handed) -> Result<Hold, Error> {
+        // Every descriptor that came with us and is none of the handed ones.
+        let foreign = (3..=handed.highest).filter_map(|number| take_inherited(number).ok()).collect();
         // The monitor is the last to go when memory is short. Not every host allows that.
         let oom_score = fs::read(OOM_SCORE).ok();
         let _ = fs::write(OOM_SCORE, LAST_TO_GO);
@@ -197,7 +215,7 @@ impl Hold {
             signals: block_signals().doing("block signals")?,
             pid: handed.pid,
             pidfd: pidfd_open(handed.pid).ok(),
-            cgroup: Cgroup::of(handed.pid).ok(),
+            cgroup: handed.cgroup,
             stdin: handed.stdin.map(Into::into),
             unfed: Vec::new(),
             stdin_ends: false,
@@ -385,7 +403,7 @@ impl Hold {
         if let Some(log) = self.pump.log.as_ref().filter(|_| !self.options.no_sync_log) {
             log.sync();
         }
-        if self.cgroup.as_ref().is_some_and(Cgroup::oom_killed) {
+        if self.cgroup.oom_killed() {
             self.tell_oom();
         }
         // Before anybody is told: the ports may be wanted at once.
@@ -629,16 +647,4 @@ fn limits(options: &Options) -> Limits {
     let bytes = u64::try_from(options.log_size_max).ok().filter(|bytes| *bytes > 0);
     let backups = if options.log_rotate { u32::try_from(options.log_max_files).unwrap_or(0) } else { 0 };
     Limits { bytes: bytes.unwrap_or(u64::MAX), files: backups + 1, age: None }
-}
-
-/// Every descriptor that came with us and is none of the handed ones.
-fn take_the_rest() -> Vec<OwnedFd> {
-    let listed: Vec<i32> = match fs::read_dir("/proc/self/fd") {
-        Ok(entries) => {
-            entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect()
-        }
-        Err(_) => Vec::new(),
-    };
-    // The listing's own is closed again by now.
-    listed.into_iter().filter_map(|number| take_inherited(number).ok()).collect()
 }

@@ -24,6 +24,7 @@ use std::process::ExitCode;
 
 use crate::error::Error;
 use cli::Options;
+use hold::Handed;
 
 /// Callers read the version, and switch features on by it.
 const VERSION: &str = "2.2.1";
@@ -62,8 +63,10 @@ fn parsed(words: &[OsString], run: impl FnOnce(Options) -> ExitCode) -> ExitCode
 }
 
 fn hold_phase(words: &[OsString]) -> ExitCode {
-    let Some((handed, rest)) = words.split_first() else { return ExitCode::FAILURE };
-    parsed(rest, |options| match hold::run(options.clone(), handed) {
+    let Some((handed, rest)) = words.split_first_chunk::<{ hold::WORDS }>() else { return ExitCode::FAILURE };
+    // Before anything else opens files.
+    let handed = Handed::decode(handed);
+    parsed(rest, |options| match handed.and_then(|handed| hold::run(options.clone(), handed)) {
         Ok(code) => code,
         Err(e) => {
             say(&options, &e);

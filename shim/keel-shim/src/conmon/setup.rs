@@ -17,8 +17,9 @@ use keel_sys::process::{set_name, set_subreaper, setsid, umask};
 use keel_sys::{seqpacket, tty};
 
 use super::cli::{Drivers, Options};
-use super::hold::Handed;
+use super::hold::{Handed, highest_descriptor};
 use super::{HOLD, LISTEN, SETUP, notify, parent, say};
+use crate::cgroup::Cgroup;
 use crate::error::{Context, Error};
 use crate::log;
 use crate::runtime::{await_end, read_now, read_pid};
@@ -104,7 +105,7 @@ fn monitor(options: &Options, words: &[OsString], start: Option<OwnedFd>) -> Exi
     match handed {
         Ok(handed) => {
             let mut command = Command::new(SELF);
-            command.arg0("conmon").arg(HOLD).arg(&handed).args(words);
+            command.arg0("conmon").arg(HOLD).args(&handed).args(words);
             say(options, &Error::new(format!("become the monitor: {}", command.exec())));
             ExitCode::FAILURE
         }
@@ -187,6 +188,8 @@ fn begin(options: &Options, start: Option<OwnedFd>, sync: &mut Option<OwnedFd>) 
         parent::tell(options, sync, i64::from(pid), None);
     }
     handed.pid = pid;
+    handed.cgroup = Cgroup::of(pid).unwrap_or_default();
+    handed.highest = highest_descriptor();
     Ok(Handed { stdin: streams.stdin, stdout: streams.stdout, stderr: streams.stderr, ..handed })
 }
 
