@@ -450,11 +450,23 @@ impl Store {
 impl Drop for Store {
     fn drop(&mut self) {
         let _ = self.command().args(["rm", "-f", "-a", "-t", "0"]).output();
+        // Monitors run podman once more after the end, in the background; it would make the directory anew.
+        let begun = Instant::now();
+        while mentioned_by_a_process(self.dir.path()) && begun.elapsed() < PATIENCE {
+            std::thread::sleep(SHORT);
+        }
         // podman keeps its store to itself with mounts on it.
         for point in ["root/vfs", "root/overlay"] {
             let _ = nix::mount::umount2(&self.dir.path().join(point), nix::mount::MntFlags::MNT_DETACH);
         }
     }
+}
+
+fn mentioned_by_a_process(dir: &Path) -> bool {
+    let dir = dir.to_str().unwrap();
+    let processes = fs::read_dir("/proc").unwrap().flatten();
+    let mut lines = processes.filter_map(|entry| fs::read(entry.path().join("cmdline")).ok());
+    lines.any(|line| String::from_utf8_lossy(&line).contains(dir))
 }
 
 /// journald in a mount namespace of its own, for hosts that have none or want theirs left alone.
