@@ -2,8 +2,9 @@
 
 use std::fs;
 use std::path::PathBuf;
+use std::process::Command;
 
-use keel_tests::image::BUSYBOX;
+use keel_tests::image::{BUSYBOX, run};
 use keel_tests::layout::{Layer, Layout, Packing};
 use keel_tests::manifest::sleeper;
 use keel_tests::registry::Registry;
@@ -34,6 +35,12 @@ fn blobs_of(instance: &Instance, image: &str) -> Vec<PathBuf> {
     digests.map(path).collect()
 }
 
+fn config(instance: &Instance, text: &str) -> Vec<String> {
+    let path = instance.path().join("config.yaml");
+    fs::write(&path, text).unwrap();
+    vec!["--config".into(), path.to_str().unwrap().into()]
+}
+
 /// The next process takes this boot for another one.
 fn start_the_machine_again(instance: &Instance) {
     let _ = fs::remove_file(instance.root().join("verified"));
@@ -47,6 +54,89 @@ fn await_event(instance: &Instance, words: &[&str]) {
             events.lines().any(|line| words.iter().all(|word| line.contains(word))).then_some(())
         },
     );
+}
+
+/// A small file system below an instance's root; goes with it.
+struct SmallDisk(PathBuf);
+
+impl SmallDisk {
+    fn below(instance: &Instance, size_mib: u64) -> SmallDisk {
+        let root = instance.root();
+        let size = format!("size={size_mib}m");
+        run(Command::new("mount").args(["-t", "tmpfs", "-o", &size, "tmpfs"]).arg(&root));
+        SmallDisk(root)
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        // Lazily: a failed test leaves containers on it, whose end comes with the instance.
+        let _ = Command::new("umount").arg("-l").arg(&self.0).status();
+    }
+}
+
+/// Busybox and noise that no compression shortens.
+fn large(name: &str, mib: usize) -> Layout {
+    Layout::of("v", &[Layer::busybox(Packing::Gzip), Layer::noise(Packing::Plain, name, mib << 20)]).0
+}
+
+fn images(instance: &Instance) -> Vec<String> {
+    let listed = instance.keel(&["image", "ls", "-o", "name"]).expect_code(0).stdout;
+    listed.lines().map(str::to_owned).collect()
+}
+
+#[test]
+fn under_disk_pressure_blobs_go_then_unreferenced_images_and_never_what_manifests_declare() {
+    let registry = Registry::start();
+    let idle = registry.push_layout(&large("idle", 20), "v", "app/idle:1");
+    let scaled_down = registry.push_layout(&large("scaled", 10), "v", "app/scaled:1");
+    let web = registry.push_layout(&version("web"), "v", "app/web:1");
+    let instance = Instance::new();
+    let _disk = SmallDisk::below(&instance, 100);
+    for image in [&idle, &scaled_down, &web] {
+        instance.keel(&["image", "pull", image]).expect_code(0);
+    }
+    // No container of it: declared all the same.
+    let zero = format!(
+        "apiVersion: apps/v1\nkind: Deployment\nmetadata: {{name: zero}}\nspec:\n  replicas: 0\n  \
+         selector: {{matchLabels: {{app: zero}}}}\n  template:\n    metadata: {{labels: {{app: zero}}}}\n    \
+         spec: {{containers: [{{name: c, image: {scaled_down}}}]}}\n"
+    );
+    instance.write("zero.yaml", &zero);
+    instance.write("web.yaml", &of("web", &web));
+    let blob = blobs_of(&instance, &scaled_down)[1].clone();
+    assert!(blob.exists());
+    let options = config(&instance, "storage: {evict_above: 40, evict_to: 30}\n");
+    let options: Vec<&str> = options.iter().map(String::as_str).collect();
+    let mut instance = instance.with(&options);
+    instance.start_daemon();
+    await_event(&instance, &["Evicted", "blobs of unpacked layers"]);
+    await_event(&instance, &["Evicted", "1 unreferenced images", &idle]);
+    instance.await_ready("web");
+    assert!(!blob.exists());
+    let left = images(&instance);
+    assert!(left.contains(&web) && left.contains(&scaled_down) && !left.contains(&idle), "{left:?}");
+    instance.keel(&["image", "verify"]).expect_code(0);
+    // The same roots for a prune, with the daemon and without it.
+    instance.keel(&["image", "prune"]).expect_code(0);
+    instance.stop_daemon();
+    instance.keel(&["image", "prune"]).expect_code(0);
+    assert_eq!(images(&instance), left);
+    instance.keel(&["delete", "pod/web"]);
+}
+
+#[test]
+fn a_pull_that_finds_the_disk_full_makes_room_for_itself() {
+    let registry = Registry::start();
+    let idle = registry.push_layout(&large("idle", 20), "v", "app/idle:1");
+    let wanted = registry.push_layout(&large("wanted", 20), "v", "app/wanted:1");
+    let instance = Instance::new();
+    let _disk = SmallDisk::below(&instance, 80);
+    instance.keel(&["image", "pull", &idle]).expect_code(0);
+    let ran = instance.apply(&of("web", &wanted)).expect_code(0);
+    assert_eq!(instance.pids().len(), 1, "{}", ran.all());
+    await_event(&instance, &["Evicted", "blobs of unpacked layers"]);
+    instance.keel(&["delete", "pod/web"]).expect_code(0);
 }
 
 #[test]

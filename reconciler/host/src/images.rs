@@ -108,7 +108,13 @@ impl RealHost {
             }
             return Ok(Done::Done);
         }
-        self.fetch(&reference, secrets, report)
+        match self.fetch(&reference, secrets, report) {
+            // Once: if what went is not enough, the next try is the engine's.
+            Err(error) if keel_store::is_no_space(&error) && self.make_room() => {
+                self.fetch(&reference, secrets, report)
+            }
+            other => other,
+        }
     }
 
     fn fetch(

@@ -22,6 +22,7 @@ mod seccomp;
 mod shims;
 mod spec;
 pub mod state;
+mod storage;
 mod sweep;
 mod usage;
 mod views;
@@ -48,6 +49,7 @@ pub use observe::now;
 pub use paths::{DEFAULT_ROOT, DEFAULT_RUN, Paths};
 pub use pods::purge_network;
 pub use reset::Removed;
+pub use storage::{Eviction, StorageHooks, image_roots};
 pub use usage::UsageWatch;
 pub use views::{StatusFiles, declared_pod, offline_status, recorded_pods};
 pub use watch::{ExitPoll, ExitWatch, FilterWatch, Lock, ShimWatch};
@@ -62,6 +64,8 @@ pub struct HostConfig {
     pub log_max_bytes: u64,
     pub log_max_files: u32,
     pub registries: Registries,
+    /// When room is made on the disk of images.
+    pub eviction: Eviction,
 }
 
 pub struct RealHost {
@@ -80,6 +84,7 @@ pub struct RealHost {
     shims: Arc<shims::Shims>,
     /// Where somebody waits for the end of shims.
     shim_ends: std::sync::OnceLock<Arc<watch::ShimEnds>>,
+    storage: storage::Hooks,
     runtime: tokio::runtime::Handle,
 }
 
@@ -117,6 +122,7 @@ impl RealHost {
             addresses: Mutex::new(()),
             shims: Arc::new(shims::Shims::new(paths.clone(), config.clone())),
             shim_ends: std::sync::OnceLock::new(),
+            storage: storage::Hooks::new(),
             runtime,
             paths,
             config,

@@ -31,6 +31,7 @@ pub(crate) struct Config {
     pub(crate) network: Network,
     pub(crate) registries: Registries,
     pub(crate) logs: Logs,
+    pub(crate) storage: Storage,
     pub(crate) api: Api,
 }
 
@@ -61,6 +62,15 @@ pub(crate) struct Logs {
 
 #[derive(Clone, Debug, Default, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
+pub(crate) struct Storage {
+    /// Percent of the disk or its inodes above which room is made.
+    pub(crate) evict_above: Option<u8>,
+    /// And down to which.
+    pub(crate) evict_to: Option<u8>,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
 pub(crate) struct Api {
     /// Loopback address to serve the control API on, beside the socket.
     pub(crate) listen: Option<SocketAddr>,
@@ -78,6 +88,7 @@ pub(crate) struct Settings {
     pub(crate) registries: Registries,
     pub(crate) log_max_bytes: u64,
     pub(crate) log_max_files: u32,
+    pub(crate) eviction: keel_host::Eviction,
     pub(crate) listen: Option<SocketAddr>,
     /// Of objects named in commands.
     pub(crate) namespace: String,
@@ -104,7 +115,16 @@ impl Settings {
         if log_max_files == 0 {
             return Err(Failure::invalid("configuration: logs.max_files must be at least 1"));
         }
+        let kubelets = keel_host::Eviction::default();
+        let above = config.storage.evict_above.unwrap_or(kubelets.above);
+        let to = config.storage.evict_to.unwrap_or(kubelets.to.min(above));
+        if above > 100 || to > above {
+            return Err(Failure::invalid(
+                "configuration: storage.evict_above is at most 100, storage.evict_to at most that",
+            ));
+        }
         Ok(Settings {
+            eviction: keel_host::Eviction { above, to },
             root: pick(&global.root, config.root, DEFAULT_ROOT),
             run: pick(&global.run, config.run, DEFAULT_RUN),
             runtime: program(pick(&global.runtime, config.runtime, "keel-runtime"), find_program),
@@ -136,7 +156,7 @@ fn read(path: &Path) -> Outcome<Option<Config>> {
     match text {
         Ok(text) => parse(&text).map(Some).map_err(|problem| {
             Failure::invalid(format!("configuration {shown}: {problem}"))
-                .hint("fields: root, run, runtime, shim, manifests, network, registries, logs, api")
+                .hint("fields: root, run, runtime, shim, manifests, network, registries, logs, storage, api")
         }),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(Failure::io("read configuration", shown, &error)),
@@ -186,6 +206,8 @@ mod tests {
         assert_eq!(settings.runtime, Path::new("/bin/runc"));
         assert_eq!(settings.subnet, Some("10.9.0.0/16".parse().unwrap()));
         assert_eq!((settings.log_max_files, settings.log_max_bytes), (2, DEFAULT_LOG_MAX_BYTES));
+        let low = check(Global::default(), "storage: {evict_above: 50}\n").unwrap().eviction;
+        assert_eq!(low, keel_host::Eviction { above: 50, to: 50 });
         assert_eq!(check(Global::default(), "# nothing\n\n").unwrap().root, Path::new(DEFAULT_ROOT));
     }
 
@@ -195,6 +217,9 @@ mod tests {
         assert!(unknown.contains("rootz") && unknown.contains('2'), "{unknown}");
         assert!(check(Global::default(), "network: {subnet: x}\n").is_err());
         assert!(check(Global::default(), "logs: {max_files: 0}\n").is_err());
+        for wrong in ["{evict_above: 101}", "{evict_above: 70, evict_to: 71}"] {
+            assert!(check(Global::default(), &format!("storage: {wrong}\n")).is_err(), "{wrong}");
+        }
     }
 
     #[test]

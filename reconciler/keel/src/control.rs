@@ -20,7 +20,7 @@ use keel_api::{
     RestartRequest, Snapshot, exit,
 };
 use keel_engine::{Handle, Input};
-use keel_host::{Applied, EventLog, RealHost, StatusFiles};
+use keel_host::{Applied, EventLog, RealHost, StatusFiles, StorageHooks};
 use keel_manifest::{Diagnostic, FileCondition, Object, ObjectKey, parse};
 use keel_plan::{Desired, Plan, PodKey, Status, lower_desired};
 use tokio::sync::watch;
@@ -55,6 +55,8 @@ pub(crate) struct Controller {
     /// True from the first status on that knows both the host and what is declared. An earlier one would say that
     /// nothing is there.
     known: Arc<watch::Sender<bool>>,
+    /// Images that objects name, running or not; `None` until it is known what is declared.
+    images: Arc<Lock<Option<BTreeSet<String>>>>,
 }
 
 struct Declared {
@@ -112,6 +114,8 @@ impl Controller {
         let files = StatusFiles::open(host.paths())?;
         let files = Arc::new(Lock::new(files));
         let known = Arc::new(watch::channel(false).0);
+        let images = Arc::new(Lock::new(None));
+        host.on_storage(storage_hooks(images.clone(), engine.status(), events.clone(), recorded.clone()));
         let first = known.subscribe();
         tokio::spawn(publish(first, engine.status(), problem_receiver, snapshot_sender, files.clone()));
         Ok(Arc::new(Controller {
@@ -132,6 +136,7 @@ impl Controller {
             recorded,
             relist: Lock::new(None),
             known,
+            images,
         }))
     }
 
@@ -193,6 +198,33 @@ impl Controller {
                 tell(format!("Image/{}", lost.image.reference), "Damaged", &message);
             }
             engine.hint();
+        });
+    }
+
+    /// Looks after the disk of images, for as long as the process lives.
+    pub(crate) fn watch_disk(&self) {
+        /// A pull that fills the disk in between makes room by itself.
+        const PERIOD: Duration = Duration::from_secs(30);
+        /// Left-overs of given-up pulls are looked for this many looks apart.
+        const COLLECT_EVERY: u32 = 120;
+        let (host, mut known) = (self.host.clone(), self.known.subscribe());
+        tokio::spawn(async move {
+            if known.wait_for(|known| *known).await.is_err() {
+                return;
+            }
+            for look in 0u32.. {
+                let host = host.clone();
+                let looked = tokio::task::spawn_blocking(move || {
+                    host.relieve_disk();
+                    if look % COLLECT_EVERY == 0 {
+                        host.collect_unreachable();
+                    }
+                });
+                if looked.await.is_err() {
+                    return;
+                }
+                tokio::time::sleep(PERIOD).await;
+            }
         });
     }
 
@@ -317,6 +349,11 @@ impl Controller {
     }
 
     fn declare(&self, declared: &Declared) -> Result<(), ControlError> {
+        if declared.complete || declared.directory.is_some() {
+            let directory = declared.directory.iter().flat_map(|directory| &directory.objects);
+            let images = crate::images::declared(directory.chain(declared.applied.values()));
+            *self.images.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = Some(images);
+        }
         self.engine.input(Input::DesiredChanged(self.desired(declared))).map_err(ended)
     }
 
@@ -570,7 +607,9 @@ impl Control for Controller {
 
     async fn images(&self, request: ImageRequest, events: EventSender) -> Result<(), ControlError> {
         let status = self.snapshots.borrow().status.clone();
-        crate::images::run(self.host.store(), self.host.registry(), &status, request, &events).await
+        let declared = self.images.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).clone();
+        let (store, registry) = (self.host.store(), self.host.registry());
+        crate::images::run(store, registry, &status, declared, request, &events).await
     }
 
     async fn status(&self, after: Option<u64>) -> Result<Snapshot, ControlError> {
@@ -750,6 +789,22 @@ pub(crate) fn record(
         (false, true) => tracing::warn!(object, reason, "{message}"),
         (false, false) => tracing::info!(object, reason, "{message}"),
     }
+}
+
+fn storage_hooks(
+    declared: Arc<Lock<Option<BTreeSet<String>>>>,
+    status: watch::Receiver<Arc<Status>>,
+    events: Arc<EventLog>,
+    recorded: Arc<watch::Sender<u64>>,
+) -> StorageHooks {
+    let roots = move || {
+        let declared = declared.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).clone()?;
+        Some(keel_host::image_roots(declared, &status.borrow()))
+    };
+    let tell = move |reason: &str, message: &str| {
+        record(&events, &recorded, true, "Host/images", reason, message);
+    };
+    StorageHooks { roots: Box::new(roots), tell: Box::new(tell) }
 }
 
 /// Read under the lock, so that an older status never replaces a newer one.

@@ -50,6 +50,7 @@ async fn serve(context: &Context, args: &Daemon, manifests: PathBuf) -> Outcome 
     let controller = instance.controller.clone();
     controller.begin().await?;
     controller.verify_images();
+    controller.watch_disk();
 
     let keep = Keep::open(&context.paths.sources()).map_err(|error| Failure::of(&error))?;
     let kept = keep.repair().map_err(|error| Failure::of(&error))?;

@@ -6,21 +6,29 @@ use std::path::Path;
 use std::sync::Arc;
 
 use keel_api::{ControlError, ControlEvent, ErrorCode, EventSender, ImageRequest, SaveFormat, Status, exit};
+use keel_manifest::{Kind, Object};
 use keel_plan::{ContainerStatus, PodStatus};
 use keel_registry::{Client, OnProgress, Platform, PullProgress};
-use keel_store::{Depth, Digest, Image, ImportOptions, ImportProgress, Roots, Store};
+use keel_store::{Depth, Image, ImportOptions, ImportProgress, Roots, Store};
 use serde_json::{Value, json};
 
 use crate::failure::chain;
 
-/// Ends with one result. `status` says what is in use.
+/// Ends with one result. `status` says what is in use, `declared` what manifests name, when that is known.
 pub(crate) async fn run(
     store: &Arc<Store>,
     registry: &Client,
     status: &Status,
+    declared: Option<BTreeSet<String>>,
     request: ImageRequest,
     events: &EventSender,
 ) -> Result<(), ControlError> {
+    if request == ImageRequest::Prune && declared.is_none() {
+        return Err(ControlError::new(
+            ErrorCode::Unavailable,
+            "the manifests have not been read yet: what they declare is not pruned by mistake",
+        ));
+    }
     let message = match request {
         ImageRequest::Pull { image } => pull(store, registry, &image, events).await?,
         ImageRequest::Push { image, target } => {
@@ -31,7 +39,11 @@ pub(crate) async fn run(
             if let ImageRequest::Remove { image, force: false } = &request {
                 refuse_used(&known(store, image)?, status)?;
             }
-            let (store, roots, sender) = (Arc::clone(store), roots(status), events.clone());
+            let (store, roots, sender) = (
+                Arc::clone(store),
+                keel_host::image_roots(declared.unwrap_or_default(), status),
+                events.clone(),
+            );
             // Disk work is not for the threads that serve sockets.
             let done = tokio::task::spawn_blocking(move || blocking(&store, &roots, request, &sender));
             done.await.map_err(|_| ControlError::new(ErrorCode::Internal, "the operation was aborted"))??
@@ -279,16 +291,16 @@ fn refuse_used(image: &Image, status: &Status) -> Result<(), ControlError> {
     .hint("remove it all the same: --force"))
 }
 
-/// What manifests declare and what runs.
-fn roots(status: &Status) -> Roots {
-    let containers = || {
-        status.pods.iter().flat_map(|pod| pod.init_container_statuses.iter().chain(&pod.container_statuses))
+/// Images of all containers that objects describe, whether they run or not.
+pub(crate) fn declared<'a>(objects: impl IntoIterator<Item = &'a Object>) -> BTreeSet<String> {
+    let spec = |object: &'a Object| match &object.kind {
+        Kind::Pod(pod) => Some(&pod.spec),
+        Kind::Deployment(deployment) => Some(&deployment.spec.template.spec),
+        Kind::ConfigMap(_) | Kind::Secret(_) => None,
     };
-    let digest = |id: &str| id.rsplit_once('@').map_or(id, |(_, digest)| digest).parse::<Digest>().ok();
-    Roots {
-        references: containers().map(|container| container.image.clone()).collect::<BTreeSet<_>>(),
-        manifests: containers().filter_map(|container| digest(&container.image_id)).collect(),
-    }
+    let specs = objects.into_iter().filter_map(spec);
+    let containers = specs.flat_map(|spec| spec.init_containers.iter().chain(&spec.containers));
+    containers.map(|container| container.image.clone()).collect()
 }
 
 fn summary(image: &Image) -> Value {

@@ -117,6 +117,7 @@ pub(crate) fn host_config(context: &Context) -> HostConfig {
         log_max_bytes: settings.log_max_bytes,
         log_max_files: settings.log_max_files,
         registries: registries(context),
+        eviction: settings.eviction,
     }
 }
 

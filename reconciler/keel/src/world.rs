@@ -89,7 +89,10 @@ pub(crate) async fn images(
     let registry = keel_host::registry_client(&crate::instance::registries(context));
     let status =
         offline(context).map_err(|failure| ControlError::new(ErrorCode::Internal, failure.message))?;
-    let result = crate::images::run(&store, &registry, &status, request, &events).await;
+    let declared = crate::oneshot::declared(context)
+        .map_err(|failure| ControlError::new(ErrorCode::Internal, failure.message))?;
+    let declared = Some(crate::images::declared(&declared));
+    let result = crate::images::run(&store, &registry, &status, declared, request, &events).await;
     drop(lock);
     result
 }

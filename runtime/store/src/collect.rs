@@ -10,7 +10,7 @@ use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::ffi::OsStrExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 /// A partial blob that no pull has gone on with for this long is not coming back.
@@ -23,6 +23,18 @@ pub struct Roots {
     pub references: BTreeSet<String>,
     /// Manifest digests of what runs; their layers are in use whatever their references mean now.
     pub manifests: BTreeSet<Digest>,
+}
+
+impl Roots {
+    fn canonical(&self) -> BTreeSet<String> {
+        self.references.iter().filter_map(|reference| canonical_reference(reference).ok()).collect()
+    }
+
+    fn need(&self, canonical: &BTreeSet<String>, record: &ImageRecord) -> bool {
+        record.pinned
+            || canonical.contains(&record.reference)
+            || self.manifests.contains(&record.manifest.digest)
+    }
 }
 
 /// What went.
@@ -56,16 +68,9 @@ impl Store {
     pub fn collect_garbage(&self, roots: &Roots) -> Result<Collected, ImageError> {
         let _commit = self.inner.commit();
         let mut done = Collected::default();
-        let references: BTreeSet<String> =
-            roots.references.iter().filter_map(|r| canonical_reference(r).ok()).collect();
-        let mut kept = Vec::new();
+        let references = roots.canonical();
         for (path, record) in self.records()? {
-            let needed = record.pinned
-                || references.contains(&record.reference)
-                || roots.manifests.contains(&record.manifest.digest);
-            if needed {
-                kept.push(record);
-            } else {
+            if !roots.need(&references, &record) {
                 fsio::remove_file(&path)?;
                 done.images.push(record.reference);
             }
@@ -74,12 +79,59 @@ impl Store {
             fsio::sync_dir(&self.inner.images_dir())?;
             self.refresh_index()?;
         }
-        let needed = self.needed(&kept, &roots.manifests)?;
-        self.sweep_blobs(&needed, &mut done)?;
-        self.sweep_layers(&needed, &mut done)?;
+        self.sweep_unreachable(&roots.manifests, &mut done)?;
         self.sweep_partials(PARTIAL_MAX_AGE, &mut done)?;
         self.sweep_aside()?;
         Ok(done)
+    }
+
+    /// Removes what no image reaches: left-overs of pulls that were given up, and of images that were removed.
+    pub fn collect_unreachable(&self, running: &BTreeSet<Digest>) -> Result<Collected, ImageError> {
+        let _commit = self.inner.commit();
+        let mut done = Collected::default();
+        self.sweep_unreachable(running, &mut done)?;
+        self.sweep_partials(PARTIAL_MAX_AGE, &mut done)?;
+        self.sweep_aside()?;
+        Ok(done)
+    }
+
+    /// The last thing to go when the disk is full: images that are neither pinned nor among the roots, the least
+    /// recently used first, each with all that only it reaches, until there is `enough` room.
+    pub fn evict_images(&self, roots: &Roots, enough: &dyn Fn() -> bool) -> Result<Collected, ImageError> {
+        let _commit = self.inner.commit();
+        let mut done = Collected::default();
+        let references = roots.canonical();
+        for (path, record) in self.by_last_use()? {
+            if enough() {
+                break;
+            }
+            if roots.need(&references, &record) {
+                continue;
+            }
+            fsio::remove_file(&path)?;
+            fsio::sync_dir(&self.inner.images_dir())?;
+            self.refresh_index()?;
+            done.images.push(record.reference);
+            self.sweep_unreachable(&roots.manifests, &mut done)?;
+        }
+        Ok(done)
+    }
+
+    /// The record's time is the image's last use: when it was committed, tagged or last mounted.
+    fn by_last_use(&self) -> Result<Vec<(PathBuf, ImageRecord)>, FsError> {
+        let mut records = self.records()?;
+        let used = |path: &Path| {
+            fs::metadata(path).and_then(|found| found.modified()).unwrap_or(SystemTime::UNIX_EPOCH)
+        };
+        records.sort_by_cached_key(|(path, _)| used(path));
+        Ok(records)
+    }
+
+    fn sweep_unreachable(&self, running: &BTreeSet<Digest>, done: &mut Collected) -> Result<(), ImageError> {
+        let kept: Vec<ImageRecord> = self.records()?.into_iter().map(|(_, record)| record).collect();
+        let needed = self.needed(&kept, running)?;
+        self.sweep_blobs(&needed, done)?;
+        Ok(self.sweep_layers(&needed, done)?)
     }
 
     /// Removes every partial blob that nobody is writing: the first thing to go when the disk is full.
@@ -90,16 +142,22 @@ impl Store {
     }
 
     /// Removes the compressed blobs of layers that are unpacked: the next thing to go when the disk is full. Images run
-    /// as before; saving, pushing and repairing them needs the blobs again.
-    pub fn drop_unpacked_blobs(&self) -> Result<Collected, ImageError> {
+    /// as before; saving, pushing and repairing them needs the blobs again. Those of images that came without a registry
+    /// go last, until there is `enough` room.
+    pub fn drop_unpacked_blobs(&self, enough: &dyn Fn() -> bool) -> Result<Collected, ImageError> {
         let _commit = self.inner.commit();
         let mut done = Collected::default();
-        for (_, record) in self.records()? {
+        let mut records = self.by_last_use()?;
+        records.sort_by_key(|(_, record)| record.pinned);
+        for (_, record) in records {
             for layer in &record.layers {
+                if enough() {
+                    return Ok(done);
+                }
                 let path = self.inner.blob_path(&layer.blob_digest);
                 let leased = self.inner.state().leases.contains_key(&layer.blob_digest);
                 let len = fs::metadata(&path).map_or(0, |m| m.len());
-                if !leased && self.inner.layer_dir(&layer.diff_id).is_dir() && fsio::remove_file(&path)? {
+                if !leased && self.inner.is_published(&layer.diff_id) && fsio::remove_file(&path)? {
                     done.blobs += 1;
                     done.freed_bytes += len;
                 }

@@ -194,6 +194,13 @@ impl Store {
         Ok(true)
     }
 
+    /// The time of its record says when an image was last used; see [`Store::evict_images`]. Not worth an error.
+    pub(crate) fn note_use(&self, image: &Image) {
+        if let Ok(record) = std::fs::File::open(self.inner.record_path(&image.reference)) {
+            let _ = record.set_modified(SystemTime::now());
+        }
+    }
+
     fn write_record(&self, record: &ImageRecord) -> Result<(), FsError> {
         let path = self.inner.record_path(&record.reference);
         let bytes = serde_json::to_vec_pretty(record).map_err(io::Error::from).at("write", &path)?;

@@ -371,7 +371,7 @@ impl Inner {
         keel_sys::file::fchmod(&root, 0o755).at("change the mode of", &fs_path)?;
         let stream =
             LayerStream::new(reader, hash_compressed, budget).map_err(|e| fail(UnpackError::Read(e)))?;
-        let limits = Limits { max_entries: options.max_layer_entries };
+        let limits = Limits { max_entries: options.max_layer_entries, max_cpu: options.max_layer_cpu };
         let (unpacked, sums) = unpack::unpack(stream, root.into(), &fs_path, &limits).map_err(fail)?;
         if sums.diff_id != *diff_id {
             return Err(LayerError::WrongDiffId { diff_id: *diff_id, actual: sums.diff_id });

@@ -51,7 +51,7 @@ pub use fsio::{FsError, is_no_space};
 pub use image::{CommitError, Image, ImageError, Layer, MAX_CONFIG, MAX_MANIFEST};
 pub use import::{ImportError, ImportOptions, ImportProgress};
 pub use layer::{LayerError, LayerIngest};
-pub use mount::{MountError, unmount_rootfs};
+pub use mount::{MountError, RootfsOptions, unmount_rootfs};
 pub use path::PathError;
 pub use reference::{Reference, ReferenceError, canonical_reference};
 pub use save::{SaveError, SaveFormat};

@@ -8,7 +8,7 @@ use std::collections::BTreeSet;
 use std::ffi::{CStr, CString};
 use std::fs::DirBuilder;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
@@ -43,11 +43,25 @@ pub enum MountError {
     },
 }
 
+/// How a root file system is made, beside what it is made of.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct RootfsOptions<'a> {
+    /// The user namespace of the container: files of the image belong to its root and its users, without a copy of
+    /// them. What the container writes has the host's numbers in the writable directory.
+    pub user_namespace: Option<BorrowedFd<'a>>,
+    /// Nothing the container writes is ever synced: faster, and worth nothing after a power cut. A writable directory
+    /// that was used this way is emptied before it is used again.
+    pub volatile: bool,
+}
+
 /// What is to be mounted, top first.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub(crate) struct Stack {
     pub(crate) lowers: Vec<PathBuf>,
     pub(crate) upper: Option<(PathBuf, PathBuf)>,
+    pub(crate) volatile: bool,
+    /// Held until the mount is made: lowers may be named by descriptor.
+    _held: Vec<OwnedFd>,
 }
 
 impl Store {
@@ -59,12 +73,29 @@ impl Store {
         upper: Option<(&Path, &Path)>,
         target: &Path,
     ) -> Result<(), MountError> {
-        let stack = Stack {
-            lowers: self.lowers(image)?,
-            upper: upper.map(|(upper, work)| (upper.to_owned(), work.to_owned())),
-        };
+        self.mount_rootfs_with(image, upper, target, RootfsOptions::default())
+    }
+
+    pub fn mount_rootfs_with(
+        &self,
+        image: &Image,
+        upper: Option<(&Path, &Path)>,
+        target: &Path,
+        options: RootfsOptions<'_>,
+    ) -> Result<(), MountError> {
+        let mut stack = Stack::new(self.lowers(image)?, upper);
+        stack.volatile = options.volatile && upper.is_some();
+        if let Some(user_namespace) = options.user_namespace {
+            stack.map_ids(user_namespace, target)?;
+        }
+        self.note_use(image);
         unmount_rootfs(target)?;
-        if let Some((upper, _)) = upper {
+        if let Some((upper, work)) = upper {
+            // The kernel's own mark, there from a volatile mount on.
+            if work.join("work/incompat/volatile").exists() {
+                empty(upper)?;
+                empty(work)?;
+            }
             crate::fixup::adopt_root(&stack.lowers[0], upper)?;
         }
         apply(&stack, target)
@@ -88,6 +119,39 @@ impl Store {
         }
         Ok(lowers)
     }
+}
+
+impl Stack {
+    pub(crate) fn new(lowers: Vec<PathBuf>, upper: Option<(&Path, &Path)>) -> Stack {
+        let upper = upper.map(|(upper, work)| (upper.to_owned(), work.to_owned()));
+        Stack { lowers, upper, volatile: false, _held: Vec::new() }
+    }
+
+    /// Puts detached copies of the lowers, whose owners are those of the namespace, in the place of the lowers.
+    fn map_ids(&mut self, user_namespace: BorrowedFd<'_>, target: &Path) -> Result<(), MountError> {
+        let attr = mount::Attr {
+            set: mount::ATTR_IDMAP,
+            userns_fd: user_namespace.as_raw_fd() as u64,
+            ..mount::Attr::default()
+        };
+        for lower in &mut self.lowers {
+            let failed = |step| move |source| overlay_error(target, step, None, source);
+            let path = file::c_path(&*lower).map_err(failed("name a layer"))?;
+            let copy = mount::clone_tree(file::cwd(), &path, false, false).map_err(failed("open a layer"))?;
+            mount::set_attr(&copy, &attr, false).map_err(failed("map the owners of a layer"))?;
+            *lower = format!("/proc/self/fd/{}", copy.as_raw_fd()).into();
+            self._held.push(copy);
+        }
+        Ok(())
+    }
+}
+
+/// Removes what is in a directory.
+fn empty(dir: &Path) -> Result<(), FsError> {
+    for name in crate::fsio::list(dir)? {
+        crate::fsio::remove_tree(&dir.join(name))?;
+    }
+    Ok(())
 }
 
 /// The layers that can be seen, top first. A layer that occurs twice counts where it is highest (all it has is seen
@@ -165,6 +229,9 @@ fn apply_by_context(stack: &Stack, target: &Path) -> Result<(), Attempt> {
     for (key, value) in OPTIONS {
         mount::fsconfig(&context, key, Some(value)).map_err(|e| failed("set an option", e))?;
     }
+    if stack.volatile {
+        mount::fsconfig(&context, c"volatile", None).map_err(|e| failed("set an option", e))?;
+    }
     mount::fsconfig(&context, c"source", Some(c"overlay")).map_err(|e| failed("set the source", e))?;
     let mounted = match mount::fsmount(&context, 0) {
         // Before 6.5 a context takes any option, and finds out here which it does not know.
@@ -203,6 +270,9 @@ fn apply_classic(stack: &Stack, target: &Path) -> Result<(), MountError> {
     }
     for (key, value) in OPTIONS {
         options.push_str(&format!(",{}={}", key.to_string_lossy(), value.to_string_lossy()));
+    }
+    if stack.volatile {
+        options.push_str(",volatile");
     }
     let options = CString::new(options).map_err(|e| failed("write the options", e.into()))?;
     let path = file::c_path(target).map_err(|e| failed("open the target", e))?;
@@ -247,7 +317,7 @@ fn overlay_error(
 /// The way of older kernels, which the new ones still have.
 #[cfg(test)]
 pub(crate) fn check_classic(store: &Store, image: &Image, target: &Path) {
-    let stack = Stack { lowers: store.lowers(image).unwrap(), upper: None };
+    let stack = Stack::new(store.lowers(image).unwrap(), None);
     apply_classic(&stack, target).unwrap();
     assert_eq!(std::fs::read_dir(target).unwrap().count(), 129);
     unmount_rootfs(target).unwrap();

@@ -9,14 +9,34 @@ use std::path::Path;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Space {
     pub free_bytes: u64,
+    pub used_bytes: u64,
     /// `None` where inodes are made on demand (btrfs, xfs in part).
     pub free_inodes: Option<u64>,
+    pub used_inodes: u64,
+}
+
+impl Space {
+    /// Of bytes or of inodes, whichever is scarcer; rounded up, as `df` does.
+    pub fn used_percent(&self) -> u8 {
+        let percent = |used: u64, free: u64| match u128::from(used) + u128::from(free) {
+            0 => 0,
+            all => (u128::from(used) * 100).div_ceil(all) as u8,
+        };
+        let inodes = self.free_inodes.map_or(0, |free| percent(self.used_inodes, free));
+        percent(self.used_bytes, self.free_bytes).max(inodes)
+    }
 }
 
 pub(crate) fn free(fd: impl AsFd, path: &Path) -> Result<Space, FsError> {
     let stat = nix::sys::statvfs::fstatvfs(fd).at("look at the free space of", path)?;
     let free_inodes = (stat.files() > 0).then_some(stat.files_available());
-    Ok(Space { free_bytes: stat.blocks_available().saturating_mul(stat.fragment_size()), free_inodes })
+    let bytes = |blocks: u64| blocks.saturating_mul(stat.fragment_size());
+    Ok(Space {
+        free_bytes: bytes(stat.blocks_available()),
+        used_bytes: bytes(stat.blocks().saturating_sub(stat.blocks_free())),
+        free_inodes,
+        used_inodes: stat.files().saturating_sub(stat.files_free()),
+    })
 }
 
 /// Fails with `ENOSPC` when less is left.

@@ -57,11 +57,18 @@ pub struct Options {
     pub max_layer_bytes: u64,
     /// Inflated bytes per compressed byte, looked at from 1 GiB on. Deflate ends at 1032; real layers are below 20.
     pub max_ratio: u64,
+    /// Processor time that unpacking one layer may take. A slow network takes none; real layers take seconds.
+    pub max_layer_cpu: std::time::Duration,
 }
 
 impl Default for Options {
     fn default() -> Options {
-        Options { max_layer_entries: 4_000_000, max_layer_bytes: 128 << 30, max_ratio: 200 }
+        Options {
+            max_layer_entries: 4_000_000,
+            max_layer_bytes: 128 << 30,
+            max_ratio: 200,
+            max_layer_cpu: std::time::Duration::from_secs(3600),
+        }
     }
 }
 

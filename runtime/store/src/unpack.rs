@@ -25,6 +25,7 @@ use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::time::Duration;
 
 /// Directories with this attribute hide what lower layers have at the same place.
 pub(crate) const OPAQUE: &CStr = c"trusted.overlay.opaque";
@@ -72,6 +73,8 @@ pub enum UnpackError {
     },
     #[error("layer has more than {0} entries")]
     TooManyEntries(u64),
+    #[error("unpacking takes more than {} s of processor time", .0.as_secs())]
+    TooLong(Duration),
     #[error(transparent)]
     Fs(#[from] FsError),
 }
@@ -95,6 +98,7 @@ pub(crate) struct Unpacked {
 
 pub(crate) struct Limits {
     pub(crate) max_entries: u64,
+    pub(crate) max_cpu: Duration,
 }
 
 /// Unpacks `stream` into the empty directory `root` and reads the stream to its end.
@@ -105,23 +109,28 @@ pub(crate) fn unpack<R: Read>(
     limits: &Limits,
 ) -> Result<(Unpacked, Sums), UnpackError> {
     let mut tar = TarReader::new(stream);
-    let mut target = Unpacker::new(root, root_path)?;
+    let mut target = Unpacker::new(root);
+    let started = thread_cpu();
     while let Some(entry) = tar.next_entry()? {
         target.done.entries += 1;
         if target.done.entries > limits.max_entries {
             return Err(UnpackError::TooManyEntries(limits.max_entries));
         }
         target.apply(&entry, &mut tar)?;
-        target.check_space()?;
+        if target.is_time_to_look() {
+            crate::space::require(target.root.as_fd(), root_path, SPACE_RESERVE, 16)?;
+            if thread_cpu().saturating_sub(started) > limits.max_cpu {
+                return Err(UnpackError::TooLong(limits.max_cpu));
+            }
+        }
     }
     let done = target.finish()?;
     let sums = tar.into_input().drain().map_err(UnpackError::Read)?;
     Ok((done, sums))
 }
 
-struct Unpacker<'a> {
+struct Unpacker {
     root: OwnedFd,
-    root_path: &'a Path,
     done: Unpacked,
     /// The directory of the entry before: archives are sorted by directory, so nearly every entry is one `openat`.
     current: Option<Parent>,
@@ -151,11 +160,10 @@ struct Parent {
     setgid: bool,
 }
 
-impl<'a> Unpacker<'a> {
-    fn new(root: OwnedFd, root_path: &'a Path) -> Result<Unpacker<'a>, UnpackError> {
-        Ok(Unpacker {
+impl Unpacker {
+    fn new(root: OwnedFd) -> Unpacker {
+        Unpacker {
             root,
-            root_path,
             // The root too is only described when an entry does.
             done: Unpacked { implicit_dirs: [Vec::new()].into(), ..Unpacked::default() },
             current: None,
@@ -163,7 +171,7 @@ impl<'a> Unpacker<'a> {
             recount: false,
             umask: umask(),
             unchecked_bytes: 0,
-        })
+        }
     }
 
     fn apply<R: io::BufRead>(&mut self, entry: &Entry, tar: &mut TarReader<R>) -> Result<(), UnpackError> {
@@ -677,15 +685,15 @@ impl<'a> Unpacker<'a> {
         }
     }
 
-    /// Stops before the disk is full, with the error that a full disk would give.
-    fn check_space(&mut self) -> Result<(), UnpackError> {
-        if self.unchecked_bytes < SPACE_CHECK_BYTES && !self.done.entries.is_multiple_of(SPACE_CHECK_ENTRIES)
-        {
-            return Ok(());
+    /// Now and then: is the disk nearly full (then unpacking stops with the error that a full one would give), does
+    /// it take too long.
+    fn is_time_to_look(&mut self) -> bool {
+        let due = self.unchecked_bytes >= SPACE_CHECK_BYTES
+            || self.done.entries.is_multiple_of(SPACE_CHECK_ENTRIES);
+        if due {
+            self.unchecked_bytes = 0;
         }
-        self.unchecked_bytes = 0;
-        crate::space::require(self.root.as_fd(), self.root_path, SPACE_RESERVE, 16)?;
-        Ok(())
+        due
     }
 
     /// Directory times, deepest first (setting one changes nothing above it, but the order costs nothing), and the
@@ -864,6 +872,12 @@ fn write_region<R: io::BufRead>(
         at(entry, "set the length", file.set_len(start + len))?;
     }
     Ok(())
+}
+
+/// Zero where it cannot be read: then there is no limit.
+fn thread_cpu() -> Duration {
+    nix::time::clock_gettime(nix::time::ClockId::CLOCK_THREAD_CPUTIME_ID)
+        .map_or(Duration::ZERO, Duration::from)
 }
 
 /// The process's file mode mask, which can otherwise only be read by changing it.

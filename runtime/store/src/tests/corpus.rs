@@ -642,6 +642,11 @@ fn bounds() {
     assert!(fail(four).ends_with("layer has more than 3 entries"));
     let big = tar().with(plain("f", Kind::File), &vec![1; 2 << 20]).end();
     assert!(fail(big).ends_with("layer inflates to more than 1048576 bytes"));
+    let options = Options { max_layer_cpu: std::time::Duration::ZERO, ..Options::default() };
+    let hasty = Store::open_with(&dir.path().join("hasty"), options).unwrap();
+    let many = (0..8192).fold(tar().file("a", ""), |tar, _| tar.hard_link("a", "a")).end();
+    let refused = chain(&ingest(&hasty, &many, &Digest::of(&many)).unwrap_err());
+    assert!(refused.contains("more than 0 s of processor time"), "{refused}");
     for magic in [&b"BZh91AY"[..], b"\xfd7zXZ\0\0"] {
         assert!(fail(magic.to_vec()).contains("only gzip, zstd and no compression are OCI layers"));
     }

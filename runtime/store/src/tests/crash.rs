@@ -44,7 +44,7 @@ fn worker() {
 }
 
 /// What must hold after any death: the store opens, every image it lists is whole, nothing unfinished is left.
-fn check_store(root: &Path) -> Store {
+pub(crate) fn check_store(root: &Path) -> Store {
     let store = Store::open(root).unwrap();
     let report = store.verify(Depth::Full, false).unwrap();
     assert!(report.damage.is_empty() && report.lost_images.is_empty(), "{report:?}");
@@ -124,7 +124,7 @@ fn a_killed_transfer_leaves_its_partial_blob_and_nothing_else() {
 }
 
 /// A mount that goes with its directory.
-struct Mounted(PathBuf);
+pub(crate) struct Mounted(pub(crate) PathBuf);
 
 impl Drop for Mounted {
     fn drop(&mut self) {
@@ -132,7 +132,7 @@ impl Drop for Mounted {
     }
 }
 
-fn tmpfs(dir: &Path, options: &str) -> Mounted {
+pub(crate) fn tmpfs(dir: &Path, options: &str) -> Mounted {
     let target = dir.join("small");
     std::fs::create_dir(&target).unwrap();
     let path = keel_sys::file::c_path(&target).unwrap();

@@ -4,8 +4,11 @@ mod basics;
 mod collect;
 mod corpus;
 mod crash;
+mod fault;
+mod fuzz;
 mod heal;
 mod import;
+mod rootfs;
 mod speed;
 
 use crate::tar::{Entry, Kind};
