@@ -22,6 +22,7 @@ use crate::events::{Event, Events};
 use crate::flights::{Flight, Flights, Work, pod_of};
 use crate::ports::{ActionError, Done, Next, PortError, ProbeKind, ProbeOutcome, ProbeRequest, Progress};
 use crate::probes::{Effect, Finished, Prober};
+use crate::rate::PullRate;
 use crate::retries::Retries;
 use crate::settings::Settings;
 
@@ -134,7 +135,7 @@ pub struct Core {
     kills_changed: bool,
     cancels: Vec<Ticket>,
     graces: BTreeMap<PodKey, u64>,
-    pulls: BTreeMap<String, String>,
+    pulls: BTreeMap<String, PullRate>,
     events: Events,
     observing: Observing,
     /// Counts finished actions; an observation covers those before the number it was asked at.
@@ -385,7 +386,8 @@ impl Core {
             Input::ActionFinished { ticket, result } => self.take_finished(ticket, result, now),
             Input::Progress { ticket, progress } => {
                 self.flights.progress(ticket, now.mono);
-                self.pulls.insert(progress.image.clone(), progress_text(&progress));
+                let rate = self.pulls.entry(progress.image.clone());
+                rate.or_insert_with(|| PullRate::new(now.mono)).take(progress, now.mono);
                 self.status_stale = true;
             }
             Input::ProbeFinished { ticket, outcome } => {
@@ -757,7 +759,7 @@ impl Core {
         for waits in facts.waiting.values_mut() {
             waits.dedup();
         }
-        facts.pulls = self.pulls.clone();
+        facts.pulls = self.pulls.iter().map(|(image, rate)| (image.clone(), rate.to_string())).collect();
         facts.problems = self.problems();
         facts
     }
@@ -984,9 +986,4 @@ fn probe_name(kind: ProbeKind) -> &'static str {
         ProbeKind::Liveness => "liveness",
         ProbeKind::Readiness => "readiness",
     }
-}
-
-fn progress_text(progress: &Progress) -> String {
-    let Progress { done_bytes, total_bytes, layers_done, layers_total, .. } = progress;
-    format!("{done_bytes} of {total_bytes} bytes, {layers_done} of {layers_total} layers")
 }

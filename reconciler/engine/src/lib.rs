@@ -8,6 +8,7 @@ mod driver;
 mod events;
 mod flights;
 mod probes;
+mod rate;
 mod retries;
 mod settings;
 mod writer;
