@@ -567,7 +567,8 @@ fn is_about_certificates(error: &PullError) -> bool {
 
 fn classify_tls(registry: String, error: &rustls::Error) -> PullError {
     match error {
-        rustls::Error::InvalidCertificate(CertificateError::UnknownIssuer) => {
+        // Other: it signs itself as an authority, and no file names it.
+        rustls::Error::InvalidCertificate(CertificateError::UnknownIssuer | CertificateError::Other(_)) => {
             PullError::UnknownCa { registry }
         }
         rustls::Error::InvalidCertificate(problem) => {

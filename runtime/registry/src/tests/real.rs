@@ -332,6 +332,42 @@ async fn tls_needs_the_authority_and_takes_it_from_every_place() {
     assert!(matches!(error, PullError::CertificateFile { .. }), "{error}");
 }
 
+/// As guides have it: one certificate that signs itself, says that it is an authority, and is the server's.
+fn self_signed(dir: &Path) -> serde_json::Value {
+    let made = Command::new("openssl")
+        .args(["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", "self.key", "-out", "self.crt"])
+        .args(["-subj", "/CN=localhost", "-days", "2", "-addext", "subjectAltName=IP:127.0.0.1"])
+        .current_dir(dir)
+        .output()
+        .unwrap();
+    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    json!({"tls": {"certificate": dir.join("self.crt"), "key": dir.join("self.key")}})
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_self_signed_certificate_is_trusted_by_name_and_for_its_names_only() {
+    if !lab_is_here(&["docker-registry", "skopeo", "openssl"]) {
+        return;
+    }
+    let registry = Registry::start(self_signed, json!({}));
+    registry.push(&small(), "1", KEEP);
+    let bench = Bench::new();
+    let reference = registry.reference("1");
+    let error = bench.pull(options(), &reference).await.unwrap_err();
+    assert!(error.hint().unwrap().contains(&format!("certs.d/{}/ca.crt", registry.host())), "{error:?}");
+    let trusting = |host: &str| {
+        let dir = registry.path().join("named").join(host);
+        fs::create_dir_all(&dir).unwrap();
+        fs::copy(registry.path().join("self.crt"), dir.join("ca.crt")).unwrap();
+        ClientOptions { certs_dirs: vec![registry.path().join("named")], ..options() }
+    };
+    bench.pull(trusting(&registry.host()), &reference).await.unwrap();
+    let forward = Forward::to(registry.port, "127.0.0.2:0");
+    let host = forward.address.to_string();
+    let error = bench.pull(trusting(&host), &format!("{host}/keel/x:1")).await.unwrap_err();
+    assert!(matches!(error, PullError::Certificate { .. }), "{error}");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_certificate_for_another_name_is_refused() {
     if !lab_is_here(&["docker-registry", "openssl"]) {
