@@ -876,6 +876,33 @@ fn events_print_statistics() {
     assert_eq!(event["id"], case.id.as_str());
     assert_eq!(event["data"]["pids"]["current"], 1);
     assert!(event["data"]["memory"]["usage"]["usage"].as_u64().unwrap() > 0);
+    if Path::new("/sys/fs/cgroup/cpuset").exists() {
+        assert!(event["data"]["cpuset"]["cpus"].as_array().is_some_and(|list| !list.is_empty()), "{event}");
+    }
+}
+
+#[test]
+fn a_checkpoint_without_criu_says_what_is_missing() {
+    require!(ours);
+    let case = in_cgroup(Case::new("sleep 1000"));
+    case.start();
+    let output = case.command(&["--criu", "/nowhere/criu", "checkpoint", &case.id]).output().unwrap();
+    let error = text(&output.stderr);
+    assert!(
+        !output.status.success() && error.contains("/nowhere/criu") && error.contains("package"),
+        "{error}"
+    );
+    let lazy = case.command(&["checkpoint", "--lazy-pages", &case.id]).output().unwrap();
+    assert!(text(&lazy.stderr).contains("--lazy-pages is not supported"), "{}", text(&lazy.stderr));
+}
+
+#[test]
+fn the_systemd_driver_takes_only_slice_prefix_and_name() {
+    require!(ours);
+    let case = Case::new("true").with("/linux/cgroupsPath", json!("/keel-it-path"));
+    let bundle = case.bundle();
+    let output = case.command(&["--systemd-cgroup", "run", "--bundle", &bundle, &case.id]).output().unwrap();
+    assert!(text(&output.stderr).contains("slice:prefix:name"), "{}", text(&output.stderr));
 }
 
 #[test]

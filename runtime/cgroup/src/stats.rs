@@ -10,13 +10,32 @@ use std::path::Path;
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct Stats {
     pub cpu: CpuStats,
-    pub cpuset: BTreeMap<String, u64>,
+    pub cpuset: BTreeMap<String, Cpuset>,
     pub memory: MemoryStats,
     pub pids: PidsStats,
     pub blkio: BlkioStats,
-    pub hugetlb: BTreeMap<String, u64>,
+    /// By page size.
+    pub hugetlb: BTreeMap<String, Hugetlb>,
     pub intel_rdt: BTreeMap<String, u64>,
     pub network_interfaces: Option<Vec<u64>>,
+}
+
+/// `0-1,4` is `[0, 1, 4]`; a switch is a number.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[serde(untagged)]
+pub enum Cpuset {
+    List(Vec<u64>),
+    Number(i64),
+}
+
+/// Bytes.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct Hugetlb {
+    #[serde(skip_serializing_if = "is_zero")]
+    pub usage: u64,
+    #[serde(skip_serializing_if = "is_zero")]
+    pub max: u64,
+    pub failcnt: u64,
 }
 
 /// Nanoseconds.
@@ -31,6 +50,10 @@ pub struct CpuUsage {
     pub total: u64,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub percpu: Vec<u64>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub percpu_kernel: Vec<u64>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub percpu_user: Vec<u64>,
     pub kernel: u64,
     pub user: u64,
 }
@@ -143,6 +166,24 @@ fn stats_v1(group: &Cgroup, stats: &mut Stats) {
         stats.cpu.usage.percpu =
             text(dir, "cpuacct.usage_percpu").split_whitespace().filter_map(|n| n.parse().ok()).collect();
     }
+    if let Some(dir) = group.dir_of("cpuacct") {
+        // A line for each CPU: its number, time of user and of system.
+        for line in text(dir, "cpuacct.usage_all").lines().skip(1) {
+            let mut numbers = line.split_whitespace().skip(1).filter_map(|n| n.parse::<u64>().ok());
+            stats.cpu.usage.percpu_user.extend(numbers.next());
+            stats.cpu.usage.percpu_kernel.extend(numbers.next());
+        }
+    }
+    if let Some(dir) = group.dir_of("cpuset") {
+        stats.cpuset = cpuset(dir);
+    }
+    if let Some(dir) = group.dir_of("hugetlb") {
+        stats.hugetlb = hugetlb(dir, |size, dir| Hugetlb {
+            usage: number(dir, &format!("hugetlb.{size}.usage_in_bytes")),
+            max: number(dir, &format!("hugetlb.{size}.max_usage_in_bytes")),
+            failcnt: number(dir, &format!("hugetlb.{size}.failcnt")),
+        });
+    }
     if let Some(dir) = group.dir_of("cpu") {
         let map = flat(&text(dir, "cpu.stat"));
         let get = |key: &str| map.get(key).copied().unwrap_or(0);
@@ -174,6 +215,49 @@ fn stats_v1(group: &Cgroup, stats: &mut Stats) {
         stats.blkio.io_service_bytes_recursive = entries("blkio.throttle.io_service_bytes_recursive");
         stats.blkio.io_serviced_recursive = entries("blkio.throttle.io_serviced_recursive");
     }
+}
+
+fn cpuset(dir: &Path) -> BTreeMap<String, Cpuset> {
+    const SWITCHES: [&str; 9] = [
+        "cpu_exclusive",
+        "mem_exclusive",
+        "mem_hardwall",
+        "memory_migrate",
+        "memory_pressure",
+        "memory_spread_page",
+        "memory_spread_slab",
+        "sched_load_balance",
+        "sched_relax_domain_level",
+    ];
+    let mut out = BTreeMap::new();
+    for name in ["cpus", "mems"] {
+        let numbers = text(dir, &format!("cpuset.{name}")).trim().split(',').flat_map(range).collect();
+        out.insert(name.to_owned(), Cpuset::List(numbers));
+    }
+    for name in SWITCHES {
+        let value = text(dir, &format!("cpuset.{name}")).trim().parse().unwrap_or(0);
+        out.insert(name.to_owned(), Cpuset::Number(value));
+    }
+    out
+}
+
+/// `3` or `2-4`; nothing for what is neither.
+fn range(text: &str) -> std::ops::RangeInclusive<u64> {
+    let (first, last) = text.split_once('-').unwrap_or((text, text));
+    match (first.parse(), last.parse()) {
+        (Ok(first), Ok(last)) => first..=last,
+        _ => std::ops::RangeInclusive::new(1, 0),
+    }
+}
+
+/// One entry for each page size that has files.
+fn hugetlb(dir: &Path, read: impl Fn(&str, &Path) -> Hugetlb) -> BTreeMap<String, Hugetlb> {
+    let names = fs::read_dir(dir).into_iter().flatten().flatten().map(|e| e.file_name());
+    let sizes = names.filter_map(|name| {
+        let size = name.to_str()?.strip_prefix("hugetlb.")?.split('.').next()?;
+        size.ends_with('B').then(|| size.to_owned())
+    });
+    sizes.map(|size| (size.clone(), read(&size, dir))).collect()
 }
 
 /// `8:0 Read 4096`
@@ -219,6 +303,11 @@ fn stats_v2(dir: &Path, stats: &mut Stats) {
         failcnt: 0,
     };
     stats.pids = pids(dir);
+    stats.hugetlb = hugetlb(dir, |size, dir| Hugetlb {
+        usage: number(dir, &format!("hugetlb.{size}.current")),
+        max: 0,
+        failcnt: flat(&text(dir, &format!("hugetlb.{size}.events"))).get("max").copied().unwrap_or(0),
+    });
     for line in text(dir, "io.stat").lines() {
         io_stat_line(line, &mut stats.blkio);
     }
@@ -241,5 +330,18 @@ fn io_stat_line(line: &str, blkio: &mut BlkioStats) {
             "wios" => push(|b| &mut b.io_serviced_recursive, "Write"),
             _ => {}
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lists_of_numbers_are_expanded() {
+        let all = |text: &str| text.split(',').flat_map(range).collect::<Vec<u64>>();
+        assert_eq!(all("0-2,7"), [0, 1, 2, 7]);
+        assert_eq!(all(""), []);
+        assert_eq!(all("x-1,3"), [3]);
     }
 }

@@ -122,6 +122,8 @@ const KNOWN: &[Known] = &[
             "memory-reservation",
             "memory-swap",
             "pids-limit",
+            "l3-cache-schema",
+            "mem-bw-schema",
         ],
         positional: usize::MAX,
     },

@@ -14,6 +14,11 @@ pub(crate) fn update(runtime: &Runtime, options: &Options, id: &str) -> Result<u
         Some(path) => read_resources(path)?,
         None => from_options(options)?,
     };
+    let schemata = [options.get("l3-cache-schema"), options.get("mem-bw-schema")];
+    let schemata: Vec<&str> = schemata.into_iter().flatten().collect();
+    if !schemata.is_empty() {
+        runtime.update_schemata(id, &schemata)?;
+    }
     runtime.update(id, &resources)?;
     Ok(0)
 }

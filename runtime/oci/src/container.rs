@@ -451,6 +451,18 @@ impl Runtime {
         Err(RuntimeError::WrongState { id: id.to_owned(), status: status.as_str(), action })
     }
 
+    /// New lines for the container's class of resource director technology.
+    pub fn update_schemata(&self, id: &str, lines: &[&str]) -> Result<(), RuntimeError> {
+        let state = self.store.open(id)?.load()?;
+        let class = state.rdt.first().ok_or_else(|| {
+            RuntimeError::Usage(format!(
+                "container {id:?} has no class of its own (linux.intelRdt): no schema to change"
+            ))
+        })?;
+        let path = class.join("schemata");
+        fs::write(&path, format!("{}\n", lines.join("\n"))).map_err(io_error("write", &path))
+    }
+
     pub fn update(&self, id: &str, resources: &Resources) -> Result<(), RuntimeError> {
         let dir = self.store.open(id)?;
         let state = dir.load()?;
