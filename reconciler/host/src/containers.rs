@@ -147,8 +147,12 @@ impl RealHost {
         private_dir(&upper)?;
         private_dir(&work)?;
         let layer = Some((upper.as_path(), work.as_path()));
+        let options = keel_store::RootfsOptions {
+            volatile: self.config.volatile_rootfs,
+            ..keel_store::RootfsOptions::default()
+        };
         self.store
-            .mount_rootfs(image, layer, &target)
+            .mount_rootfs_with(image, layer, &target, options)
             .map_err(|source| HostError::RootFs { container: id.to_string(), source: Box::new(source) })
     }
 

@@ -66,6 +66,8 @@ pub struct HostConfig {
     pub registries: Registries,
     /// When room is made on the disk of images.
     pub eviction: Eviction,
+    /// What containers write into their root file systems is never synced.
+    pub volatile_rootfs: bool,
 }
 
 pub struct RealHost {

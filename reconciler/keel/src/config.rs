@@ -67,6 +67,8 @@ pub(crate) struct Storage {
     pub(crate) evict_above: Option<u8>,
     /// And down to which.
     pub(crate) evict_to: Option<u8>,
+    /// What containers write beside their volumes need not survive a power cut: faster on slow disks.
+    pub(crate) volatile: bool,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Deserialize)]
@@ -89,6 +91,7 @@ pub(crate) struct Settings {
     pub(crate) log_max_bytes: u64,
     pub(crate) log_max_files: u32,
     pub(crate) eviction: keel_host::Eviction,
+    pub(crate) volatile_rootfs: bool,
     pub(crate) listen: Option<SocketAddr>,
     /// Of objects named in commands.
     pub(crate) namespace: String,
@@ -125,6 +128,7 @@ impl Settings {
         }
         Ok(Settings {
             eviction: keel_host::Eviction { above, to },
+            volatile_rootfs: config.storage.volatile,
             root: pick(&global.root, config.root, DEFAULT_ROOT),
             run: pick(&global.run, config.run, DEFAULT_RUN),
             runtime: program(pick(&global.runtime, config.runtime, "keel-runtime"), find_program),

@@ -118,6 +118,7 @@ pub(crate) fn host_config(context: &Context) -> HostConfig {
         log_max_files: settings.log_max_files,
         registries: registries(context),
         eviction: settings.eviction,
+        volatile_rootfs: settings.volatile_rootfs,
     }
 }
 
