@@ -2,6 +2,7 @@
 
 mod apply;
 mod badinput;
+mod callers;
 mod cli;
 mod conmon;
 mod crash;

@@ -800,6 +800,55 @@ fn exec_joins_a_cgroup_below_the_containers() {
 }
 
 #[test]
+fn a_frozen_cgroup_is_refused_instead_of_waited_for() {
+    require!(ours);
+    let case = in_cgroup(Case::new("true"));
+    let freezer = case.cgroup_dirs().into_iter().find(|d| d.starts_with("/sys/fs/cgroup/freezer"));
+    let Some(freezer) = freezer else {
+        eprintln!("skipped: no v1 freezer");
+        return;
+    };
+    fs::create_dir(&freezer).unwrap();
+    fs::write(freezer.join("freezer.state"), "FROZEN").unwrap();
+    let result = case.create(&[]);
+    fs::write(freezer.join("freezer.state"), "THAWED").unwrap();
+    fs::remove_dir(&freezer).unwrap();
+    assert!(result.unwrap_err().contains("paused"));
+}
+
+#[test]
+fn a_filter_that_knows_few_calls_does_not_hide_the_program() {
+    require!(ours);
+    let names = ["faccessat", "faccessat2", "access", "stat", "newfstatat", "statx", "close_range"];
+    let case = Case::new("true").with("/process/noNewPrivileges", json!(false));
+    let mut case = case.with("/process/args", json!(["true"]));
+    case.set(
+        "/linux/seccomp",
+        json!({"defaultAction": "SCMP_ACT_ALLOW",
+            "syscalls": [{"names": names, "action": "SCMP_ACT_ERRNO", "errnoRet": 1}]}),
+    );
+    case.output();
+}
+
+#[test]
+fn a_path_is_masked_once() {
+    require!(ours);
+    let script = "grep -c ' /tmp ' /proc/self/mounts";
+    let case = Case::new(script).with("/linux/maskedPaths", json!(["/tmp", "/tmp/", "//tmp"]));
+    assert_eq!(case.output(), "1\n");
+}
+
+#[test]
+fn a_tmpfs_without_a_mode_looks_like_what_it_covers() {
+    require!(ours);
+    let case = Case::new("stat -c %a /covered")
+        .with("/mounts/-", json!({"destination": "/covered", "type": "tmpfs"}));
+    fs::create_dir(case.rootfs().join("covered")).unwrap();
+    fs::set_permissions(case.rootfs().join("covered"), fs::Permissions::from_mode(0o710)).unwrap();
+    assert_eq!(case.output(), "710\n");
+}
+
+#[test]
 fn pause_stops_and_resume_continues() {
     require!();
     let case = in_cgroup(Case::new("while :; do echo x; sleep 0.01; done"));

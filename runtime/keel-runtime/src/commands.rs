@@ -37,7 +37,7 @@ pub(crate) fn run(
         "run" => run_container(&runtime, options, positional, log),
         "start" => done(runtime.start(id(positional)?, notify_socket().as_deref())),
         "state" => state(&runtime, positional),
-        "list" => list(&runtime, options),
+        "list" => list(&runtime, globals, options),
         "kill" => kill(&runtime, options, positional),
         "delete" => done(runtime.delete(id(positional)?, options.has("force"))),
         "exec" => exec(&runtime, options, positional, log),
@@ -48,7 +48,7 @@ pub(crate) fn run(
         "events" => events(&runtime, options, positional),
         "checkpoint" => checkpoint::checkpoint(&runtime, globals, options, id(positional)?),
         "restore" => checkpoint::restore(&runtime, globals, options, id(positional)?, log),
-        "spec" => spec(options),
+        "spec" => spec(&runtime, options),
         "features" => features(),
         other => Err(usage(format!("no command {other:?}"))),
     }
@@ -243,7 +243,11 @@ fn kill(runtime: &Runtime, options: &Options, positional: &[String]) -> Outcome 
     done(runtime.kill(id, signal, options.has("all")))
 }
 
-fn list(runtime: &Runtime, options: &Options) -> Outcome {
+fn list(runtime: &Runtime, globals: &Globals, options: &Options) -> Outcome {
+    if let Some(root) = &globals.root {
+        // Only the default root may not have been made yet; a wrong one would look like a host without containers.
+        fs::metadata(root).map_err(|source| RuntimeError::Io { what: "open", path: root.clone(), source })?;
+    }
     let format = options.get("format").unwrap_or("table");
     let dirs = runtime.store.list()?;
     if options.has("quiet") {
@@ -408,10 +412,10 @@ fn interval(text: &str) -> Result<Duration, RuntimeError> {
     if millis == 0 { Err(wrong()) } else { Ok(Duration::from_millis(millis)) }
 }
 
-fn spec(options: &Options) -> Outcome {
+fn spec(runtime: &Runtime, options: &Options) -> Outcome {
     let bundle = options.path("bundle").unwrap_or_else(|| PathBuf::from("."));
     let path = bundle.join("config.json");
-    let text = keel_oci::template::config(options.has("rootless"));
+    let text = keel_oci::template::config(options.has("rootless"), runtime.unified()?);
     let write = || -> io::Result<()> {
         let mut file = fs::OpenOptions::new().write(true).create_new(true).open(&path)?;
         file.write_all(text.as_bytes())

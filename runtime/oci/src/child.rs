@@ -27,6 +27,8 @@ pub(crate) struct Fds {
     /// Where a later `start` connects; without it the start comes over `sync`.
     pub(crate) start: Option<OwnedFd>,
     pub(crate) console: Option<OwnedFd>,
+    /// The terminal is relayed to the caller's, which ends lines itself.
+    pub(crate) relayed: bool,
     /// Takes the seccomp notification descriptor.
     pub(crate) notify: Option<OwnedFd>,
 }
@@ -117,7 +119,6 @@ struct Machine<'a> {
     /// This process in the runtime's own pid namespace.
     host_pid: i64,
     executable: [u8; PATH_BYTES],
-    executable_found: bool,
 }
 
 /// Runs the whole list and ends in exec or exit. `texts` explains the operations after [`Op::Ready`], which a later
@@ -134,7 +135,6 @@ pub(crate) fn run(ops: &[Op], texts: &[Vec<u8>], fds: &Fds, state: &StateText) -
         listen_pid: [0; 24],
         host_pid: 0,
         executable: [0; PATH_BYTES],
-        executable_found: false,
     };
     process::reset_signals();
     // A hook that does not read its input must not kill the set-up.
@@ -333,7 +333,6 @@ impl Machine<'_> {
                 process::umask(*mask);
                 Ok(())
             }
-            Op::CloseFrom { first } => process::close_range_cloexec(*first).at(Step::Whole),
             Op::Exec { args, env, path, home_of, listen_pid } => {
                 if *listen_pid {
                     self.listen_pid[..11].copy_from_slice(b"LISTEN_PID=");
@@ -480,6 +479,18 @@ impl Machine<'_> {
                 errno: errno(&e),
                 detail: i as u32,
             })?;
+        }
+        // As mount(8) has it not: a tmpfs without a mode of its own looks like the directory that it covers.
+        if kind.as_c_str() == c"tmpfs"
+            && !options.iter().any(|o| o.key.as_c_str() == c"mode")
+            && let Ok(covered) = self.existing(target)
+        {
+            let mode = file::fstat(&covered).at(Step::OpenTarget)?.mode & 0o7777;
+            let mut digits = [0u8; 5];
+            for (place, digit) in digits.iter_mut().zip((0..4).rev()) {
+                *place = b'0' + (mode >> (3 * digit) & 7) as u8;
+            }
+            with_c_str(&digits[..4], |mode| mount::fsconfig(&fs, c"mode", Some(mode)).at(Step::Create))?;
         }
         let mounted = mount::fsmount(&fs, *attr).at(Step::Create)?;
         let place = self.place(target, true)?;
@@ -630,6 +641,9 @@ impl Machine<'_> {
         if size.rows != 0 && size.columns != 0 {
             tty::set_size(&master, size).at(Step::SetAttr)?;
         }
+        if self.fds.relayed {
+            tty::clear_onlcr(&peer).at(Step::SetAttr)?;
+        }
         let console = self.fds.console.as_ref().ok_or(fail(Step::Send, libc::ENOTCONN))?;
         socket::send_fd(console, b"/dev/ptmx", &master).at(Step::Send)?;
         let _ = file::fchownat(&peer, c"", uid, gid, libc::AT_EMPTY_PATH);
@@ -668,7 +682,9 @@ impl Machine<'_> {
             from = fd + 1;
         }
         // SAFETY: as above.
-        unsafe { process::close_range(from, u32::MAX) }.at(Step::Whole)
+        unsafe { process::close_range(from, u32::MAX) }.at(Step::Whole)?;
+        // A filter that comes before the exec may forbid this one later.
+        process::close_range_cloexec(first).at(Step::Whole)
     }
 
     fn ready(&mut self) -> Done {
@@ -723,7 +739,6 @@ impl Machine<'_> {
         }
         for dir in path.map_or(&[][..], |p| p.to_bytes()).split(|b| *b == b':') {
             if join(dir, bytes, &mut self.executable).is_some_and(is_executable) {
-                self.executable_found = true;
                 return Ok(());
             }
         }
@@ -742,20 +757,25 @@ impl Machine<'_> {
             env.fill_spare(self.home.as_ptr().cast());
         }
         let name = args.strings().first().ok_or(fail(Step::NotFound, libc::ENOENT))?;
-        let target = if name.to_bytes().contains(&b'/') {
-            name.as_c_str()
-        } else {
-            // Searched again: now with the rights and in the directory of the user.
-            self.find_executable(name, path)?;
-            CStr::from_bytes_until_nul(&self.executable).map_err(|_| fail(Step::Whole, libc::ENAMETOOLONG))?
-        };
         process::ignore_sigpipe(false);
-        // SAFETY: both arrays were made from C strings that outlive this call; the spare slots of the environment hold
-        // null or NUL-terminated buffers of this machine.
-        let error = unsafe { process::execve(target, pointers(args), pointers(env)) };
-        let step =
-            if errno(&error) == libc::ENOENT && self.executable_found { Step::NotFound } else { Step::Whole };
-        Err(fail(step, errno(&error)))
+        // SAFETY: both arrays were made from C strings that outlive the call; the spare slots of the environment hold
+        // null or the NUL-terminated buffers of this machine.
+        let execute = |target: &CStr| unsafe { process::execve(target, pointers(args), pointers(env)) };
+        if name.to_bytes().contains(&b'/') {
+            return Err(fail(Step::Whole, errno(&execute(name))));
+        }
+        // Searched again, with the rights and in the directory of the user, and by trying: the filter that is in force
+        // now may know no other way to ask.
+        let mut worst = fail(Step::NotFound, libc::ENOENT);
+        for dir in path.map_or(&[][..], |p| p.to_bytes()).split(|b| *b == b':') {
+            let Some(target) = join(dir, name.to_bytes(), &mut self.executable) else { continue };
+            match errno(&execute(target)) {
+                libc::ENOENT | libc::ENOTDIR => {}
+                libc::EACCES => worst = fail(Step::Whole, libc::EACCES),
+                other => return Err(fail(Step::Whole, other)),
+            }
+        }
+        Err(worst)
     }
 }
 

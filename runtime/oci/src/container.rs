@@ -12,7 +12,7 @@ use crate::rdt;
 use crate::scope::{self, Scope};
 use crate::spec::{Hook, IdMapping, Spec};
 use crate::state::{ContainerDir, START_SOCKET, State, Status, Store, SystemdUnit, start_time};
-use keel_cgroup::{Cgroup, Resources, Roots};
+use keel_cgroup::{Cgroup, Mode, Resources, Roots};
 use keel_sys::{file, process, socket};
 use std::fs;
 use std::os::fd::OwnedFd;
@@ -80,6 +80,11 @@ impl Runtime {
         let created = self.set_up(options, false, console)?;
         created.write_pid_file(options)?;
         Ok(created)
+    }
+
+    /// Whether the host has one cgroup hierarchy for all.
+    pub fn unified(&self) -> Result<bool, RuntimeError> {
+        Ok(host::observe(&self.roots)?.layout.mode == Mode::V2)
     }
 
     /// Whether the bundle's process wants a terminal.
@@ -161,11 +166,18 @@ impl Runtime {
         let dir = self.store.create(&options.id)?;
         // Limits, kill and removal act on the whole cgroup: it must not have other people's processes.
         match cgroup.pids() {
+            // The process would stop when it joins, and this command would wait for it.
+            Ok(pids) if pids.is_empty() && cgroup.is_frozen()? => {
+                dir.remove()?;
+                return Err(RuntimeError::Usage(format!(
+                    "container's cgroup unexpectedly paused: {cgroup_path:?}"
+                )));
+            }
             Ok(pids) if pids.is_empty() => {}
             other => {
                 dir.remove()?;
                 other?;
-                return Err(RuntimeError::Usage(format!("cgroup {cgroup_path:?} is not empty")));
+                return Err(RuntimeError::Usage(format!("container's cgroup is not empty: {cgroup_path:?}")));
             }
         }
         let mut state = State::new(&spec, &options.id, &bundle, &rootfs, &cgroup, &cgroup_path);
@@ -221,7 +233,8 @@ impl Runtime {
         console: Option<OwnedFd>,
     ) -> Result<Launched, RuntimeError> {
         let dir = building.dir;
-        let mut fds = Fds { console, ..Fds::default() };
+        let relayed = console.is_some();
+        let mut fds = Fds { console, relayed, ..Fds::default() };
         let mut cgroup = None;
         if building.scope.is_none() {
             create_cgroup(building.cgroup, spec, lowered, facts)?;
@@ -377,10 +390,11 @@ impl Runtime {
         let state = dir.load()?;
         let cgroup = state.cgroup();
         let init = state.init_pidfd();
-        if all || (signal == libc::SIGKILL && !state.own_pid_namespace && init.is_some()) {
-            if init.is_none() && cgroup.pids()?.is_empty() {
-                return Err(RuntimeError::NotRunning);
-            }
+        if all {
+            return Ok(cgroup.signal_all(signal)?);
+        }
+        // Without a pid namespace of its own, processes outlive the init.
+        if signal == libc::SIGKILL && !state.own_pid_namespace && !cgroup.pids()?.is_empty() {
             return Ok(cgroup.signal_all(signal)?);
         }
         let Some(init) = init else { return Err(RuntimeError::NotRunning) };
@@ -775,7 +789,7 @@ fn run_hooks(kind: &'static str, hooks: &[Hook], state: &State, status: &str) ->
     for (i, hook) in hooks.iter().enumerate() {
         let program = lower_hook(&format!("hooks.{kind}[{i}]"), hook, &own)?;
         if let Err(failure) = run_hook(&program, &text, state.pid) {
-            let op = crate::op::Op::Hook { program, kind };
+            let op = crate::op::Op::Hook { program, kind, number: i };
             return Err(RuntimeError::Hook(op.explain(failure)));
         }
     }

@@ -106,7 +106,8 @@ impl Runtime {
             Some(_) => Default::default(),
             None => open_cgroup(&state, options, &self.roots)?,
         };
-        let mut fds = Fds { tasks, console, ..Fds::default() };
+        let relayed = console.is_some();
+        let mut fds = Fds { tasks, console, relayed, ..Fds::default() };
         if let Some(path) = &options.console_socket {
             let socket = socket::connect(path, libc::SOCK_STREAM);
             fds.console = Some(socket.map_err(io_error("connect to the console socket", path))?);

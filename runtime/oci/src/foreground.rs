@@ -46,6 +46,10 @@ pub fn wait(
 ) -> Result<Exit, RuntimeError> {
     let stdin = standard(0);
     let saved = master.and_then(|_| tty::make_raw(stdin).ok());
+    if saved.is_some() {
+        // The container's terminal leaves the line ends to this one.
+        let _ = tty::set_onlcr(stdin);
+    }
     if let Some(master) = master {
         copy_size(master);
     }

@@ -13,6 +13,8 @@ mod container;
 mod error;
 mod exec;
 pub mod foreground;
+#[cfg(test)]
+mod fuzz;
 mod host;
 mod launch;
 pub mod lower;

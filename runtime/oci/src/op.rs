@@ -291,6 +291,8 @@ pub enum Op {
     Hook {
         program: HookProgram,
         kind: &'static str,
+        /// Its place among those of its kind.
+        number: usize,
     },
     Mask {
         path: Rel,
@@ -356,7 +358,7 @@ pub enum Op {
         name: CString,
         path: Option<CString>,
     },
-    /// Closes descriptors from this one on that nothing to come needs. A container may wait for its start for days, and
+    /// Closes descriptors from this one on that nothing to come needs, and leaves the others to the exec. A container may wait for its start for days, and
     /// would hold the caller's pipes, and directories of the host, for as long.
     CloseUnneeded {
         first: u32,
@@ -393,10 +395,6 @@ pub enum Op {
     },
     Umask {
         mask: u32,
-    },
-    /// Descriptors from this one on are closed by the exec.
-    CloseFrom {
-        first: u32,
     },
     Exec {
         args: StringArray,
@@ -488,13 +486,13 @@ impl Op {
                 let name = args.strings().first().map(|s| c(s).into_owned()).unwrap_or_default();
                 format!("exec: {name:?}: executable file not found in $PATH")
             }
-            (Op::Hook { program, kind }, step) => {
-                let what = format!("{kind} hook {}", c(&program.path));
+            (Op::Hook { program, kind, number }, step) => {
+                let what = format!("error running {kind} hook #{number}: {}", c(&program.path));
                 match step {
-                    Step::ExitCode => format!("{what} failed: exit status {}", failure.detail),
-                    Step::Killed => format!("{what} was killed by signal {}", failure.detail),
+                    Step::ExitCode => format!("{what}: exit status {}", failure.detail),
+                    Step::Killed => format!("{what}: killed by signal {}", failure.detail),
                     Step::Timeout => {
-                        format!("{what} did not end within {} s", program.timeout_ms.unwrap_or(0) / 1000)
+                        format!("{what}: did not end within {} s", program.timeout_ms.unwrap_or(0) / 1000)
                     }
                     _ => format!("{what}: {errno}"),
                 }
@@ -516,7 +514,7 @@ impl Op {
                     Step::SetAttr => "set attributes: ",
                     Step::SetPropagation => "set propagation: ",
                     Step::Copy => "copy content: ",
-                    Step::NotReal => "the target must not be or lie behind a symbolic link: ",
+                    Step::NotReal => "must be mounted on ordinary directory, not through a symbolic link: ",
                     Step::Verify => "verify: ",
                     Step::Open => "open: ",
                     Step::Write => "write: ",
@@ -562,7 +560,9 @@ impl Op {
             Op::DeviceBind { source, path } => format!("bind device {} to {path:?}", c(source)),
             Op::Console { .. } => "set up the terminal".into(),
             Op::RuntimeHooks => "run the hooks of the runtime".into(),
-            Op::Hook { program, kind } => format!("run {kind} hook {}", c(&program.path)),
+            Op::Hook { program, kind, number } => {
+                format!("error running {kind} hook #{number}: {}", c(&program.path))
+            }
             Op::Mask { path, .. } => format!("mask {path:?}"),
             Op::ReadOnly { path } => format!("make {path:?} read-only"),
             Op::ReadOnlyRoot => "make the root read-only".into(),
@@ -595,9 +595,8 @@ impl Op {
             Op::Ambient { .. } => "set the ambient capabilities".into(),
             Op::WorkingDirectory { path } => format!("chdir to cwd {:?}", c(path)),
             Op::Umask { .. } => "set the umask".into(),
-            Op::CloseFrom { .. } => "close descriptors".into(),
             Op::Exec { args, .. } => {
-                format!("exec {:?}", args.strings().first().map(|s| c(s).into_owned()).unwrap_or_default())
+                format!("exec {}", args.strings().first().map(|s| c(s).into_owned()).unwrap_or_default())
             }
         }
     }

@@ -4,8 +4,8 @@
 use crate::names;
 use std::fmt::Write;
 
-/// A `config.json` to begin with.
-pub fn config(rootless: bool) -> String {
+/// A `config.json` to begin with. On v1 a container sees its place in the hierarchies, as other runtimes have it.
+pub fn config(rootless: bool, unified: bool) -> String {
     const CAPS: &str = r#"["CAP_AUDIT_WRITE", "CAP_KILL", "CAP_NET_BIND_SERVICE"]"#;
     // The network namespace of an ordinary user stays the caller's, whose sysfs can only be bound; one group is all
     // that is mapped.
@@ -30,7 +30,8 @@ pub fn config(rootless: bool) -> String {
             "\n        \"resources\": {\"devices\": [{\"allow\": false, \"access\": \"rwm\"}]},".to_owned(),
         )
     };
-    let namespaces: Vec<String> = namespaces.iter().map(|n| format!("{{\"type\": \"{n}\"}}")).collect();
+    let namespaces = namespaces.iter().filter(|n| unified || **n != "cgroup");
+    let namespaces: Vec<String> = namespaces.map(|n| format!("{{\"type\": \"{n}\"}}")).collect();
     let namespaces = namespaces.join(", ");
     format!(
         r#"{{
@@ -154,7 +155,7 @@ mod tests {
     #[test]
     fn both_texts_are_documents() {
         for rootless in [false, true] {
-            let spec: Spec = serde_json::from_str(&config(rootless)).unwrap();
+            let spec: Spec = serde_json::from_str(&config(rootless, rootless)).unwrap();
             assert_eq!(spec.linux.unwrap().uid_mappings.len(), usize::from(rootless));
         }
         let features: serde_json::Value = serde_json::from_str(&features()).unwrap();

@@ -86,7 +86,7 @@ fn onlcr(fd: impl AsFd, on: bool) -> io::Result<()> {
     // SAFETY: the call succeeded, so termios is filled.
     let mut termios = unsafe { termios.assume_init() };
     if on {
-        termios.c_oflag |= libc::ONLCR;
+        termios.c_oflag |= libc::OPOST | libc::ONLCR;
     } else {
         termios.c_oflag &= !libc::ONLCR;
     }

@@ -494,4 +494,4 @@ pub(crate) fn capability_set(names: &[String], facts: &HostFacts, warnings: &mut
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

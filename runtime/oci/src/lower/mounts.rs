@@ -47,6 +47,13 @@ pub(super) fn lower_rootfs(
         out.warnings.push("linux.devices are not made: /dev is a directory of the host".to_owned());
     }
     terminal(spec, true, out);
+    if let Some(mount) = spec.mounts.iter().find(|m| clean(&m.destination) == "dev" && !is_bind(m))
+        && parse_options("mounts", mount)?.read_only
+    {
+        let target = Target { path: rel("mounts", "/dev")?, real: true };
+        let attr = Attr { set: mount::ATTR_RDONLY, ..Attr::default() };
+        out.ops.push(Op::Remount { target, attr, recursive: false });
+    }
     if let Some(process) = &spec.process {
         out.ops.push(Op::Directory { path: rel("process.cwd", &process.cwd)?, mode: 0o755 });
     }
@@ -54,7 +61,12 @@ pub(super) fn lower_rootfs(
     for path in &linux.readonly_paths {
         out.ops.push(Op::ReadOnly { path: rel("linux.readonlyPaths", path)? });
     }
+    let mut masked = Vec::new();
     for path in &linux.masked_paths {
+        if masked.contains(&clean(path)) {
+            continue;
+        }
+        masked.push(clean(path));
         let label = given(&linux.mount_label).map(|l| c_string("linux.mountLabel", l)).transpose()?;
         out.ops.push(Op::Mask { path: rel("linux.maskedPaths", path)?, label });
     }
@@ -112,7 +124,7 @@ fn hooks(spec: &Spec, out: &mut Lowered) -> Result<(), SpecError> {
     let env = spec.process.as_ref().map_or(&[][..], |p| p.env.as_slice());
     for (i, hook) in hooks.create_container.iter().enumerate() {
         let program = lower_hook(&format!("hooks.createContainer[{i}]"), hook, env)?;
-        out.ops.push(Op::Hook { program, kind: "createContainer" });
+        out.ops.push(Op::Hook { program, kind: "createContainer", number: i });
     }
     Ok(())
 }
@@ -422,15 +434,17 @@ fn file_system(
     }
     list.extend(fs_options(field, &options.data)?);
     let late = options.copy_up && options.read_only;
+    // Devices and mounts are still to be made in it.
+    let much_later = target.path.as_str() == "dev";
     Ok(Op::FileSystem {
         kind: c_string(field, kind)?,
         target,
         options: list,
-        attr: if late { options.attr.set & !mount::ATTR_RDONLY } else { options.attr.set }
+        attr: if late || much_later { options.attr.set & !mount::ATTR_RDONLY } else { options.attr.set }
             | options.tree_attr.set,
         propagation: options.propagation & !libc::MS_REC,
         copy_up: options.copy_up,
-        read_only_after: late,
+        read_only_after: late && !much_later,
     })
 }
 

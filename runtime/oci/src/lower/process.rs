@@ -39,7 +39,7 @@ pub fn lower_process(
     ops.push(Op::Ready);
     for (i, hook) in context.hooks.iter().enumerate() {
         let program = lower_hook(&format!("hooks.startContainer[{i}]"), hook, &process.env)?;
-        ops.push(Op::Hook { program, kind: "startContainer" });
+        ops.push(Op::Hook { program, kind: "startContainer", number: i });
     }
     privileges(process, context, warnings, &mut ops)?;
     ops.push(exec(process, path, context.listen_fds)?);
@@ -218,6 +218,13 @@ fn privileges(
     let effective = set(&caps.effective);
     let inheritable = set(&caps.inheritable);
     let ambient = set(&caps.ambient);
+    for name in &caps.ambient {
+        let bit = names::capability(name).map_or(0, |n| 1 << n);
+        if ambient & bit & !(permitted & inheritable) != 0 {
+            warnings
+                .push(format!("can't raise ambient capability {name}: it is not permitted and inheritable"));
+        }
+    }
     ops.push(Op::BoundingSet { keep: bounding, last: context.facts.last_capability });
     ops.push(Op::KeepCapabilities);
     let user = &process.user;
@@ -232,7 +239,6 @@ fn privileges(
         ops.push(Op::Ambient { caps: ambient & permitted & inheritable });
     }
     ops.push(Op::Umask { mask: user.umask.unwrap_or(0o022) & 0o777 });
-    ops.push(Op::CloseFrom { first: 3 + context.preserve_fds });
     ops.extend(filter);
     Ok(())
 }
