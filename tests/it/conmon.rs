@@ -455,9 +455,17 @@ impl Drop for Store {
         while mentioned_by_a_process(self.dir.path()) && begun.elapsed() < PATIENCE {
             std::thread::sleep(SHORT);
         }
-        // podman keeps its store to itself with mounts on it.
-        for point in ["root/vfs", "root/overlay"] {
-            let _ = nix::mount::umount2(&self.dir.path().join(point), nix::mount::MntFlags::MNT_DETACH);
+        let removed = || {
+            // podman keeps its store to itself with mounts on it.
+            for point in ["root/vfs", "root/overlay"] {
+                let flags = nix::mount::MntFlags::MNT_DETACH;
+                while nix::mount::umount2(&self.dir.path().join(point), flags).is_ok() {}
+            }
+            let _ = fs::remove_dir_all(self.dir.path());
+            !self.dir.path().exists()
+        };
+        while !removed() && begun.elapsed() < PATIENCE {
+            std::thread::sleep(SHORT);
         }
     }
 }
