@@ -92,6 +92,10 @@ fn under_disk_pressure_blobs_go_then_unreferenced_images_and_never_what_manifest
     let scaled_down = registry.push_layout(&large("scaled", 10), "v", "app/scaled:1");
     let web = registry.push_layout(&version("web"), "v", "app/web:1");
     let instance = Instance::new();
+    let options = config(&instance, "storage: {evict_above: 40, evict_to: 30}\n");
+    let options: Vec<&str> = options.iter().map(String::as_str).collect();
+    let mut instance = instance.with(&options);
+    // Goes before the instance does, whose directory it is mounted in.
     let _disk = SmallDisk::below(&instance, 100);
     for image in [&idle, &scaled_down, &web] {
         instance.keel(&["image", "pull", image]).expect_code(0);
@@ -106,9 +110,6 @@ fn under_disk_pressure_blobs_go_then_unreferenced_images_and_never_what_manifest
     instance.write("web.yaml", &of("web", &web));
     let blob = blobs_of(&instance, &scaled_down)[1].clone();
     assert!(blob.exists());
-    let options = config(&instance, "storage: {evict_above: 40, evict_to: 30}\n");
-    let options: Vec<&str> = options.iter().map(String::as_str).collect();
-    let mut instance = instance.with(&options);
     instance.start_daemon();
     await_event(&instance, &["Evicted", "blobs of unpacked layers"]);
     await_event(&instance, &["Evicted", "1 unreferenced images", &idle]);

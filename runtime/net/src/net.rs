@@ -112,6 +112,10 @@ struct Verified {
     table: Table,
 }
 
+/// The kernel spreads the elements of a large set anew in the background, and a dump meanwhile misses some or has them
+/// twice: what does not match is looked at again before it is believed.
+const LOOKS: usize = 3;
+
 impl Net {
     pub fn open(config: NetConfig) -> Result<Net, NetError> {
         Ok(Net {
@@ -299,8 +303,14 @@ impl Net {
         if verified.as_ref().is_some_and(|seen| seen.generation == generation && seen.table == table) {
             return Ok(true);
         }
-        let found = observe::observe_table(&mut filter, &table)?;
-        let matches = found.is_some_and(|found| found.matches(&table, &fingerprint(&table)));
+        let mut matches = false;
+        for _ in 0..LOOKS {
+            let found = observe::observe_table(&mut filter, &table)?;
+            matches = found.is_some_and(|found| found.matches(&table, &fingerprint(&table)));
+            if matches {
+                break;
+            }
+        }
         *verified = matches.then_some(Verified { generation, table });
         Ok(matches)
     }

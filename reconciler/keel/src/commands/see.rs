@@ -249,8 +249,15 @@ fn watch(context: &Context, args: &Get, wanted: &[Wanted]) -> Outcome {
             headers &= found.is_empty();
             context.term.print(&text)?;
         }
-        Ok(())
+        Err(gone())
     })
+}
+
+/// What is watched has no end but the daemon's.
+fn gone() -> Failure {
+    keel_api::ControlError::new(keel_api::ErrorCode::Unavailable, "the daemon has gone away")
+        .hint("what runs goes on; look with: keel status")
+        .into()
 }
 
 fn changed(shown: &mut BTreeMap<String, Value>, key: String, status: &impl serde::Serialize) -> bool {
@@ -353,7 +360,7 @@ pub(crate) fn events(context: &Context, args: &Events) -> Outcome {
                 headers = false;
             }
         }
-        Ok(())
+        Err(gone())
     })
 }
 
