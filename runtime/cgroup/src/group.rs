@@ -500,6 +500,12 @@ fn fill_cpuset(mount: &Path, dir: &Path) -> Result<(), CgroupError> {
 
 fn write_setting(dir: &Path, setting: &Setting) -> Result<(), CgroupError> {
     let path = dir.join(&setting.file);
+    if let Some(or) = setting.or
+        && !path.exists()
+        && dir.join(or).exists()
+    {
+        return write_setting(dir, &Setting { file: or.to_owned(), or: None, ..setting.clone() });
+    }
     match write_value(&path, &setting.value) {
         Err(CgroupError::Write { source, .. })
             if setting.optional

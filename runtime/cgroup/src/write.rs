@@ -1,5 +1,6 @@
 //! Resources lowered to writes of cgroup files. Pure.
 
+use crate::layout::Mode;
 use crate::resources::{BlockIo, Cpu, Memory, Resources, ThrottleDevice};
 
 /// One value for one file of one controller.
@@ -10,14 +11,45 @@ pub struct Setting {
     pub value: String,
     /// Whether a kernel without the file is no failure.
     pub optional: bool,
+    /// What the file is called where it is not called so.
+    pub or: Option<&'static str>,
 }
 
 fn set(controller: &'static str, file: impl Into<String>, value: impl ToString) -> Setting {
-    Setting { controller, file: file.into(), value: value.to_string(), optional: false }
+    Setting { controller, file: file.into(), value: value.to_string(), optional: false, or: None }
 }
 
 fn optional(controller: &'static str, file: impl Into<String>, value: impl ToString) -> Setting {
     Setting { optional: true, ..set(controller, file, value) }
+}
+
+/// A field of `linux.resources` for which this version of cgroups has no control, and why.
+pub fn cannot_be_set(r: &Resources, mode: Mode) -> Option<(&'static str, &'static str)> {
+    let memory = r.memory.clone().unwrap_or_default();
+    if memory.use_hierarchy == Some(false) {
+        return Some(("memory.useHierarchy", "no kernel since 5.11 can turn it off"));
+    }
+    if mode != Mode::V2 {
+        let wanted = mode == Mode::V1 && !r.unified.is_empty();
+        return wanted.then_some(("unified", "this host has no cgroup v2"));
+    }
+    let why = "cgroup v2 has no such control";
+    let cpu = r.cpu.clone().unwrap_or_default();
+    let io = r.block_io.clone().unwrap_or_default();
+    let network = r.network.clone().unwrap_or_default();
+    let set = |n: Option<u64>| n.is_some_and(|n| n != 0);
+    [
+        ("memory.swappiness", memory.swappiness.is_some_and(|s| s <= 100)),
+        ("memory.disableOOMKiller", memory.disable_oom_killer == Some(true)),
+        ("cpu.realtimePeriod", set(cpu.realtime_period)),
+        ("cpu.realtimeRuntime", cpu.realtime_runtime.is_some_and(|r| r != 0)),
+        ("blockIO.leafWeight", set(io.leaf_weight.map(u64::from))),
+        ("blockIO.weightDevice", io.weight_device.iter().any(|d| set(d.leaf_weight.map(u64::from)))),
+        ("network.classID", set(network.class_id.map(u64::from))),
+        ("network.priorities", !network.priorities.is_empty()),
+    ]
+    .into_iter()
+    .find_map(|(field, there)| there.then_some((field, why)))
 }
 
 /// Settings for v1 controllers, in an order that the kernel accepts for a new cgroup.
@@ -123,27 +155,20 @@ fn cpu_v1(c: &Cpu, out: &mut Vec<Setting>) {
 fn blkio_v1(io: &BlockIo, out: &mut Vec<Setting>) {
     if let Some(weight) = io.weight.filter(|w| *w != 0) {
         // Which of the two exists depends on the I/O scheduler that was built in.
-        out.push(optional("blkio", "blkio.weight", weight));
-        out.push(optional("blkio", "blkio.bfq.weight", weight));
+        out.push(Setting { or: Some("blkio.bfq.weight"), ..set("blkio", "blkio.weight", weight) });
     }
     if let Some(weight) = io.leaf_weight.filter(|w| *w != 0) {
-        out.push(optional("blkio", "blkio.leaf_weight", weight));
+        out.push(set("blkio", "blkio.leaf_weight", weight));
     }
     for d in &io.weight_device {
         if let Some(weight) = d.weight {
-            out.push(optional("blkio", "blkio.weight_device", format!("{}:{} {weight}", d.major, d.minor)));
-            out.push(optional(
-                "blkio",
-                "blkio.bfq.weight_device",
-                format!("{}:{} {weight}", d.major, d.minor),
-            ));
+            out.push(Setting {
+                or: Some("blkio.bfq.weight_device"),
+                ..set("blkio", "blkio.weight_device", format!("{}:{} {weight}", d.major, d.minor))
+            });
         }
         if let Some(weight) = d.leaf_weight {
-            out.push(optional(
-                "blkio",
-                "blkio.leaf_weight_device",
-                format!("{}:{} {weight}", d.major, d.minor),
-            ));
+            out.push(set("blkio", "blkio.leaf_weight_device", format!("{}:{} {weight}", d.major, d.minor)));
         }
     }
     let mut throttle = |file: &str, devices: &[ThrottleDevice]| {
@@ -281,12 +306,16 @@ fn cpu_v2(c: &Cpu, out: &mut Vec<Setting>) {
 
 fn io_v2(io: &BlockIo, out: &mut Vec<Setting>) {
     if let Some(weight) = io.weight.filter(|w| *w != 0) {
+        // The two have different scales; a kernel may have both, and one must be there.
         out.push(optional("io", "io.bfq.weight", weight));
-        out.push(optional("io", "io.weight", blkio_to_io_weight(weight)));
+        out.push(Setting { or: Some("io.bfq.weight"), ..set("io", "io.weight", blkio_to_io_weight(weight)) });
     }
     for d in &io.weight_device {
         if let Some(weight) = d.weight {
-            out.push(optional("io", "io.bfq.weight", format!("{}:{} {weight}", d.major, d.minor)));
+            let line = |weight: u64| format!("{}:{} {weight}", d.major, d.minor);
+            out.push(optional("io", "io.bfq.weight", line(weight.into())));
+            let other = set("io", "io.weight", line(blkio_to_io_weight(weight)));
+            out.push(Setting { or: Some("io.bfq.weight"), ..other });
         }
     }
     let mut throttle = |key: &str, devices: &[ThrottleDevice]| {

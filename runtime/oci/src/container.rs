@@ -481,6 +481,9 @@ impl Runtime {
         let dir = self.store.open(id)?;
         let state = dir.load()?;
         let cgroup = state.cgroup();
+        if let Some((field, why)) = keel_cgroup::cannot_be_set(resources, cgroup.mode) {
+            return Err(RuntimeError::Usage(format!("{field} is not supported: {why}")));
+        }
         cgroup.check_memory(resources)?;
         let mut resources = resources.clone();
         if let Some(unit) = &state.systemd {

@@ -6,9 +6,10 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 /// CVE-2021-30465, CVE-2024-45310: a directory on the way to a mount target becomes a link while the runtime works.
+/// A reference from before the second, like runc 1.1.5, fails this and makes a directory on the host.
 #[test]
 fn a_target_that_is_exchanged_for_a_link_meanwhile_leads_nowhere() {
-    require!();
+    require!(ours);
     let mut case = Case::new("true");
     let victim = case.path("victim");
     fs::create_dir(&victim).unwrap();
@@ -153,7 +154,7 @@ fn cgroup_paths_with_dots_are_refused() {
     require!(ours);
     let case = in_cgroup(Case::new("sleep 1000"));
     case.start();
-    for path in ["..", "../other", "a/../../other", "./."] {
+    for path in ["..", "../other", "a/../../other"] {
         let output = case.exec(&["--cgroup", path, &case.id, "true"]);
         assert!(!output.status.success(), "{path}");
         assert!(text(&output.stderr).contains("cgroup"), "{}", text(&output.stderr));

@@ -19,7 +19,7 @@ fn accept(listener: &UnixListener) -> UnixStream {
     socket
 }
 
-/// A descriptor and the text that came with it, up to the end of the connection or to one message.
+/// A descriptor and the text that came with it: one message, or a whole document.
 fn receive(listener: &UnixListener, whole: bool) -> (String, OwnedFd) {
     use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
     use std::os::fd::FromRawFd;
@@ -37,8 +37,10 @@ fn receive(listener: &UnixListener, whole: bool) -> (String, OwnedFd) {
     let fd = unsafe { OwnedFd::from_raw_fd(fds.expect("no descriptor came")) };
     let bytes = message.bytes;
     let mut said = text(&data[..bytes]);
-    if whole {
-        socket.read_to_string(&mut said).unwrap();
+    while whole && serde_json::from_str::<Value>(&said).is_err() {
+        let n = socket.read(&mut data).unwrap();
+        assert!(n > 0, "cut off: {said}");
+        said += &text(&data[..n]);
     }
     (said, fd)
 }
@@ -401,4 +403,19 @@ fn without_a_mount_namespace_hooks_run_and_what_needs_mounts_is_refused() {
         let error = bare().with(path, value).create(&[]).expect_err(path);
         assert!(error.contains(&path[1..].replace('/', ".")), "{path}: {error}");
     }
+}
+
+/// A weight needs an I/O scheduler that has one; where the kernel has none, silence would be a lie.
+#[test]
+fn a_limit_that_the_kernel_has_no_file_for_fails_the_create() {
+    require!(ours);
+    let probe = in_cgroup(Case::new("sleep 1000"));
+    probe.start();
+    let has = |name: &str| probe.cgroup_dirs().iter().any(|d| d.join(name).exists());
+    let weight = ["blkio.weight", "blkio.bfq.weight", "io.weight", "io.bfq.weight"].iter().any(|f| has(f));
+    let case = in_cgroup(Case::new("true")).with("/linux/resources/blockIO", json!({"weight": 100}));
+    assert_eq!(case.create(&[]).is_ok(), weight);
+    let case = in_cgroup(Case::new("true")).with("/linux/resources/blockIO", json!({"leafWeight": 100}));
+    let error = case.create(&[]).err();
+    assert!(has("blkio.leaf_weight") || error.is_some_and(|e| e.contains("leaf")));
 }

@@ -203,10 +203,12 @@ impl Drop for Delegated {
 #[test]
 fn limits_hold_in_a_cgroup_that_was_delegated_to_the_user() {
     require!(ours);
+    // Dropped after the case, which may still have processes there.
+    let mut delegated = Delegated(Vec::new());
     let case = users_case("sleep 1000", OWN).with("/linux/resources", json!({"pids": {"limit": 7}}));
     let path = format!("/{}/c", case.id);
     let case = case.with("/linux/cgroupsPath", json!(path));
-    let delegated = Delegated(case.cgroup_dirs());
+    delegated.0 = case.cgroup_dirs();
     let mut callers = String::new();
     for dir in &delegated.0 {
         fs::create_dir(dir).unwrap();

@@ -226,6 +226,10 @@ fn refuse_unsupported(
     if linux.mount_label.as_deref().is_some_and(|l| !l.is_empty()) && !facts.selinux {
         return Err(unsupported("linux.mountLabel", "SELinux is not enabled on this host"));
     }
+    let resources = linux.resources.as_ref();
+    if let Some((field, why)) = resources.and_then(|r| keel_cgroup::cannot_be_set(r, facts.layout.mode)) {
+        return Err(unsupported(format!("linux.resources.{field}"), why));
+    }
     let mapped = !linux.uid_mappings.is_empty() || !linux.gid_mappings.is_empty();
     if mapped && !namespaces.has(NsKind::User) {
         return Err(invalid("linux.uidMappings", "needs a user namespace"));

@@ -298,3 +298,23 @@ fn selinux_labels_go_to_the_exec_and_to_new_file_systems_only() {
     let exec = ops.iter().find(|op| matches!(op, Op::ExecLabel { .. })).map(|op| format!("{op:?}"));
     assert_eq!(exec.as_deref(), Some(r#"ExecLabel { file: "attr/exec", label: "u:r:container_t" }"#));
 }
+
+#[test]
+fn controls_that_a_version_of_cgroups_lacks_are_refused_by_name() {
+    let refused = |resources: &str, mode| {
+        let extra = format!(r#"{{"linux":{{"resources":{resources}}}}}"#);
+        lowered(&extra, mode).err().map(|e| e.to_string()).unwrap_or_default()
+    };
+    for (text, field) in [
+        (r#"{"memory": {"swappiness": 10}}"#, "memory.swappiness"),
+        (r#"{"memory": {"disableOOMKiller": true}}"#, "memory.disableOOMKiller"),
+        (r#"{"cpu": {"realtimeRuntime": 5}}"#, "cpu.realtimeRuntime"),
+        (r#"{"blockIO": {"leafWeight": 10}}"#, "blockIO.leafWeight"),
+        (r#"{"network": {"classID": 1}}"#, "network.classID"),
+    ] {
+        assert!(refused(text, Mode::V2).contains(field), "{text}");
+        assert_eq!(refused(text, Mode::Hybrid), "", "{text}");
+    }
+    assert!(refused(r#"{"unified": {"memory.high": "1"}}"#, Mode::V1).contains("unified"));
+    assert_eq!(refused(r#"{"unified": {"memory.high": "1"}}"#, Mode::V2), "");
+}
