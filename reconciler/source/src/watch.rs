@@ -18,7 +18,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use notify::event::{AccessKind, AccessMode, EventKind, ModifyKind, RenameMode};
 use notify::{Config, Event, RecommendedWatcher, RecursiveMode, Watcher as _};
@@ -242,7 +242,8 @@ struct Events {
 /// The directory behind the path: another one under the same name needs another watch.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Identity {
-    real: Option<(PathBuf, u64, u64)>,
+    /// Path, device, inode, and birth, because an inode number is used again.
+    real: Option<(PathBuf, u64, u64, Option<SystemTime>)>,
 }
 
 /// What a round of looking came to.
@@ -526,7 +527,7 @@ impl Identity {
     fn of(dir: &Path) -> Identity {
         let real = fs::canonicalize(dir).ok().and_then(|real| {
             let meta = fs::metadata(&real).ok()?;
-            Some((real, meta.dev(), meta.ino()))
+            Some((real, meta.dev(), meta.ino(), meta.created().ok()))
         });
         Identity { real }
     }
