@@ -65,21 +65,12 @@ impl Tls {
         let builder = ClientConfig::builder_with_provider(self.provider.clone())
             .with_safe_default_protocol_versions()
             .map_err(|e| PullError::Setup { detail: e.to_string() })?;
-        let builder = if verify {
-            let mut roots = self.base_roots()?;
-            let mut named = Vec::new();
-            for path in self.extra_ca_files.iter().chain(&files.authorities) {
-                named.extend(read_certificates(path)?);
-            }
-            for path in &files.authorities {
-                add_authorities(&mut roots, path)?;
-            }
-            let chain = WebPkiServerVerifier::builder_with_provider(roots.into(), self.provider.clone());
-            let chain = chain.build().map_err(|e| PullError::Setup { detail: e.to_string() })?;
-            builder.dangerous().with_custom_certificate_verifier(Arc::new(ChainOrNamed { chain, named }))
-        } else {
-            builder.dangerous().with_custom_certificate_verifier(Arc::new(AcceptAny(self.provider.clone())))
+        let trust = match verify {
+            true => self.trust(&files)?,
+            false => Trust::Anybody,
         };
+        let verifier = Verifier { provider: self.provider.clone(), trust };
+        let builder = builder.dangerous().with_custom_certificate_verifier(Arc::new(verifier));
         match &files.client {
             None => Ok(builder.with_no_client_auth()),
             Some((certificate, key)) => {
@@ -88,6 +79,20 @@ impl Tls {
                 builder.with_client_auth_cert(chain, key_der).map_err(|e| unusable(key, &e))
             }
         }
+    }
+
+    fn trust(&self, files: &HostFiles) -> Result<Trust, PullError> {
+        let mut roots = self.base_roots()?;
+        for path in &files.authorities {
+            add_authorities(&mut roots, path)?;
+        }
+        let mut named = Vec::new();
+        for path in self.extra_ca_files.iter().chain(&files.authorities) {
+            named.extend(read_certificates(path)?);
+        }
+        let chain = WebPkiServerVerifier::builder_with_provider(roots.into(), self.provider.clone());
+        let chain = chain.build().map_err(|e| PullError::Setup { detail: e.to_string() })?;
+        Ok(Trust::ChainOrNamed { chain, named })
     }
 
     /// Reads all certificates anew for the next client: somebody may have added the one that was missing.
@@ -190,15 +195,24 @@ fn unusable(path: &Path, error: &dyn std::error::Error) -> PullError {
     PullError::CertificateFile { path: path.to_owned(), detail: error.to_string() }
 }
 
-/// A chain to an authority, or a certificate that is itself in a file which names whom to trust: the self-signed one that
-/// guides make with one `openssl req -x509` says that it is an authority, and as a server's own is refused for that.
+/// Whom a connection must prove to be with.
 #[derive(Debug)]
-struct ChainOrNamed {
-    chain: Arc<WebPkiServerVerifier>,
-    named: Vec<CertificateDer<'static>>,
+enum Trust {
+    /// Registries that are listed as insecure: encryption without knowing with whom.
+    Anybody,
+    /// A chain to an authority, or a certificate that is itself in a file which names whom to trust: the self-signed one
+    /// that guides make with one `openssl req -x509` says that it is an authority, and as a server's own is refused for
+    /// that.
+    ChainOrNamed { chain: Arc<WebPkiServerVerifier>, named: Vec<CertificateDer<'static>> },
 }
 
-impl ServerCertVerifier for ChainOrNamed {
+#[derive(Debug)]
+struct Verifier {
+    provider: Arc<CryptoProvider>,
+    trust: Trust,
+}
+
+impl ServerCertVerifier for Verifier {
     fn verify_server_cert(
         &self,
         end_entity: &CertificateDer<'_>,
@@ -207,12 +221,13 @@ impl ServerCertVerifier for ChainOrNamed {
         ocsp_response: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, rustls::Error> {
-        let verdict =
-            self.chain.verify_server_cert(end_entity, intermediates, server_name, ocsp_response, now);
-        match verdict {
+        let Trust::ChainOrNamed { chain, named } = &self.trust else {
+            return Ok(ServerCertVerified::assertion());
+        };
+        match chain.verify_server_cert(end_entity, intermediates, server_name, ocsp_response, now) {
             // "An authority as a server's own"; its time has been looked at before, and has an error of its own.
             Err(rustls::Error::InvalidCertificate(CertificateError::Other(_)))
-                if self.named.iter().any(|named| named == end_entity) =>
+                if named.iter().any(|named| named == end_entity) =>
             {
                 verify_server_name(&ParsedCertificate::try_from(end_entity)?, server_name)?;
                 Ok(ServerCertVerified::assertion())
@@ -227,46 +242,7 @@ impl ServerCertVerifier for ChainOrNamed {
         cert: &CertificateDer<'_>,
         dss: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        self.chain.verify_tls12_signature(message, cert, dss)
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        self.chain.verify_tls13_signature(message, cert, dss)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.chain.supported_verify_schemes()
-    }
-}
-
-/// For registries that are listed as insecure: encryption without knowing with whom.
-#[derive(Debug)]
-struct AcceptAny(Arc<CryptoProvider>);
-
-impl ServerCertVerifier for AcceptAny {
-    fn verify_server_cert(
-        &self,
-        _end_entity: &CertificateDer<'_>,
-        _intermediates: &[CertificateDer<'_>],
-        _server_name: &ServerName<'_>,
-        _ocsp_response: &[u8],
-        _now: UnixTime,
-    ) -> Result<ServerCertVerified, rustls::Error> {
-        Ok(ServerCertVerified::assertion())
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        let algorithms = &self.0.signature_verification_algorithms;
+        let algorithms = &self.provider.signature_verification_algorithms;
         rustls::crypto::verify_tls12_signature(message, cert, dss, algorithms)
     }
 
@@ -276,11 +252,11 @@ impl ServerCertVerifier for AcceptAny {
         cert: &CertificateDer<'_>,
         dss: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        let algorithms = &self.0.signature_verification_algorithms;
+        let algorithms = &self.provider.signature_verification_algorithms;
         rustls::crypto::verify_tls13_signature(message, cert, dss, algorithms)
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.0.signature_verification_algorithms.supported_schemes()
+        self.provider.signature_verification_algorithms.supported_schemes()
     }
 }

@@ -44,6 +44,17 @@ fn hear(socket: &UnixDatagram, wanted: &str) -> String {
     all
 }
 
+/// Created, and a `start` under way that knows the manager's socket.
+fn created_and_starting(case: &Case, manager: &str) -> std::process::Child {
+    let bundle = case.bundle();
+    let mut create = case.command(&["create", "--bundle", &bundle, &case.id]);
+    let file = |name: &str| fs::File::create(case.path(name)).unwrap();
+    let created =
+        create.env("NOTIFY_SOCKET", manager).stdout(file("out")).stderr(file("err")).status().unwrap();
+    assert!(created.success(), "{}", fs::read_to_string(case.path("err")).unwrap());
+    case.command(&["start", &case.id]).env("NOTIFY_SOCKET", manager).spawn().unwrap()
+}
+
 #[test]
 fn start_returns_when_the_container_is_ready_and_the_manager_learns_its_pid() {
     require!();
@@ -54,13 +65,7 @@ fn start_returns_when_the_container_is_ready_and_the_manager_learns_its_pid() {
         "{SEND} touch /data/begun; while ! test -e /data/go; do sleep 0.02; done; send READY=1; sleep 1000"
     ));
     let (socket, path) = manager(&case);
-    let bundle = case.bundle();
-    let mut create = case.command(&["create", "--bundle", &bundle, &case.id]);
-    let file = |name: &str| fs::File::create(case.path(name)).unwrap();
-    let created =
-        create.env("NOTIFY_SOCKET", &path).stdout(file("out")).stderr(file("err")).status().unwrap();
-    assert!(created.success(), "{}", fs::read_to_string(case.path("err")).unwrap());
-    let mut start = case.command(&["start", &case.id]).env("NOTIFY_SOCKET", &path).spawn().unwrap();
+    let mut start = created_and_starting(&case, &path);
     wait_for("the program to run", || case.rootfs().join("data/begun").exists());
     assert!(start.try_wait().unwrap().is_none(), "start returned before the container was ready");
     fs::write(case.rootfs().join("data/go"), "").unwrap();
@@ -76,13 +81,7 @@ fn a_container_that_ends_before_it_is_ready_does_not_hold_the_start() {
     require!();
     let case = Case::new("test -S $NOTIFY_SOCKET && echo there");
     let (_socket, path) = manager(&case);
-    let bundle = case.bundle();
-    let mut create = case.command(&["create", "--bundle", &bundle, &case.id]);
-    let file = |name: &str| fs::File::create(case.path(name)).unwrap();
-    let created =
-        create.env("NOTIFY_SOCKET", &path).stdout(file("out")).stderr(file("err")).status().unwrap();
-    assert!(created.success(), "{}", fs::read_to_string(case.path("err")).unwrap());
-    let mut start = case.command(&["start", &case.id]).env("NOTIFY_SOCKET", &path).spawn().unwrap();
+    let mut start = created_and_starting(&case, &path);
     wait_for("the start to return", || start.try_wait().unwrap().is_some());
     assert!(start.wait().unwrap().success());
     case.wait_for_status("stopped");
