@@ -17,9 +17,7 @@ mod namespace;
 mod net;
 mod port;
 mod resolver;
-mod socket;
 mod sysctl;
-mod wire;
 
 #[cfg(test)]
 mod kernel_tests;
@@ -29,6 +27,7 @@ pub use config::{NetConfig, TableOwnership};
 pub use filter::lower::{Protocol, Publish, UnknownProtocol};
 pub use filter::observe::ForwardDrop;
 pub use filter::watch::FilterWatch;
+pub use keel_sys::netlink::NetlinkError;
 pub use link::{POD_LINK, Traffic};
 pub use namespace::{
     NamespaceError, NamespaceKind, create_namespaces, in_netns, observe_namespaces, pin_namespaces_of,
@@ -40,5 +39,4 @@ pub use resolver::{
     Dns, HostsEntry, host_resolv_conf, render_host_network_resolv_conf, render_hosts, render_hosts_entries,
     render_resolv_conf,
 };
-pub use socket::NetlinkError;
 pub use sysctl::SysctlError;

@@ -8,8 +8,8 @@ use ipnet::Ipv4Net;
 use nix::errno::Errno;
 
 use crate::config::{NetConfig, mac_of};
-use crate::socket::{Netlink, NetlinkError};
-use crate::wire::{self, Writer, flag};
+use keel_sys::netlink::wire::{self, Writer, flag};
+use keel_sys::netlink::{Netlink, NetlinkError};
 
 const RTM_NEWLINK: u16 = 16;
 const RTM_DELLINK: u16 = 17;
@@ -508,7 +508,7 @@ pub(crate) fn remove_group(socket: &mut Netlink, group: u32) -> Result<bool, Net
 fn absent_is_fine(result: Result<(), NetlinkError>) -> Result<bool, NetlinkError> {
     match result {
         Ok(()) => Ok(true),
-        Err(error) if error.is(Errno::ENODEV) => Ok(false),
+        Err(error) if error.is(Errno::ENODEV as i32) => Ok(false),
         Err(error) => Err(error),
     }
 }

@@ -7,14 +7,13 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::thread;
 
-use keel_sys::netlink::NetlinkProtocol;
+use keel_sys::netlink::{Netlink, NetlinkError, NetlinkProtocol};
 use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::statfs::{NSFS_MAGIC, statfs};
 
 use crate::link;
-use crate::socket::{Netlink, NetlinkError};
 use crate::sysctl::{self, SysctlError};
 
 /// What the network namespace of a pod differs in from a fresh one. A kernel without one of them is fine.

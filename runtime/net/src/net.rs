@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use ipnet::Ipv4Net;
-use keel_sys::netlink::NetlinkProtocol;
+use keel_sys::netlink::{Netlink, NetlinkError, NetlinkProtocol};
 use nix::errno::Errno;
 
 use crate::config::{NetConfig, TableOwnership};
@@ -22,7 +22,6 @@ use crate::filter::observe::{self, Elements, ForwardDrop};
 use crate::link::{self, Link, LinkOp, POD_LINK, Traffic};
 use crate::namespace::in_netns;
 use crate::port::{PortError, check_host_port};
-use crate::socket::{Netlink, NetlinkError};
 use crate::sysctl::{self, SysctlError};
 
 /// MTU where no default route tells one (Ethernet).
@@ -198,14 +197,14 @@ impl Net {
         let bridge = self.own_bridge(&mut route)?.ok_or_else(missing)?;
         for other in self.note_link(&mut route, id, name)? {
             match link::apply_ops(&mut route, &[LinkOp::Down { name: other }]) {
-                Err(error) if !error.is(Errno::ENODEV) => return Err(error.into()),
+                Err(error) if !error.is(Errno::ENODEV as i32) => return Err(error.into()),
                 _ => {}
             }
         }
         let [add, set, hairpin] =
             link::lower_port(&self.config, name, id, bridge.index, bridge.mtu, ip, netns.as_raw_fd());
         match link::apply_ops(&mut route, &[add]) {
-            Err(error) if !error.is(Errno::EEXIST) => return Err(error.into()),
+            Err(error) if !error.is(Errno::EEXIST as i32) => return Err(error.into()),
             _ => {}
         }
         link::apply_ops(&mut route, &[set, hairpin])?;
@@ -238,7 +237,7 @@ impl Net {
             let mark = [LinkOp::MoveToGroup { index: link.index, name: link.name, group: trash }];
             match link::apply_ops(&mut route, &mark) {
                 Ok(()) => moved += 1,
-                Err(error) if error.is(Errno::ENODEV) => {}
+                Err(error) if error.is(Errno::ENODEV as i32) => {}
                 Err(error) => return Err(error.into()),
             }
         }
@@ -261,11 +260,12 @@ impl Net {
             match replace(&mut filter, &table, &comment, exists, self.config.ownership) {
                 Ok(()) => break,
                 Err(error)
-                    if tries < REPLACE_TRIES && (error.is(Errno::ENOENT) || error.is(Errno::EEXIST)) =>
+                    if tries < REPLACE_TRIES
+                        && (error.is(Errno::ENOENT as i32) || error.is(Errno::EEXIST as i32)) =>
                 {
                     exists = observe::find_table(&mut filter, &table.name)?.is_some();
                 }
-                Err(error) if error.is(Errno::EPERM) && exists => {
+                Err(error) if error.is(Errno::EPERM as i32) && exists => {
                     return Err(NetError::TableOwned { table: table.name, source: error });
                 }
                 Err(error) => return Err(error.into()),
@@ -361,7 +361,7 @@ impl Net {
                 let mut batch = Batch::new(&mut filter, &doing);
                 batch.delete_table(&self.config.table);
                 match batch.commit(&doing) {
-                    Err(error) if !error.is(Errno::ENOENT) => return Err(error.into()),
+                    Err(error) if !error.is(Errno::ENOENT as i32) => return Err(error.into()),
                     _ => {}
                 }
             }
@@ -468,7 +468,7 @@ fn replace(
     if ownership == TableOwnership::Owned {
         match write(filter, TABLE_FLAG_OWNER | TABLE_FLAG_PERSIST) {
             // An older kernel: a table that dies with us would be worse than one that others can change.
-            Err(error) if error.is(Errno::EOPNOTSUPP) || error.is(Errno::EINVAL) => {}
+            Err(error) if error.is(Errno::EOPNOTSUPP as i32) || error.is(Errno::EINVAL as i32) => {}
             other => return other,
         }
     }

@@ -39,6 +39,8 @@ pub enum RuntimeError {
     Unit(#[from] keel_systemd::UnitError),
     #[error(transparent)]
     Property(#[from] keel_systemd::PropertyError),
+    #[error("linux.netDevices")]
+    NetDevice(#[from] keel_sys::netlink::NetlinkError),
     #[error("{0}")]
     Child(String),
     #[error("container init died during the set-up: {0}")]

@@ -1,9 +1,10 @@
 //! `linux.netDevices`: devices of the runtime's network namespace moved into the container's, with their permanent global
 //! addresses, and set up there.
 
-use crate::error::{RuntimeError, io_error};
+use crate::error::RuntimeError;
 use crate::op::NsKind;
-use keel_sys::netlink::{NetlinkProtocol, NetlinkSocket};
+use keel_sys::netlink::wire::{self, Writer, flag};
+use keel_sys::netlink::{Netlink, NetlinkError, NetlinkProtocol};
 use keel_sys::{file, process};
 use std::collections::BTreeSet;
 use std::io;
@@ -20,14 +21,7 @@ pub struct NetDevice {
 /// `IFNAMSIZ` without the terminating zero.
 pub(crate) const NAME_BYTES: usize = 15;
 
-/// Larger than any datagram of a dump (the kernel makes them of at most 32 KiB).
-const BUFFER_BYTES: usize = 64 << 10;
-
-const HEADER: usize = 16;
-const LINK: usize = 16;
 const ADDRESS: usize = 8;
-const NLM_F_DUMP: u16 = 0x300;
-const NLM_F_CREATE_EXCL: u16 = 0x600;
 const IFLA_IFNAME: u16 = 3;
 const IFLA_NET_NS_FD: u16 = 28;
 const IFA_ADDRESS: u16 = 1;
@@ -41,14 +35,14 @@ pub(crate) fn move_all(devices: &[NetDevice], netns: &OwnedFd) -> Result<(), Run
         return Ok(());
     }
     let sys = |what: &'static str| move |source: io::Error| RuntimeError::Sys { what, source };
-    let mut outside = Route::open().map_err(sys("open a netlink socket"))?;
+    let mut outside = Netlink::open(NetlinkProtocol::Route)?;
     let own = file::openat(file::cwd(), c"/proc/self/ns/net", libc::O_RDONLY, 0)
         .map_err(sys("open the own network namespace"))?;
     // A netlink socket belongs for ever to the namespace that it was made in.
     process::setns(netns, NsKind::Net.flag()).map_err(sys("join the container's network namespace"))?;
-    let inside = Route::open();
+    let inside = Netlink::open(NetlinkProtocol::Route);
     process::setns(&own, NsKind::Net.flag()).map_err(sys("return to the own network namespace"))?;
-    let mut inside = inside.map_err(sys("open a netlink socket"))?;
+    let mut inside = inside?;
     for device in devices {
         move_one(device, netns, &mut outside, &mut inside)?;
     }
@@ -58,203 +52,127 @@ pub(crate) fn move_all(devices: &[NetDevice], netns: &OwnedFd) -> Result<(), Run
 fn move_one(
     device: &NetDevice,
     netns: &OwnedFd,
-    outside: &mut Route,
-    inside: &mut Route,
+    outside: &mut Netlink,
+    inside: &mut Netlink,
 ) -> Result<(), RuntimeError> {
-    let host = &device.host;
-    let index = outside.index_of(host).map_err(io_error("linux.netDevices: find device", host))?;
-    let addresses =
-        outside.addresses(index).map_err(io_error("linux.netDevices: read the addresses of", host))?;
-    let before =
-        inside.indexes().map_err(io_error("linux.netDevices: list the devices of", "the container"))?;
-    let mut attributes = Vec::new();
-    attribute(&mut attributes, IFLA_NET_NS_FD, &netns.as_raw_fd().to_ne_bytes());
-    attribute(&mut attributes, IFLA_IFNAME, &with_zero(&device.name));
-    outside
-        .act(libc::RTM_NEWLINK, 0, &link(index, 0, 0), &attributes)
-        .map_err(io_error("linux.netDevices: move device", format!("{host} as {}", device.name)))?;
+    let NetDevice { host, name } = device;
+    let index = index_of(outside, host)?;
+    let doing = format!("read the addresses of {host}");
+    let addresses = outside.list(
+        &doing,
+        libc::RTM_GETADDR,
+        |w| w.raw(&[0; ADDRESS]),
+        |body| kept_address(body, index),
+    )?;
+    let before = indexes(inside)?;
+    outside.request(&format!("move {host} as {name}"), libc::RTM_NEWLINK, |w| {
+        link(w, index, 0, 0);
+        w.u32(IFLA_NET_NS_FD, netns.as_raw_fd() as u32);
+        w.string(IFLA_IFNAME, name);
+    })?;
     // Its number is another one when the container had a device of that number.
-    let after =
-        inside.indexes().map_err(io_error("linux.netDevices: list the devices of", "the container"))?;
-    let index = after.difference(&before).next().copied().ok_or(io::ErrorKind::NotFound.into());
-    let index = index.map_err(io_error("linux.netDevices: find the moved device", &device.name))?;
-    for (header, attributes) in &addresses {
-        let mut header = *header;
-        header[4..8].copy_from_slice(&index.to_ne_bytes());
-        inside
-            .act(libc::RTM_NEWADDR, NLM_F_CREATE_EXCL, &header, attributes)
-            .map_err(io_error("linux.netDevices: restore an address of", &device.name))?;
+    let Some(&index) = indexes(inside)?.difference(&before).next() else {
+        let source = io::ErrorKind::NotFound.into();
+        return Err(NetlinkError::new(format!("find {name} after its move"), source).into());
+    };
+    for address in &addresses {
+        let doing = format!("restore an address of {name}");
+        let mut writer = Writer::default();
+        let sequence = inside.next_sequence();
+        let flags = flag::REQUEST | flag::ACK | flag::CREATE | flag::EXCL;
+        writer.message(libc::RTM_NEWADDR, flags, sequence, |w| address.write(w, index));
+        inside.transact(&writer.into_bytes(), &[(sequence, &doing)])?;
     }
     let up = libc::IFF_UP as u32;
-    inside
-        .act(libc::RTM_NEWLINK, 0, &link(index, up, up), &[])
-        .map_err(io_error("linux.netDevices: set up", &device.name))
-}
-
-fn with_zero(name: &str) -> Vec<u8> {
-    [name.as_bytes(), &[0]].concat()
+    inside.request(&format!("bring up {name}"), libc::RTM_NEWLINK, |w| link(w, index, up, up))?;
+    Ok(())
 }
 
 /// `struct ifinfomsg`.
-fn link(index: i32, flags: u32, change: u32) -> [u8; LINK] {
-    let mut out = [0; LINK];
-    out[4..8].copy_from_slice(&index.to_ne_bytes());
-    out[8..12].copy_from_slice(&flags.to_ne_bytes());
-    out[12..16].copy_from_slice(&change.to_ne_bytes());
-    out
+fn link(w: &mut Writer, index: u32, flags: u32, change: u32) {
+    w.raw(&[0; 4]);
+    for field in [index, flags, change] {
+        w.raw(&field.to_ne_bytes());
+    }
 }
 
-fn attribute(out: &mut Vec<u8>, kind: u16, data: &[u8]) {
-    out.extend_from_slice(&((data.len() + 4) as u16).to_ne_bytes());
-    out.extend_from_slice(&kind.to_ne_bytes());
-    out.extend_from_slice(data);
-    out.resize(out.len().next_multiple_of(4), 0);
+fn index_in(body: &[u8]) -> Option<u32> {
+    wire::read_u32(body, 4)
 }
 
-fn u16_at(bytes: &[u8], at: usize) -> Option<u16> {
-    bytes.get(at..at + 2).map(|b| u16::from_ne_bytes([b[0], b[1]]))
+fn index_of(socket: &mut Netlink, name: &str) -> Result<u32, NetlinkError> {
+    let doing = format!("find the device {name}");
+    let request = |w: &mut Writer| {
+        link(w, 0, 0, 0);
+        w.string(IFLA_IFNAME, name);
+    };
+    let found = socket.get(&doing, libc::RTM_GETLINK, request, index_in)?;
+    found.ok_or_else(|| NetlinkError::new(doing, io::Error::from_raw_os_error(libc::ENODEV)))
 }
 
-fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
-    bytes.get(at..at + 4).map(|b| u32::from_ne_bytes([b[0], b[1], b[2], b[3]]))
+fn indexes(socket: &mut Netlink) -> Result<BTreeSet<u32>, NetlinkError> {
+    let doing = "list the devices of the container";
+    let all = socket.list(doing, libc::RTM_GETLINK, |w| link(w, 0, 0, 0), index_in)?;
+    Ok(all.into_iter().collect())
 }
 
-/// Attributes by kind, until the first that does not fit.
-fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
-    std::iter::from_fn(move || {
-        let size = usize::from(u16_at(bytes, 0)?);
-        let kind = u16_at(bytes, 2)?;
-        let data = bytes.get(4..size)?;
-        bytes = bytes.get(size.next_multiple_of(4)..).unwrap_or_default();
-        Some((kind, data))
-    })
+/// What of an address goes with its device.
+#[derive(Debug)]
+struct Address {
+    family: u8,
+    prefix: u8,
+    flags: u8,
+    attributes: Vec<(u16, Vec<u8>)>,
 }
 
-type Address = ([u8; ADDRESS], Vec<u8>);
-
-/// An address of a dump as a request for the same one, if it is on this device, permanent and global.
-fn kept_address(body: &[u8], index: i32) -> Option<Address> {
-    let header: [u8; ADDRESS] = body.get(..ADDRESS)?.try_into().ok()?;
-    let on = u32_at(body, 4)? as i32;
-    // struct ifaddrmsg: family, prefix length, flags, scope, index.
-    let (mut flags, scope) = (u32::from(header[2]), header[3]);
-    let mut out = Vec::new();
-    for (kind, data) in attributes(body.get(ADDRESS..)?) {
-        match kind {
-            IFA_FLAGS => flags = u32_at(data, 0)?,
-            IFA_ADDRESS | IFA_LOCAL | IFA_BROADCAST => attribute(&mut out, kind, data),
-            _ => {}
+impl Address {
+    /// `struct ifaddrmsg` (scope 0 is the universe) and its attributes.
+    fn write(&self, w: &mut Writer, index: u32) {
+        w.raw(&[self.family, self.prefix, self.flags, 0]);
+        w.raw(&index.to_ne_bytes());
+        for (kind, data) in &self.attributes {
+            w.attribute(*kind, data);
         }
     }
-    let kept = on == index && flags & libc::IFA_F_PERMANENT != 0 && scope == libc::RT_SCOPE_UNIVERSE;
-    kept.then_some((header, out))
 }
 
-struct Route {
-    socket: NetlinkSocket,
-    sequence: u32,
-    buffer: Vec<u8>,
-}
-
-impl Route {
-    fn open() -> io::Result<Route> {
-        let socket = NetlinkSocket::open(NetlinkProtocol::Route)?;
-        Ok(Route { socket, sequence: 0, buffer: vec![0; BUFFER_BYTES] })
-    }
-
-    fn send(&mut self, kind: u16, flags: u16, header: &[u8], attributes: &[u8]) -> io::Result<()> {
-        self.sequence += 1;
-        let size = HEADER + header.len() + attributes.len();
-        let mut message = Vec::with_capacity(size);
-        message.extend_from_slice(&(size as u32).to_ne_bytes());
-        message.extend_from_slice(&kind.to_ne_bytes());
-        message.extend_from_slice(&(flags | libc::NLM_F_REQUEST as u16).to_ne_bytes());
-        message.extend_from_slice(&self.sequence.to_ne_bytes());
-        message.extend_from_slice(&0u32.to_ne_bytes());
-        message.extend_from_slice(header);
-        message.extend_from_slice(attributes);
-        self.socket.send(&message)
-    }
-
-    /// The messages that answer the last request, up to its end or its acknowledgement.
-    fn answers(&mut self, mut each: impl FnMut(&[u8])) -> io::Result<()> {
-        loop {
-            let Some(datagram) = self.socket.receive(&mut self.buffer)? else {
-                return Err(io::ErrorKind::UnexpectedEof.into());
-            };
-            let mut rest = datagram;
-            while let (Some(size), Some(kind), Some(sequence)) =
-                (u32_at(rest, 0), u16_at(rest, 4), u32_at(rest, 8))
-            {
-                let Some(body) = rest.get(HEADER..size as usize) else { break };
-                if sequence == self.sequence {
-                    match i32::from(kind) {
-                        libc::NLMSG_ERROR => {
-                            return match u32_at(body, 0).unwrap_or(0) as i32 {
-                                0 => Ok(()),
-                                errno => Err(io::Error::from_raw_os_error(-errno)),
-                            };
-                        }
-                        libc::NLMSG_DONE => return Ok(()),
-                        _ => each(body),
-                    }
-                }
-                rest = rest.get((size as usize).next_multiple_of(4)..).unwrap_or_default();
-            }
-        }
-    }
-
-    fn act(&mut self, kind: u16, flags: u16, header: &[u8], attributes: &[u8]) -> io::Result<()> {
-        self.send(kind, flags | libc::NLM_F_ACK as u16, header, attributes)?;
-        self.answers(|_| {})
-    }
-
-    fn index_of(&mut self, name: &str) -> io::Result<i32> {
-        let mut attributes = Vec::new();
-        attribute(&mut attributes, IFLA_IFNAME, &with_zero(name));
-        self.send(libc::RTM_GETLINK, libc::NLM_F_ACK as u16, &link(0, 0, 0), &attributes)?;
-        let mut found = None;
-        self.answers(|body| found = u32_at(body, 4))?;
-        found.map(|i| i as i32).ok_or(io::ErrorKind::NotFound.into())
-    }
-
-    fn indexes(&mut self) -> io::Result<BTreeSet<i32>> {
-        self.send(libc::RTM_GETLINK, NLM_F_DUMP, &link(0, 0, 0), &[])?;
-        let mut all = BTreeSet::new();
-        self.answers(|body| all.extend(u32_at(body, 4).map(|i| i as i32)))?;
-        Ok(all)
-    }
-
-    fn addresses(&mut self, index: i32) -> io::Result<Vec<Address>> {
-        self.send(libc::RTM_GETADDR, NLM_F_DUMP, &[0; ADDRESS], &[])?;
-        let mut all = Vec::new();
-        self.answers(|body| all.extend(kept_address(body, index)))?;
-        Ok(all)
-    }
+/// An address of a listing, if it is on this device, permanent and global.
+fn kept_address(body: &[u8], index: u32) -> Option<Address> {
+    let &[family, prefix, flags, scope] = body.first_chunk()?;
+    let list = body.get(ADDRESS..)?;
+    let long_flags = wire::find(list, IFA_FLAGS).and_then(|value| wire::read_u32(value, 0));
+    let permanent = long_flags.unwrap_or(flags.into()) & libc::IFA_F_PERMANENT != 0;
+    let kept = permanent && index_in(body)? == index && scope == libc::RT_SCOPE_UNIVERSE;
+    let attributes = wire::attributes(list)
+        .filter(|(kind, _)| [IFA_ADDRESS, IFA_LOCAL, IFA_BROADCAST].contains(kind))
+        .map(|(kind, data)| (kind, data.to_vec()))
+        .collect();
+    kept.then_some(Address { family, prefix, flags, attributes })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn dumped(flags: u32, scope: u8, index: i32) -> Vec<u8> {
-        let mut body = vec![2, 24, 0, scope];
-        body.extend_from_slice(&index.to_ne_bytes());
-        attribute(&mut body, IFA_LOCAL, &[10, 0, 0, 1]);
-        attribute(&mut body, 3, b"label\0");
-        attribute(&mut body, IFA_FLAGS, &flags.to_ne_bytes());
-        body
+    fn listed(flags: u32, scope: u8, index: u32) -> Vec<u8> {
+        let mut w = Writer::default();
+        w.raw(&[2, 24, 0, scope]);
+        w.raw(&index.to_ne_bytes());
+        w.attribute(IFA_LOCAL, &[10, 0, 0, 1]);
+        w.attribute(3, b"label\0");
+        w.u32(IFA_FLAGS, flags);
+        w.into_bytes()
     }
 
     #[test]
     fn permanent_global_addresses_of_the_device_are_kept() {
         let (permanent, universe) = (libc::IFA_F_PERMANENT, libc::RT_SCOPE_UNIVERSE);
-        let (header, rest) = kept_address(&dumped(permanent, universe, 7), 7).unwrap();
-        assert_eq!(header[..2], [2, 24]);
-        assert_eq!(attributes(&rest).collect::<Vec<_>>(), [(IFA_LOCAL, &[10, 0, 0, 1][..])]);
-        assert!(kept_address(&dumped(0, universe, 7), 7).is_none(), "of a lease");
-        assert!(kept_address(&dumped(permanent, libc::RT_SCOPE_LINK, 7), 7).is_none(), "of the link");
-        assert!(kept_address(&dumped(permanent, universe, 8), 7).is_none(), "of another device");
+        let kept = kept_address(&listed(permanent, universe, 7), 7).unwrap();
+        assert_eq!((kept.family, kept.prefix), (2, 24));
+        assert_eq!(kept.attributes, [(IFA_LOCAL, vec![10, 0, 0, 1])]);
+        assert!(kept_address(&listed(0, universe, 7), 7).is_none(), "of a lease");
+        assert!(kept_address(&listed(permanent, libc::RT_SCOPE_LINK, 7), 7).is_none(), "of the link");
+        assert!(kept_address(&listed(permanent, universe, 8), 7).is_none(), "of another device");
         assert!(kept_address(&[2, 24], 7).is_none(), "cut off");
     }
 }

@@ -11,6 +11,7 @@ pub mod heap;
 pub mod memfd;
 pub mod monitor;
 pub mod mount;
+pub mod netlink;
 pub mod process;
 pub mod sealed;
 pub mod seccomp;
@@ -59,5 +60,3 @@ pub fn errno_text(errno: i32) -> String {
         None => String::new(),
     }
 }
-
-pub mod netlink;

@@ -9,8 +9,8 @@ use nix::errno::Errno;
 
 use crate::filter::encode::family_header;
 use crate::filter::lower::Protocol;
-use crate::socket::{Netlink, NetlinkError};
-use crate::wire::{self, Writer};
+use keel_sys::netlink::wire::{self, Writer};
+use keel_sys::netlink::{Netlink, NetlinkError};
 
 const NFNL_SUBSYS_CTNETLINK: u16 = 1;
 const CT_GET: u16 = NFNL_SUBSYS_CTNETLINK << 8 | 1;
@@ -59,7 +59,7 @@ pub(crate) fn forget_udp(socket: &mut Netlink, ports: &BTreeSet<u16>) -> Result<
         });
         match deleted {
             Ok(()) => forgotten += 1,
-            Err(error) if error.is(Errno::ENOENT) => {}
+            Err(error) if error.is(Errno::ENOENT as i32) => {}
             Err(error) => return Err(error),
         }
     }

@@ -1,8 +1,8 @@
 //! nf_tables messages. Numbers are from linux/netfilter/nf_tables.h; all of them go big-endian.
 
 use crate::filter::model::{Chain, Compare, DataType, Expression, Map, Rule, Table};
-use crate::socket::{Netlink, NetlinkError};
-use crate::wire::{Writer, flag};
+use keel_sys::netlink::wire::{Writer, flag};
+use keel_sys::netlink::{Netlink, NetlinkError};
 
 const NFNL_SUBSYS_NFTABLES: u16 = 10;
 const BATCH_BEGIN: u16 = 0x10;

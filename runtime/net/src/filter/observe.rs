@@ -7,8 +7,8 @@ use crate::config::TABLE_PREFIX;
 use crate::filter::encode::{self, COMMENT, NFPROTO_INET, NFPROTO_UNSPEC};
 use crate::filter::lower::{self, Publish};
 use crate::filter::model::{Expression, Table};
-use crate::socket::{Netlink, NetlinkError};
-use crate::wire::{self, Writer};
+use keel_sys::netlink::wire::{self, Writer};
+use keel_sys::netlink::{Netlink, NetlinkError};
 
 const GETTABLE: u16 = 1;
 const GETCHAIN: u16 = 4;
@@ -192,7 +192,7 @@ fn list_elements(socket: &mut Netlink, table: &str, map: &str) -> Result<Option<
     });
     match parts {
         Ok(parts) => Ok(Some(parts.into_iter().flatten().collect())),
-        Err(error) if error.is(nix::errno::Errno::ENOENT) => Ok(None),
+        Err(error) if error.is(nix::errno::Errno::ENOENT as i32) => Ok(None),
         Err(error) => Err(error),
     }
 }

@@ -3,9 +3,7 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 
-use keel_sys::netlink::{NetlinkProtocol, NetlinkSocket};
-
-use crate::socket::NetlinkError;
+use keel_sys::netlink::{NetlinkError, NetlinkProtocol, NetlinkSocket};
 
 const NFNLGRP_NFTABLES: u32 = 7;
 /// Notices are read only to be counted as one.

@@ -1,10 +1,10 @@
 //! Request and answer over one netlink socket, with the kernel's own words in every error.
 
-use std::io;
+use std::error::Error;
+use std::{fmt, io};
 
-use keel_sys::netlink::{NetlinkProtocol, NetlinkSocket};
-
-use crate::wire::{self, Message, Writer, flag};
+use super::socket::{NetlinkProtocol, NetlinkSocket};
+use super::wire::{self, Message, Writer, flag};
 
 const MSG_ERROR: u16 = 2;
 const MSG_DONE: u16 = 3;
@@ -16,8 +16,7 @@ const BUFFER_BYTES: usize = 64 << 10;
 const LISTING_TRIES: u32 = 10;
 
 /// What we were doing and why the kernel refused.
-#[derive(Debug, thiserror::Error)]
-#[error("{doing}{}", detail.as_ref().map(|text| format!(": kernel says \"{text}\"")).unwrap_or_default())]
+#[derive(Debug)]
 pub struct NetlinkError {
     pub doing: String,
     /// The kernel's extended acknowledgement, where it gives one.
@@ -25,32 +24,48 @@ pub struct NetlinkError {
     pub source: io::Error,
 }
 
+impl fmt::Display for NetlinkError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.doing)?;
+        match &self.detail {
+            Some(text) => write!(f, ": kernel says \"{text}\""),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Error for NetlinkError {
+    fn source(&self) -> Option<&(dyn Error + 'static)> {
+        Some(&self.source)
+    }
+}
+
 impl NetlinkError {
-    pub(crate) fn new(doing: impl Into<String>, source: io::Error) -> NetlinkError {
+    pub fn new(doing: impl Into<String>, source: io::Error) -> NetlinkError {
         NetlinkError { doing: doing.into(), detail: None, source }
     }
 
-    pub(crate) fn is(&self, errno: nix::errno::Errno) -> bool {
-        self.source.raw_os_error() == Some(errno as i32)
+    pub fn is(&self, errno: i32) -> bool {
+        self.source.raw_os_error() == Some(errno)
     }
 }
 
 #[derive(Debug)]
-pub(crate) struct Netlink {
+pub struct Netlink {
     socket: NetlinkSocket,
     sequence: u32,
     buffer: Vec<u8>,
 }
 
 impl Netlink {
-    pub(crate) fn open(protocol: NetlinkProtocol) -> Result<Netlink, NetlinkError> {
+    pub fn open(protocol: NetlinkProtocol) -> Result<Netlink, NetlinkError> {
         let socket = NetlinkSocket::open(protocol)
             .map_err(|error| NetlinkError::new(format!("open a netlink socket ({protocol:?})"), error))?;
         Ok(Netlink { socket, sequence: 0, buffer: vec![0; BUFFER_BYTES] })
     }
 
     /// One request that answers only yes or no.
-    pub(crate) fn request(
+    pub fn request(
         &mut self,
         doing: &str,
         kind: u16,
@@ -63,7 +78,7 @@ impl Netlink {
     }
 
     /// Sends `datagram` and collects the verdict on each numbered message in it; the first error wins.
-    pub(crate) fn transact(&mut self, datagram: &[u8], sent: &[(u32, &str)]) -> Result<(), NetlinkError> {
+    pub fn transact(&mut self, datagram: &[u8], sent: &[(u32, &str)]) -> Result<(), NetlinkError> {
         let whole = sent.last().map_or("send", |(_, doing)| doing);
         self.socket.send(datagram).map_err(|error| NetlinkError::new(whole, error))?;
         let mut first: Option<NetlinkError> = None;
@@ -93,7 +108,7 @@ impl Netlink {
     }
 
     /// Lists objects; `each` gets the body of every answer.
-    pub(crate) fn list<T>(
+    pub fn list<T>(
         &mut self,
         doing: &str,
         kind: u16,
@@ -112,17 +127,16 @@ impl Netlink {
     }
 
     /// One object; `None` where the kernel says that it does not exist.
-    pub(crate) fn get<T>(
+    pub fn get<T>(
         &mut self,
         doing: &str,
         kind: u16,
         body: impl Fn(&mut Writer),
         each: impl Fn(&[u8]) -> Option<T>,
     ) -> Result<Option<T>, NetlinkError> {
-        use nix::errno::Errno;
         match self.list_once(doing, kind, flag::ACK, &body, &each) {
             Ok(found) => Ok(found.and_then(|all| all.into_iter().next())),
-            Err(error) if error.is(Errno::ENODEV) || error.is(Errno::ENOENT) => Ok(None),
+            Err(error) if error.is(libc::ENODEV) || error.is(libc::ENOENT) => Ok(None),
             Err(error) => Err(error),
         }
     }
@@ -159,7 +173,7 @@ impl Netlink {
         Ok((!interrupted).then_some(all))
     }
 
-    pub(crate) fn next_sequence(&mut self) -> u32 {
+    pub fn next_sequence(&mut self) -> u32 {
         self.sequence = self.sequence.wrapping_add(1);
         self.sequence
     }

@@ -1,38 +1,38 @@
 //! Netlink framing: builds datagrams of messages and nested attributes, and reads them back.
 
 /// Sizes of the fixed headers (linux/netlink.h).
-pub(crate) const HEADER_BYTES: usize = 16;
+pub const HEADER_BYTES: usize = 16;
 const NESTED: u16 = 0x8000;
 /// Upper bits of an attribute type are flags (nested, byte order).
 const TYPE_MASK: u16 = 0x3fff;
 
-pub(crate) mod flag {
-    pub(crate) const REQUEST: u16 = 0x1;
-    pub(crate) const ACK: u16 = 0x4;
-    pub(crate) const DUMP: u16 = 0x300;
-    pub(crate) const REPLACE: u16 = 0x100;
-    pub(crate) const EXCL: u16 = 0x200;
-    pub(crate) const CREATE: u16 = 0x400;
-    pub(crate) const APPEND: u16 = 0x800;
+pub mod flag {
+    pub const REQUEST: u16 = 0x1;
+    pub const ACK: u16 = 0x4;
+    pub const DUMP: u16 = 0x300;
+    pub const REPLACE: u16 = 0x100;
+    pub const EXCL: u16 = 0x200;
+    pub const CREATE: u16 = 0x400;
+    pub const APPEND: u16 = 0x800;
     /// On an answer: the table changed while it was being listed.
-    pub(crate) const DUMP_INTERRUPTED: u16 = 0x10;
+    pub const DUMP_INTERRUPTED: u16 = 0x10;
     /// On an error: the request is not echoed.
-    pub(crate) const CAPPED: u16 = 0x100;
+    pub const CAPPED: u16 = 0x100;
     /// On an error: attributes with the reason follow.
-    pub(crate) const ACK_TLVS: u16 = 0x200;
+    pub const ACK_TLVS: u16 = 0x200;
 }
 
 /// A datagram under construction. Numbers are in the byte order of the host unless a method says `be`.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Writer(Vec<u8>);
+pub struct Writer(Vec<u8>);
 
 impl Writer {
-    pub(crate) fn into_bytes(self) -> Vec<u8> {
+    pub fn into_bytes(self) -> Vec<u8> {
         self.0
     }
 
     /// One message; `body` writes the family header and the attributes.
-    pub(crate) fn message(&mut self, kind: u16, flags: u16, sequence: u32, body: impl FnOnce(&mut Writer)) {
+    pub fn message(&mut self, kind: u16, flags: u16, sequence: u32, body: impl FnOnce(&mut Writer)) {
         let start = self.0.len();
         self.raw(&[0; 4]);
         self.raw(&kind.to_ne_bytes());
@@ -45,11 +45,11 @@ impl Writer {
         self.0[start..start + 4].copy_from_slice(&length.to_ne_bytes());
     }
 
-    pub(crate) fn raw(&mut self, bytes: &[u8]) {
+    pub fn raw(&mut self, bytes: &[u8]) {
         self.0.extend_from_slice(bytes);
     }
 
-    pub(crate) fn attribute(&mut self, kind: u16, data: &[u8]) {
+    pub fn attribute(&mut self, kind: u16, data: &[u8]) {
         let length = u16::try_from(4 + data.len()).expect("single values are names and addresses");
         self.raw(&length.to_ne_bytes());
         self.raw(&kind.to_ne_bytes());
@@ -58,26 +58,26 @@ impl Writer {
     }
 
     /// A string with its terminating zero.
-    pub(crate) fn string(&mut self, kind: u16, text: &str) {
+    pub fn string(&mut self, kind: u16, text: &str) {
         let mut bytes = Vec::with_capacity(text.len() + 1);
         bytes.extend_from_slice(text.as_bytes());
         bytes.push(0);
         self.attribute(kind, &bytes);
     }
 
-    pub(crate) fn u8(&mut self, kind: u16, value: u8) {
+    pub fn u8(&mut self, kind: u16, value: u8) {
         self.attribute(kind, &[value]);
     }
 
-    pub(crate) fn u32(&mut self, kind: u16, value: u32) {
+    pub fn u32(&mut self, kind: u16, value: u32) {
         self.attribute(kind, &value.to_ne_bytes());
     }
 
-    pub(crate) fn be32(&mut self, kind: u16, value: u32) {
+    pub fn be32(&mut self, kind: u16, value: u32) {
         self.attribute(kind, &value.to_be_bytes());
     }
 
-    pub(crate) fn nest(&mut self, kind: u16, body: impl FnOnce(&mut Writer)) {
+    pub fn nest(&mut self, kind: u16, body: impl FnOnce(&mut Writer)) {
         let start = self.0.len();
         self.raw(&[0; 2]);
         self.raw(&(kind | NESTED).to_ne_bytes());
@@ -93,15 +93,15 @@ impl Writer {
 
 /// One message of a datagram.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Message<'a> {
-    pub(crate) kind: u16,
-    pub(crate) flags: u16,
-    pub(crate) sequence: u32,
-    pub(crate) body: &'a [u8],
+pub struct Message<'a> {
+    pub kind: u16,
+    pub flags: u16,
+    pub sequence: u32,
+    pub body: &'a [u8],
 }
 
 /// The messages of a datagram; stops at the first one that does not fit.
-pub(crate) fn messages(mut datagram: &[u8]) -> impl Iterator<Item = Message<'_>> {
+pub fn messages(mut datagram: &[u8]) -> impl Iterator<Item = Message<'_>> {
     std::iter::from_fn(move || {
         let header = datagram.get(..HEADER_BYTES)?;
         let length = read_u32(header, 0)? as usize;
@@ -117,7 +117,7 @@ pub(crate) fn messages(mut datagram: &[u8]) -> impl Iterator<Item = Message<'_>>
 }
 
 /// The attributes of a list; stops at the first one that does not fit.
-pub(crate) fn attributes(mut list: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
+pub fn attributes(mut list: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
     std::iter::from_fn(move || {
         let length = usize::from(read_u16(list, 0)?);
         let kind = read_u16(list, 2)? & TYPE_MASK;
@@ -128,29 +128,29 @@ pub(crate) fn attributes(mut list: &[u8]) -> impl Iterator<Item = (u16, &[u8])> 
 }
 
 /// First attribute of that kind.
-pub(crate) fn find(list: &[u8], kind: u16) -> Option<&[u8]> {
+pub fn find(list: &[u8], kind: u16) -> Option<&[u8]> {
     attributes(list).find(|(found, _)| *found == kind).map(|(_, value)| value)
 }
 
 /// Text up to its terminating zero.
-pub(crate) fn text(value: &[u8]) -> String {
+pub fn text(value: &[u8]) -> String {
     let end = value.iter().position(|byte| *byte == 0).unwrap_or(value.len());
     String::from_utf8_lossy(&value[..end]).into_owned()
 }
 
-pub(crate) fn read_u16(bytes: &[u8], at: usize) -> Option<u16> {
+pub fn read_u16(bytes: &[u8], at: usize) -> Option<u16> {
     Some(u16::from_ne_bytes(bytes.get(at..at + 2)?.try_into().ok()?))
 }
 
-pub(crate) fn read_u32(bytes: &[u8], at: usize) -> Option<u32> {
+pub fn read_u32(bytes: &[u8], at: usize) -> Option<u32> {
     Some(u32::from_ne_bytes(bytes.get(at..at + 4)?.try_into().ok()?))
 }
 
-pub(crate) fn read_u64(bytes: &[u8], at: usize) -> Option<u64> {
+pub fn read_u64(bytes: &[u8], at: usize) -> Option<u64> {
     Some(u64::from_ne_bytes(bytes.get(at..at + 8)?.try_into().ok()?))
 }
 
-pub(crate) fn read_be32(bytes: &[u8]) -> Option<u32> {
+pub fn read_be32(bytes: &[u8]) -> Option<u32> {
     Some(u32::from_be_bytes(bytes.get(..4)?.try_into().ok()?))
 }
 
