@@ -3,13 +3,14 @@
 
 use std::collections::BTreeSet;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use keel_api::{ControlError, ControlEvent, ErrorCode, EventSender, ImageRequest, SaveFormat, Status, exit};
 use keel_manifest::{Kind, Object};
 use keel_plan::{ContainerStatus, PodStatus};
 use keel_registry::{Client, OnProgress, Platform, PullProgress};
-use keel_store::{Depth, Image, ImportOptions, ImportProgress, Roots, Store};
+use keel_store::{Depth, Image, ImportOptions, Roots, Store, Transfer};
 use serde_json::{Value, json};
 
 use crate::failure::chain;
@@ -197,7 +198,7 @@ fn blocking(
             let fail = |error: &dyn std::fmt::Display| {
                 ControlError::new(ErrorCode::Internal, format!("write {}: {error}", path.display()))
             };
-            save(store, &images, &path, format, &fail)?;
+            save(store, &images, &path, format, &transfers(events), &fail)?;
             Ok(format!("saved {} to {}", crate::text::count(images.len(), "image"), path.display()))
         }
         ImageRequest::Prune => {
@@ -214,16 +215,7 @@ fn blocking(
             ))
         }
         ImageRequest::Import { path, name } => {
-            let report = |progress: ImportProgress| {
-                let _ = events.try_send(ControlEvent::Progress {
-                    image: progress.reference,
-                    done_bytes: progress.done_bytes,
-                    total_bytes: progress.total_bytes,
-                    layers_done: progress.layers_done,
-                    layers_total: progress.layers_total,
-                });
-            };
-            let images = store.import(&path, &ImportOptions::default(), &report).map_err(|error| {
+            let images = store.import(&path, &ImportOptions::default(), &transfers(events)).map_err(|error| {
                 ControlError::new(ErrorCode::Invalid, format!("import {name}: {}", chain(&error))).hint(
                     "an archive is made by: skopeo copy SOURCE oci-archive:FILE:NAME, docker save or podman save",
                 )
@@ -236,12 +228,36 @@ fn blocking(
     }
 }
 
+/// Tells how far an import or a save is, not too often.
+fn transfers(events: &EventSender) -> impl Fn(Transfer) + Sync {
+    let told = Mutex::new((Instant::now(), u32::MAX));
+    move |transfer: Transfer| {
+        let mut told = told.lock().unwrap_or_else(PoisonError::into_inner);
+        if told.1 == transfer.layers_done && told.0.elapsed() < TRANSFER_INTERVAL {
+            return;
+        }
+        *told = (Instant::now(), transfer.layers_done);
+        // Progress that finds no room is superseded by the next one.
+        let _ = events.try_send(ControlEvent::Progress {
+            image: transfer.reference,
+            done_bytes: transfer.done_bytes,
+            total_bytes: transfer.total_bytes,
+            layers_done: transfer.layers_done,
+            layers_total: transfer.layers_total,
+        });
+    }
+}
+
+/// Often enough for a bar, rarely enough for a stream of lines.
+const TRANSFER_INTERVAL: Duration = Duration::from_millis(100);
+
 /// A file that could not be written whole does not stay.
 fn save(
     store: &Store,
     images: &[String],
     path: &Path,
     format: SaveFormat,
+    on_progress: &dyn Fn(Transfer),
     fail: &dyn Fn(&dyn std::fmt::Display) -> ControlError,
 ) -> Result<(), ControlError> {
     let references: Vec<&str> = images.iter().map(String::as_str).collect();
@@ -249,11 +265,12 @@ fn save(
         SaveFormat::OciArchive => keel_store::SaveFormat::OciArchive,
         SaveFormat::DockerArchive => keel_store::SaveFormat::DockerArchive,
         SaveFormat::OciDirectory => {
-            return store.save_layout(&references, path).map_err(|error| fail(&chain(&error)));
+            return store.save_layout(&references, path, on_progress).map_err(|error| fail(&chain(&error)));
         }
     };
     let mut file = std::fs::File::create(path).map_err(|error| fail(&error))?;
-    let saved = store.save(&references, archive, &mut file).map_err(|error| fail(&chain(&error)));
+    let saved =
+        store.save(&references, archive, &mut file, on_progress).map_err(|error| fail(&chain(&error)));
     if saved.is_err() {
         // The error that matters is the first one.
         let _ = std::fs::remove_file(path);

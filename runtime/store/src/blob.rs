@@ -136,7 +136,7 @@ impl Store {
     }
 
     /// Writes a small blob whole and durably.
-    pub(crate) fn put_blob(&self, bytes: &[u8]) -> Result<Digest, FsError> {
+    pub fn put_blob(&self, bytes: &[u8]) -> Result<Digest, FsError> {
         let digest = Digest::of(bytes);
         let path = self.inner.blob_path(&digest);
         // Read it instead of trusting its name: it is small, and damage here is healed for free.

@@ -141,8 +141,8 @@ impl Store {
         Ok(done)
     }
 
-    /// Removes the compressed blobs of layers that are unpacked: the next thing to go when the disk is full. Images run
-    /// as before; saving, pushing and repairing them needs the blobs again. Those of images that came without a registry
+    /// Removes the compressed blobs of layers that are unpacked or for other platforms: the next thing to go when the
+    /// disk is full. Images run as before; saving, pushing and repairing them needs the blobs again. Those of images that came without a registry
     /// go last, until there is `enough` room.
     pub fn drop_unpacked_blobs(&self, enough: &dyn Fn() -> bool) -> Result<Collected, ImageError> {
         let _commit = self.inner.commit();
@@ -150,14 +150,17 @@ impl Store {
         let mut records = self.by_last_use()?;
         records.sort_by_key(|(_, record)| record.pinned);
         for (_, record) in records {
-            for layer in &record.layers {
+            let unpacked = record.layers.iter().filter(|layer| self.inner.is_published(&layer.diff_id));
+            let mut spare: Vec<Digest> = unpacked.map(|layer| layer.blob_digest).collect();
+            spare.extend(other_platforms(&record));
+            for blob in spare {
                 if enough() {
                     return Ok(done);
                 }
-                let path = self.inner.blob_path(&layer.blob_digest);
-                let leased = self.inner.state().leases.contains_key(&layer.blob_digest);
+                let path = self.inner.blob_path(&blob);
+                let leased = self.inner.state().leases.contains_key(&blob);
                 let len = fs::metadata(&path).map_or(0, |m| m.len());
-                if !leased && self.inner.is_published(&layer.diff_id) && fsio::remove_file(&path)? {
+                if !leased && fsio::remove_file(&path)? {
                     done.blobs += 1;
                     done.freed_bytes += len;
                 }
@@ -174,8 +177,8 @@ impl Store {
     ) -> Result<BTreeSet<Digest>, ImageError> {
         let mut needed: BTreeSet<Digest> = BTreeSet::new();
         for record in records {
-            needed.extend([record.manifest.digest, record.config]);
-            needed.extend(record.layers.iter().flat_map(|layer| [layer.blob_digest, layer.diff_id]));
+            needed.extend(record.blobs());
+            needed.extend(record.layers.iter().map(|layer| layer.diff_id));
             needed.extend(record.fixup);
         }
         for manifest in running {
@@ -270,6 +273,15 @@ impl Store {
         }
         Ok(())
     }
+}
+
+/// Layers of an index that do not run here. Configs are small, and this machine's may be among them.
+fn other_platforms(record: &ImageRecord) -> Vec<Digest> {
+    let own: BTreeSet<Digest> = record.layers.iter().map(|layer| layer.blob_digest).collect();
+    let blobs = record.index.iter().flat_map(|index| &index.members).flat_map(|member| &member.blobs);
+    let layers =
+        blobs.filter(|blob| blob.media_type.contains(".layer.") || blob.media_type.contains(".rootfs."));
+    layers.map(|blob| blob.digest).filter(|digest| !own.contains(digest)).collect()
 }
 
 /// Names of damaged layers that a container may still run on: this, the diff id, and something unique.

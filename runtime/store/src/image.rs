@@ -3,7 +3,7 @@
 use crate::blob::BlobError;
 use crate::fixup::FixupError;
 use crate::fsio::{self, At, FsError};
-use crate::{Digest, ReferenceError, Store, canonical_reference};
+use crate::{Digest, Index, ReferenceError, Store, canonical_reference};
 use oci_spec::image::{ImageConfiguration, ImageManifest};
 use serde::{Deserialize, Serialize};
 use std::io;
@@ -36,6 +36,8 @@ pub struct Image {
     pub size_bytes: u64,
     /// Garbage collection leaves it alone.
     pub pinned: bool,
+    /// The images of all platforms, where they are kept beside this one.
+    pub index: Option<Index>,
     /// Layer on top that makes up for what layers could not know of the layers below them.
     pub(crate) fixup: Option<Digest>,
 }
@@ -77,6 +79,8 @@ pub enum CommitError {
     Mismatch(String),
     #[error("layer {0} is not in the store")]
     LayerMissing(Digest),
+    #[error("{missing} of index {index} is not in the store")]
+    IndexIncomplete { index: Digest, missing: Digest },
     #[error(transparent)]
     Fixup(#[from] FixupError),
 }
@@ -93,6 +97,8 @@ pub(crate) struct ImageRecord {
     size_bytes: u64,
     #[serde(default)]
     pub(crate) pinned: bool,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) index: Option<Index>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) fixup: Option<Digest>,
 }
@@ -134,8 +140,24 @@ impl Store {
         config: &[u8],
         pinned: bool,
     ) -> Result<Image, CommitError> {
+        self.commit_indexed(reference, manifest, media_type, config, pinned, None)
+    }
+
+    /// [`Store::commit_image`] with the index that the image is one of, all of whose blobs are in the store.
+    pub fn commit_indexed(
+        &self,
+        reference: &str,
+        manifest: &[u8],
+        media_type: &str,
+        config: &[u8],
+        pinned: bool,
+        index: Option<Index>,
+    ) -> Result<Image, CommitError> {
         let reference = canonical_reference(reference)?;
         let lowered = lower(manifest, media_type, config)?;
+        if let Some(index) = &index {
+            check_index(index, &Digest::of(manifest), |digest| self.has_blob(digest))?;
+        }
         let _commit = self.inner.commit();
         let mut size_bytes = 0;
         let mut counted = std::collections::BTreeSet::new();
@@ -166,6 +188,7 @@ impl Store {
             pulled_at_ms: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis() as u64),
             size_bytes,
             pinned,
+            index,
             fixup,
         };
         self.write_record(&record)?;
@@ -280,10 +303,14 @@ fn aside(path: &Path) -> PathBuf {
 /// The `index.json` of a layout that holds these images.
 pub(crate) fn index_json(records: &[ImageRecord]) -> Vec<u8> {
     let manifests = records.iter().map(|record| {
+        let (media_type, digest, size) = match &record.index {
+            Some(index) => (&index.media_type, index.digest, index.size),
+            None => (&record.manifest.media_type, record.manifest.digest, record.manifest.size),
+        };
         serde_json::json!({
-            "mediaType": record.manifest.media_type,
-            "digest": record.manifest.digest,
-            "size": record.manifest.size,
+            "mediaType": media_type,
+            "digest": digest,
+            "size": size,
             "annotations": { "org.opencontainers.image.ref.name": record.reference },
         })
     });
@@ -349,7 +376,26 @@ pub(crate) fn lower(manifest: &[u8], media_type: &str, config: &[u8]) -> Result<
     Ok(Lowered { layers: layers.collect::<Result<_, CommitError>>()?, config: image })
 }
 
+/// An index that is kept is there to be passed on, so nothing of it may be missing.
+fn check_index(index: &Index, manifest: &Digest, has: impl Fn(&Digest) -> bool) -> Result<(), CommitError> {
+    if index.members.iter().all(|member| member.digest != *manifest) {
+        return Err(CommitError::Mismatch(format!("index {} does not list {manifest}", index.digest)));
+    }
+    match index.digests().find(|digest| digest != manifest && !has(digest)) {
+        Some(missing) => Err(CommitError::IndexIncomplete { index: index.digest, missing }),
+        None => Ok(()),
+    }
+}
+
 impl ImageRecord {
+    /// All blobs that it needs; some may come twice.
+    pub(crate) fn blobs(&self) -> Vec<Digest> {
+        let mut blobs = vec![self.manifest.digest, self.config];
+        blobs.extend(self.layers.iter().map(|layer| layer.blob_digest));
+        blobs.extend(self.index.iter().flat_map(Index::digests));
+        blobs
+    }
+
     fn into_image(self, config: ImageConfiguration) -> Image {
         Image {
             reference: self.reference,
@@ -361,6 +407,7 @@ impl ImageRecord {
             pulled_at_ms: self.pulled_at_ms,
             size_bytes: self.size_bytes,
             pinned: self.pinned,
+            index: self.index,
             fixup: self.fixup,
         }
     }

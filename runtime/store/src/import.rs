@@ -6,7 +6,7 @@ use crate::fsio::{At, FsError};
 use crate::image::{self, CommitError, MAX_CONFIG, MAX_MANIFEST};
 use crate::layer::LayerError;
 use crate::platform::{self, Platform};
-use crate::{Digest, Image, Reference, Store, builder};
+use crate::{Digest, Image, Index, IndexError, IndexWalk, Reference, Store, builder};
 use serde::Deserialize;
 use std::collections::BTreeMap;
 use std::io::{self, Read};
@@ -23,13 +23,10 @@ const MAX_IMAGES: usize = 1000;
 /// Index in index in index: nobody nests deeper than two.
 const MAX_NESTING: usize = 4;
 
-const OCI_INDEX: &str = "application/vnd.oci.image.index.v1+json";
-const DOCKER_INDEX: &str = "application/vnd.docker.distribution.manifest.list.v2+json";
-
-/// How far an import is.
+/// How far an import or a save is.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct ImportProgress {
-    /// Reference of the image that is being read.
+pub struct Transfer {
+    /// Reference of the image that is being read or written.
     pub reference: String,
     pub done_bytes: u64,
     pub total_bytes: u64,
@@ -70,6 +67,8 @@ pub enum ImportError {
     Platform { wanted: &'static str, available: String },
     #[error("{0}")]
     Invalid(String),
+    #[error(transparent)]
+    Index(#[from] IndexError),
     #[error("cannot import {reference}")]
     Layer {
         reference: String,
@@ -91,18 +90,22 @@ struct Found {
     media_type: String,
     config: Vec<u8>,
     layers: Vec<FoundLayer>,
+    /// The index that it is one of, when the archive holds all of that.
+    index: Option<Index>,
 }
 
+#[derive(Clone)]
 struct FoundLayer {
     /// Its name in the archive.
     name: String,
     blob: Digest,
     size: u64,
-    diff_id: Digest,
+    /// None of what is kept packed: it belongs to an image for another platform.
+    diff_id: Option<Digest>,
 }
 
 #[derive(Deserialize)]
-struct Index {
+struct List {
     #[serde(default)]
     manifests: Vec<Descriptor>,
 }
@@ -130,12 +133,12 @@ struct DockerImage {
 
 impl Store {
     /// Imports every image of `path`: an OCI layout directory, an OCI archive or a docker archive, also compressed.
-    /// Of an image for several platforms this machine's is taken.
+    /// Of an image for several platforms this machine's is unpacked; the others are kept when the archive has them all.
     pub fn import(
         &self,
         path: &Path,
         options: &ImportOptions,
-        on_progress: &(dyn Fn(ImportProgress) + Sync),
+        on_progress: &(dyn Fn(Transfer) + Sync),
     ) -> Result<Vec<Image>, ImportError> {
         let archive = Archive::open(self, path)?;
         self.import_archive(&archive, options, on_progress)
@@ -147,7 +150,7 @@ impl Store {
         name: &str,
         reader: impl Read,
         options: &ImportOptions,
-        on_progress: &(dyn Fn(ImportProgress) + Sync),
+        on_progress: &(dyn Fn(Transfer) + Sync),
     ) -> Result<Vec<Image>, ImportError> {
         let archive = Archive::spool(self, Path::new(name), reader)?;
         self.import_archive(&archive, options, on_progress)
@@ -157,7 +160,7 @@ impl Store {
         &self,
         archive: &Archive,
         options: &ImportOptions,
-        on_progress: &(dyn Fn(ImportProgress) + Sync),
+        on_progress: &(dyn Fn(Transfer) + Sync),
     ) -> Result<Vec<Image>, ImportError> {
         let mut found = lower(archive)?;
         if let Some(reference) = &options.reference {
@@ -184,27 +187,29 @@ impl Store {
         archive: &Archive,
         found: &Found,
         pinned: bool,
-        on_progress: &(dyn Fn(ImportProgress) + Sync),
+        on_progress: &(dyn Fn(Transfer) + Sync),
     ) -> Result<Vec<Image>, ImportError> {
         let reference = found.references.first().cloned().unwrap_or_default();
-        let _lease = self.lease(found.layers.iter().flat_map(|layer| [layer.blob, layer.diff_id]));
-        let total_bytes = found.layers.iter().map(|layer| layer.size).sum();
+        let all = found.all_layers();
+        let leased = all.iter().flat_map(|layer| [Some(layer.blob), layer.diff_id]).flatten();
+        let _lease = self.lease(leased.chain(found.index.iter().flat_map(Index::digests)));
+        let total_bytes = all.iter().map(|layer| layer.size).sum();
         let done_bytes = AtomicU64::new(0);
         let layers_done = AtomicU32::new(0);
         let report = |bytes: u64, layers: u32| {
-            let progress = ImportProgress {
+            let progress = Transfer {
                 reference: reference.clone(),
                 done_bytes: done_bytes.fetch_add(bytes, Ordering::Relaxed) + bytes,
                 total_bytes,
                 layers_done: layers_done.fetch_add(layers, Ordering::Relaxed) + layers,
-                layers_total: found.layers.len() as u32,
+                layers_total: all.len() as u32,
             };
             on_progress(progress);
         };
         let next = AtomicUsize::new(0);
         let failed = Mutex::new(None);
         let work = || {
-            while let Some(layer) = found.layers.get(next.fetch_add(1, Ordering::Relaxed)) {
+            while let Some(layer) = all.get(next.fetch_add(1, Ordering::Relaxed)) {
                 let result = self.import_layer(archive, layer, &|bytes| report(bytes, 0));
                 match result {
                     Ok(()) => report(0, 1),
@@ -218,7 +223,7 @@ impl Store {
         };
         let threads = PARALLEL.min(thread::available_parallelism().map_or(1, usize::from));
         thread::scope(|scope| {
-            for _ in 1..threads.min(found.layers.len()) {
+            for _ in 1..threads.min(all.len()) {
                 scope.spawn(work);
             }
             work();
@@ -226,10 +231,16 @@ impl Store {
         if let Some(source) = failed.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner) {
             return Err(ImportError::Layer { reference, source });
         }
+        if let Some(index) = &found.index {
+            for digest in [index.digest].into_iter().chain(index.members.iter().map(|member| member.digest)) {
+                self.put_blob(&read_blob(archive, &digest, MAX_MANIFEST)?)?;
+            }
+        }
         let mut images = Vec::new();
         for reference in &found.references {
+            let (manifest, media_type, config) = (&found.manifest, &found.media_type, &found.config);
             let image = self
-                .commit_image(reference, &found.manifest, &found.media_type, &found.config, pinned)
+                .commit_indexed(reference, manifest, media_type, config, pinned, found.index.clone())
                 .map_err(|source| ImportError::Commit { reference: reference.clone(), source })?;
             images.push(image);
         }
@@ -242,21 +253,38 @@ impl Store {
         layer: &FoundLayer,
         report: &dyn Fn(u64),
     ) -> Result<(), LayerError> {
-        let has_layer = self.has_layer(&layer.diff_id);
+        let to_unpack = layer.diff_id.filter(|diff_id| !self.has_layer(diff_id));
         if self.has_blob(&layer.blob) {
-            return if has_layer { Ok(()) } else { self.unpack_blob(&layer.blob, &layer.diff_id) };
+            return match &to_unpack {
+                Some(diff_id) => self.unpack_blob(&layer.blob, diff_id),
+                None => Ok(()),
+            };
         }
         let path = archive.path().join(&layer.name);
         let member = archive.member(&layer.name)?;
         let member = member.ok_or(io::Error::from(io::ErrorKind::NotFound)).at("open", &path)?;
-        if has_layer {
+        let Some(diff_id) = to_unpack else {
             let mut writer = self.begin_blob(&layer.blob, layer.size)?;
             copy(member, writer.written(), &path, report, |bytes| Ok(writer.write(bytes)?))?;
             return Ok(writer.finish()?);
-        }
-        let mut ingest = self.layer_ingest(&layer.blob, layer.size, &layer.diff_id)?;
+        };
+        let mut ingest = self.layer_ingest(&layer.blob, layer.size, &diff_id)?;
         copy(member, ingest.offset(), &path, report, |bytes| ingest.push(bytes))?;
         ingest.finish()
+    }
+}
+
+impl Found {
+    /// With what is only kept.
+    fn all_layers(&self) -> Vec<FoundLayer> {
+        let mut all = self.layers.clone();
+        for blob in self.index.iter().flat_map(Index::blobs) {
+            if self.layers.iter().all(|layer| layer.blob != blob.digest) {
+                let name = blob_name(&blob.digest);
+                all.push(FoundLayer { name, blob: blob.digest, size: blob.size, diff_id: None });
+            }
+        }
+        all
     }
 }
 
@@ -292,7 +320,7 @@ fn lower(archive: &Archive) -> Result<Vec<Found>, ImportError> {
 }
 
 fn lower_oci(archive: &Archive, index: &[u8]) -> Result<Vec<Found>, ImportError> {
-    let index: Index = json(archive, "index.json", index)?;
+    let index: List = json(archive, "index.json", index)?;
     if index.manifests.is_empty() {
         return Err(ImportError::Invalid("index.json lists no image".into()));
     }
@@ -313,12 +341,16 @@ fn lower_oci(archive: &Archive, index: &[u8]) -> Result<Vec<Found>, ImportError>
     }
     let mut all: Vec<Found> = Vec::new();
     for (name, group) in groups {
+        let index = match &group[..] {
+            [one] if Index::is_index(&one.media_type) => whole_index(archive, one)?,
+            _ => None,
+        };
         let descriptor = choose(archive, group, 0)?;
         let manifest = read_blob(archive, &descriptor.digest, MAX_MANIFEST)?;
         let media_type = media_type(&descriptor, &manifest);
-        let found = lower_manifest(archive, name, manifest, media_type)?;
+        let found = Found { index, ..lower_manifest(archive, name, manifest, media_type)? };
         // The same image under two names comes once, with both.
-        match all.iter_mut().find(|other| other.manifest == found.manifest) {
+        match all.iter_mut().find(|other| other.manifest == found.manifest && other.index == found.index) {
             Some(other) => other.references.extend(found.references),
             None => all.push(found),
         }
@@ -340,10 +372,29 @@ fn lower_manifest(
         name: blob_name(&layer.blob_digest),
         blob: layer.blob_digest,
         size: layer.size,
-        diff_id: layer.diff_id,
+        diff_id: Some(layer.diff_id),
     });
     let layers = layers.collect();
-    Ok(Found { references: name.into_iter().collect(), manifest, media_type, config, layers })
+    Ok(Found { references: name.into_iter().collect(), manifest, media_type, config, layers, index: None })
+}
+
+/// `None` when something is missing: many tools write one platform only, with the index that names them all.
+fn whole_index(archive: &Archive, descriptor: &Descriptor) -> Result<Option<Index>, ImportError> {
+    let body = read_blob(archive, &descriptor.digest, MAX_MANIFEST)?;
+    let mut walk = IndexWalk::new(&body, &descriptor.media_type)?;
+    while let Some((digest, _)) = walk.next() {
+        if archive.member(&blob_name(&digest))?.is_none() {
+            return Ok(None);
+        }
+        walk.take(&read_blob(archive, &digest, MAX_MANIFEST)?)?;
+    }
+    let index = walk.finish();
+    for blob in index.blobs() {
+        if archive.member(&blob_name(&blob.digest))?.is_none() {
+            return Ok(None);
+        }
+    }
+    Ok(Some(index))
 }
 
 /// Goes down through indexes to the manifest for this machine.
@@ -360,14 +411,14 @@ fn choose(archive: &Archive, mut group: Vec<Descriptor>, nesting: usize) -> Resu
         })?
     };
     let descriptor = group.swap_remove(chosen);
-    if !matches!(descriptor.media_type.as_str(), OCI_INDEX | DOCKER_INDEX) {
+    if !Index::is_index(&descriptor.media_type) {
         return Ok(descriptor);
     }
     if nesting == MAX_NESTING {
         return Err(ImportError::Invalid("indexes are nested too deeply".into()));
     }
     let bytes = read_blob(archive, &descriptor.digest, MAX_MANIFEST)?;
-    let index: Index = json(archive, &blob_name(&descriptor.digest), &bytes)?;
+    let index: List = json(archive, &blob_name(&descriptor.digest), &bytes)?;
     // Even a single entry must be for this machine: an index says what it is for.
     let runnable: Vec<Descriptor> = index
         .manifests
@@ -437,7 +488,7 @@ fn lower_docker_image(archive: &Archive, image: DockerImage) -> Result<Found, Im
         descriptors.push(serde_json::json!({
             "mediaType": format!("application/vnd.oci.image.layer.v1.tar{kind}"), "digest": blob, "size": size,
         }));
-        layers.push(FoundLayer { name, blob, size, diff_id });
+        layers.push(FoundLayer { name, blob, size, diff_id: Some(diff_id) });
     }
     let manifest = serde_json::json!({
         "schemaVersion": 2,
@@ -455,6 +506,7 @@ fn lower_docker_image(archive: &Archive, image: DockerImage) -> Result<Found, Im
         media_type: image::OCI_MANIFEST.to_owned(),
         config,
         layers,
+        index: None,
     })
 }
 

@@ -24,6 +24,8 @@ pub struct ImageUsage {
     /// Layers that no other manifest uses: what removing the image frees.
     pub unique_bytes: u64,
     pub shared_bytes: u64,
+    /// Blobs of other platforms, where the image is kept with its index.
+    pub index_bytes: u64,
 }
 
 impl Store {
@@ -56,12 +58,25 @@ impl Store {
                 reference: record.reference.clone(),
                 unique_bytes: sum(&unique),
                 shared_bytes: sum(&shared),
+                index_bytes: self.index_bytes(record),
             });
         }
         usage.images.sort_by(|a, b| a.reference.cmp(&b.reference));
         usage.blobs_bytes = sum_files(&self.inner.blobs_dir(), "")?;
         usage.partial_bytes = sum_files(&self.inner.partial_dir(), "data")?;
         Ok(usage)
+    }
+}
+
+impl Store {
+    fn index_bytes(&self, record: &crate::image::ImageRecord) -> u64 {
+        let own = |digest: &Digest| {
+            *digest == record.config || record.layers.iter().any(|layer| layer.blob_digest == *digest)
+        };
+        let Some(index) = &record.index else { return 0 };
+        let others = index.blobs().into_iter().filter(|blob| !own(&blob.digest));
+        // Some may have been given up for space.
+        others.filter(|blob| self.has_blob(&blob.digest)).map(|blob| blob.size).sum()
     }
 }
 

@@ -112,6 +112,10 @@ impl Store {
             wanted.insert(record.manifest.digest, Some(record.manifest.size));
             wanted.insert(record.config, None);
             wanted.extend(record.layers.iter().map(|layer| (layer.blob_digest, Some(layer.size))));
+            let Some(index) = &record.index else { continue };
+            wanted.insert(index.digest, Some(index.size));
+            wanted.extend(index.members.iter().map(|member| (member.digest, Some(member.size))));
+            wanted.extend(index.blobs().iter().map(|blob| (blob.digest, Some(blob.size))));
         }
         for (digest, size) in wanted {
             let path = self.inner.blob_path(&digest);
@@ -131,11 +135,7 @@ impl Store {
             };
             if let Some(problem) = problem {
                 let repaired = repair && fsio::remove_file(&path)?;
-                let images = users(records, |record| {
-                    record.manifest.digest == digest
-                        || record.config == digest
-                        || record.layers.iter().any(|layer| layer.blob_digest == digest)
-                });
+                let images = users(records, |record| record.blobs().contains(&digest));
                 report.damage.push(Damage { digest, problem, images, repaired });
             }
         }

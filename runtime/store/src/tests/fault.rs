@@ -39,7 +39,7 @@ fn archive(bench: &Bench) -> PathBuf {
     bench.image("keel.test/faulty:1", &[base, top]);
     let path = bench.path("archive.tar");
     let mut file = std::fs::File::create(&path).unwrap();
-    bench.store.save(&["keel.test/faulty:1"], SaveFormat::OciArchive, &mut file).unwrap();
+    bench.store.save(&["keel.test/faulty:1"], SaveFormat::OciArchive, &mut file, &|_| {}).unwrap();
     path
 }
 

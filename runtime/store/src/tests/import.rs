@@ -248,9 +248,13 @@ fn what_is_saved_others_load_and_it_comes_back_the_same() {
     let (oci, docker, layout) = (bench.path("oci.tar"), bench.path("docker.tar"), bench.path("layout"));
     for (path, format) in [(&oci, SaveFormat::OciArchive), (&docker, SaveFormat::DockerArchive)] {
         let mut file = std::fs::File::create(path).unwrap();
-        bench.store.save(&names, format, &mut file).unwrap();
+        let progress = std::sync::Mutex::new(Vec::new());
+        bench.store.save(&names, format, &mut file, &|p| progress.lock().unwrap().push(p)).unwrap();
+        let last = progress.into_inner().unwrap().pop().unwrap();
+        assert_eq!((last.done_bytes, last.layers_done), (last.total_bytes, last.layers_total), "{format:?}");
+        assert!(last.layers_total >= 2);
     }
-    bench.store.save_layout(&names, &layout).unwrap();
+    bench.store.save_layout(&names, &layout, &|_| {}).unwrap();
     for path in [&oci, &docker, &layout] {
         let other = Bench::new();
         let images = import(&other, path).unwrap();
@@ -271,7 +275,7 @@ fn what_is_saved_others_load_and_it_comes_back_the_same() {
         // It loads several images from a docker archive only.
         let one = bench.path("one.tar");
         let mut file = std::fs::File::create(&one).unwrap();
-        bench.store.save(&names[..1], SaveFormat::OciArchive, &mut file).unwrap();
+        bench.store.save(&names[..1], SaveFormat::OciArchive, &mut file, &|_| {}).unwrap();
         for path in [&one, &docker] {
             let mut podman = Command::new("podman");
             podman.arg("--root").arg(bench.path("p")).arg("--runroot").arg(bench.path("pr"));
@@ -279,11 +283,11 @@ fn what_is_saved_others_load_and_it_comes_back_the_same() {
         }
     }
     assert!(matches!(
-        bench.store.save(&["nothing"], SaveFormat::OciArchive, &mut Vec::new()),
+        bench.store.save(&["nothing"], SaveFormat::OciArchive, &mut Vec::new(), &|_| {}),
         Err(SaveError::NoImage(_))
     ));
     std::fs::remove_file(bench.store.inner.blob_path(&image.layers[0].blob_digest)).unwrap();
-    let error = bench.store.save(&names, SaveFormat::OciArchive, &mut Vec::new()).unwrap_err();
+    let error = bench.store.save(&names, SaveFormat::OciArchive, &mut Vec::new(), &|_| {}).unwrap_err();
     assert!(error.to_string().contains("pull the image again to save it"));
 }
 

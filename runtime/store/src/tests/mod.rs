@@ -8,6 +8,7 @@ mod fault;
 mod fuzz;
 mod heal;
 mod import;
+mod index;
 mod rootfs;
 mod speed;
 
