@@ -615,6 +615,64 @@ fn a_shim_that_comes_late_starts_nothing_and_leaves_nothing() {
     a_reset_leaves_nothing(&instance);
 }
 
+#[test]
+fn a_container_that_ends_without_a_daemon_comes_back_and_is_counted_by_the_next_one() {
+    let mut instance = Instance::new();
+    instance.import_busybox();
+    instance.write("web.yaml", &sleeper("web"));
+    instance.start_daemon();
+    instance.await_ready("web");
+    let (first, pid) = instance.pids().into_iter().next().unwrap();
+    instance.kill_daemon();
+    signal(pid, Signal::SIGKILL);
+    let (second, pid) =
+        eventually("it runs again", || instance.pids().into_iter().find(|(id, _)| *id != first));
+    assert_eq!(second, first.strip_suffix('0').unwrap().to_owned() + "1");
+    eventually("the shim of the first run goes", || {
+        shim_of(&instance, &first).is_none_or(|shim| !is_alive(shim)).then_some(())
+    });
+    instance.start_daemon();
+    let web = eventually_or(
+        || format!("it is adopted: {:#}\n{}", instance.pod("web")["status"], instance.daemon_log()),
+        || Some(instance.pod("web")).filter(|web| is_ready(web) && restarts(web) == 1),
+    );
+    assert_eq!(status(&web)["pid"], pid);
+    assert_eq!(status(&web)["lastState"]["terminated"]["exitCode"], 137, "{web:#}");
+    assert!(instance.stop_daemon().success());
+    delete_everything(&mut instance);
+}
+
+#[test]
+fn without_a_daemon_the_back_off_is_kept_too() {
+    let mut instance = Instance::new();
+    instance.import_busybox();
+    let bad = pod("bad", "    command: [sh, -c, 'exit 3']\n");
+    instance.apply(&bad).expect_code(0);
+    let record = |attempt: u32| {
+        let exits = fs::read_dir(instance.root().join("exits")).into_iter().flatten().flatten();
+        exits.map(|e| e.path()).find(|path| path.to_string_lossy().ends_with(&format!(".{attempt}.json")))
+    };
+    let path = eventually("the first restart is immediate", || record(1));
+    let id = path.file_stem().unwrap().to_string_lossy().into_owned();
+    let dir = instance.run_dir().join("containers").join(&id);
+    eventually("its shim rests", || {
+        let state = keel_proto::Client::connect(&dir).and_then(|mut client| client.state());
+        state.is_ok_and(|state| state.phase == keel_proto::Phase::Resting).then_some(())
+    });
+    assert!(record(2).is_none(), "the second waits ten seconds");
+    instance.start_daemon();
+    eventually_or(
+        || format!("the deadline is the daemon's: {:#}", instance.pod("bad")["status"]),
+        || {
+            let bad = instance.pod("bad");
+            let waits = status(&bad)["state"]["waiting"]["reason"] == "CrashLoopBackOff";
+            (waits && restarts(&bad) == 1).then_some(())
+        },
+    );
+    instance.keel(&["delete", "pod/bad"]).expect_code(0);
+    nothing_of_pods_is_left(&instance);
+}
+
 /// A mount that goes with the test.
 struct Mounted(PathBuf);
 

@@ -24,7 +24,7 @@ fn a_pod_that_waits_is_seen_without_a_daemon() {
     instance.keel_with_input(&["apply", "-f", "-"], &needs_config_map("waits"));
     let get = instance.keel(&["get"]).expect_code(0);
     assert!(get.stdout.contains("waits") && get.stdout.contains("MissingReference"), "{}", get.stdout);
-    assert!(get.stderr.contains("no daemon is running: nothing is restarted"), "{}", get.stderr);
+    assert!(get.stderr.contains("no daemon is running: manifests are not watched"), "{}", get.stderr);
     assert_eq!(instance.keel(&["status", "--check"]).code(), 3);
     let described = instance.keel(&["describe", "pod/waits"]).expect_code(0).stdout;
     assert!(described.contains("absent"), "{described}");

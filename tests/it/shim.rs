@@ -247,6 +247,141 @@ fn a_running_shim_is_not_replaced_and_a_foreign_directory_not_adopted() {
     assert!(out.stdout.starts_with(b"error read /nowhere/shim.conf"), "{out:?}");
 }
 
+/// Options that make a shim call a script which notes each call in `calls`, and answers with its `answers` in turn.
+fn restarts(rig: &Rig, policy: &str, answers: &str) -> Vec<String> {
+    let (calls, lock) = (rig.path().join("calls"), rig.path().join("lock"));
+    fs::write(&lock, "").unwrap();
+    let script = format!(
+        "echo called >> {calls}; n=$(wc -l < {calls}); echo '{answers}' | cut -d, -f$n",
+        calls = calls.display()
+    );
+    let words = ["/bin/sh", "-c", &script].map(|word| format!("--restart-command={word}"));
+    let lock = format!("--restart-lock={}", lock.display());
+    [format!("--restart={policy}"), lock].into_iter().chain(words).collect()
+}
+
+fn calls(rig: &Rig) -> usize {
+    fs::read_to_string(rig.path().join("calls")).unwrap_or_default().lines().count()
+}
+
+#[track_caller]
+fn run_restarted<'a>(rig: &'a Rig, script: &str, options: &[String]) -> Container<'a> {
+    rig.run(script, &options.iter().map(String::as_str).collect::<Vec<_>>())
+}
+
+#[test]
+fn a_shim_that_nobody_else_relieves_calls_for_a_restart_until_it_is_done() {
+    let Some(rig) = Rig::new() else { return };
+    let container = run_restarted(&rig, "exit 3", &restarts(&rig, "on-failure", "wait 20,wait 20,done"));
+    let shim = container.shim_pid();
+    assert_eq!(container.exit().code, 3);
+    poll("the shim goes", || !runs(shim));
+    assert_eq!(calls(&rig), 3);
+    container.assert_gone();
+}
+
+/// Holds a lock until it is dropped.
+struct Owner(std::process::Child);
+
+impl Drop for Owner {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn a_shim_waits_for_the_end_of_who_holds_the_lock() {
+    let Some(rig) = Rig::new() else { return };
+    let options = restarts(&rig, "always", "done");
+    let lock = rig.path().join("lock");
+    let owner = Command::new("flock")
+        .arg("--no-fork")
+        .arg(&lock)
+        .args(["sh", "-c", "echo $$ > \"$0\"; exec sleep 1000"])
+        .arg(&lock)
+        .spawn();
+    let owner = Owner(owner.unwrap());
+    poll("the lock is held", || !fs::read_to_string(&lock).unwrap().is_empty());
+    let container = run_restarted(&rig, "exit 0", &options);
+    let shim = container.shim_pid();
+    assert_eq!(container.client().wait(Some(PATIENCE)).unwrap().code, 0);
+    poll("it rests", || container.client().state().is_ok_and(|s| s.phase == Phase::Resting));
+    assert_eq!(calls(&rig), 0);
+    drop(owner);
+    poll("the shim goes", || !runs(shim));
+    assert_eq!(calls(&rig), 1);
+}
+
+#[test]
+fn nothing_is_restarted_after_success_a_requested_end_or_a_dismissal() {
+    let Some(rig) = Rig::new() else { return };
+    let options = restarts(&rig, "on-failure", "done");
+    let succeeds = run_restarted(&rig, "exit 0", &options);
+    let stopped =
+        run_restarted(&rig, "trap 'exit 4' TERM; echo ready; while :; do sleep 0.02; done", &options);
+    stopped.wait_for_output("ready");
+    stopped.client().stop(15, PATIENCE).unwrap();
+    let dismissed = run_restarted(&rig, "sleep 1000", &options);
+    dismissed.client().dismiss().unwrap();
+    dismissed.client().signal(9).unwrap();
+    for container in [&succeeds, &stopped, &dismissed] {
+        container.exit();
+        poll("the shim goes", || !runs(container.shim_pid()));
+    }
+    assert_eq!(calls(&rig), 0);
+}
+
+/// One run whose shim is killed just before its `n`-th system call of this name after the end. False: it had fewer.
+fn killed_at_the_end(rig: &Rig, call: &str, n: u32) -> bool {
+    let container = rig.run("while [ ! -e /go ]; do sleep 0.01; done; echo last words; exit 7", &[]);
+    let spares = container.client().spares().unwrap();
+    let trace = container.dir.join("trace");
+    let shim = container.shim_pid();
+    let mut tracer = Command::new("strace")
+        .args(["-p", &shim.to_string(), "-e", &format!("trace={call}")])
+        .args(["-e", &format!("inject={call}:signal=KILL:when={n}")])
+        .arg("-o")
+        .arg(&trace)
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    poll("the shim is traced", || {
+        let status = fs::read_to_string(format!("/proc/{shim}/status")).unwrap_or_default();
+        status.contains(&format!("TracerPid:\t{}\n", tracer.id()))
+    });
+    fs::write(container.dir.join("rootfs/go"), "").unwrap();
+    poll("the shim goes", || !runs(shim));
+    tracer.wait().unwrap();
+    let killed = fs::read_to_string(&trace).unwrap().contains("+++ killed by SIGKILL +++");
+    // Without this file the shim was at its last step, and there is nothing left to be done.
+    if killed && container.dir.join("shim.conf").exists() {
+        container.adopt_with("--pidfd", &spares.pidfd.unwrap()).unwrap();
+    }
+    let record = container.exit();
+    assert_eq!((record.code, record.lost), (7, false), "{call} {n}");
+    poll("the log is whole", || container.output("stdout") == "last words\n");
+    poll("nothing is left", || !runs(container.shim_pid()));
+    container.assert_gone();
+    killed
+}
+
+#[test]
+fn the_true_status_comes_out_wherever_the_end_of_a_container_is_interrupted() {
+    let Some(rig) = Rig::new() else { return };
+    if !Command::new("strace").arg("-V").stdout(Stdio::null()).status().is_ok_and(|s| s.success()) {
+        let _ = writeln!(std::io::stderr(), "skipped: strace is not installed");
+        return;
+    }
+    let calls = ["openat", "write", "fsync", "fdatasync", "rename", "unlink"];
+    std::thread::scope(|scope| {
+        for call in calls {
+            let rig = &rig;
+            scope.spawn(move || (1..).take_while(|n| killed_at_the_end(rig, call, *n)).count());
+        }
+    });
+}
+
 #[test]
 fn an_upgraded_shim_keeps_process_container_and_log() {
     let Some(rig) = Rig::new() else { return };

@@ -135,7 +135,30 @@ impl RealHost {
         write_file(&dir.join("config.json"), &config, Keep::Boot)?;
         made.created_at = observe::now();
         write_json(&self.paths.container_record(id), &made, Keep::Boot)?;
-        self.shims.start(id, &log, container.tty, container.stdin)
+        self.shims.start(id, &log, container.tty, container.stdin, desired.restart)?;
+        self.dismiss_earlier(pod, &desired.name, attempt);
+        Ok(())
+    }
+
+    /// Shims of earlier runs need not see to a restart any more.
+    fn dismiss_earlier(&self, pod: &DesiredPod, name: &ContainerName, attempt: u32) {
+        if attempt == 0 {
+            return;
+        }
+        let prefix = format!("{}.{name}.", pod.id);
+        for found in names(&self.paths.containers()).unwrap_or_default() {
+            let number = found.strip_prefix(&prefix).and_then(|number| number.parse::<u32>().ok());
+            if number.is_some_and(|number| number < attempt) {
+                self.dismiss(&ContainerId(found));
+            }
+        }
+    }
+
+    /// A shim that has gone, or is too old to stay, needs no word.
+    fn dismiss(&self, id: &ContainerId) {
+        if let Ok(mut client) = keel_proto::Client::connect_within(&self.paths.container(id), SHIM_TIMEOUT) {
+            let _ = client.dismiss();
+        }
     }
 
     fn mount_rootfs(&self, image: &keel_store::Image, id: &ContainerId) -> Result<(), HostError> {
@@ -265,6 +288,7 @@ impl RealHost {
         if let Some(shim) = shim
             && observe::is_alive(shim)
         {
+            self.dismiss(id);
             self.end_shim(id, shim)?;
         }
         self.store

@@ -30,6 +30,7 @@ mod volumes;
 mod watch;
 
 use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -68,6 +69,8 @@ pub struct HostConfig {
     pub eviction: Eviction,
     /// What containers write into their root file systems is never synced.
     pub volatile_rootfs: bool,
+    /// Program and first arguments of what a shim calls, with a container's id, when nobody else is there to restart it.
+    pub restart_command: Vec<OsString>,
 }
 
 pub struct RealHost {

@@ -7,6 +7,7 @@ use std::fs;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use keel_manifest::model::RestartPolicy;
 use keel_plan::{ContainerId, DesiredPod, PodId};
 use serde_json::json;
 
@@ -55,7 +56,7 @@ impl RealHost {
         if let Some(parent) = log.parent() {
             private_dir(parent)?;
         }
-        self.shims.start(&id, &log, false, false)
+        self.shims.start(&id, &log, false, false, RestartPolicy::Never)
     }
 
     pub(crate) fn remove_pod_init(&self, pod: &PodId) -> Result<(), HostError> {

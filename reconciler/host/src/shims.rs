@@ -1,6 +1,7 @@
 //! The shim's program: a new one for each start, and one for each container whose shim was killed.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::ffi::OsString;
 use std::io::{self, Read};
 use std::os::fd::AsFd;
 use std::path::Path;
@@ -8,6 +9,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
+use keel_manifest::model::RestartPolicy;
 use keel_plan::ContainerId;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
@@ -61,13 +63,25 @@ impl Shims {
         log: &Path,
         tty: bool,
         stdin: bool,
+        restart: RestartPolicy,
     ) -> Result<(), HostError> {
-        let mut more = Vec::new();
+        let mut more: Vec<OsString> = Vec::new();
         if tty {
-            more.push("--tty");
+            more.push("--tty".into());
         }
         if stdin {
-            more.push("--stdin");
+            more.push("--stdin".into());
+        }
+        let policy = match restart {
+            RestartPolicy::Always => Some("always"),
+            RestartPolicy::OnFailure => Some("on-failure"),
+            RestartPolicy::Never => None,
+        };
+        if let Some(policy) = policy.filter(|_| !self.config.restart_command.is_empty()) {
+            more.extend(["--restart".into(), policy.into()]);
+            more.extend(["--restart-lock".into(), self.paths.lock().into()]);
+            let words = self.config.restart_command.iter().cloned().chain([id.0.clone().into()]);
+            more.extend(words.flat_map(|word| ["--restart-command".into(), word]));
         }
         self.run("run", id, log, &self.config.runtime, &more)
     }
@@ -167,7 +181,7 @@ impl Shims {
         id: &ContainerId,
         log: &Path,
         runtime: &Path,
-        more: &[&str],
+        more: &[OsString],
     ) -> Result<(), HostError> {
         let dir = self.paths.container(id);
         let mut command = Command::new(&self.config.shim);

@@ -166,6 +166,9 @@ pub(crate) enum Command {
     /// The web server of the demo image
     #[command(hide = true)]
     Hello(Hello),
+    /// Called by a shim whose container has ended while nobody keeps the manifests true
+    #[command(hide = true)]
+    RestartRun(RestartRun),
 }
 
 #[derive(Debug, Subcommand)]
@@ -605,6 +608,12 @@ pub(crate) struct Schema {
 pub(crate) struct VersionArgs {
     #[arg(short, long, value_name = "FORM", default_value = "text")]
     pub(crate) output: TextOrJson,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct RestartRun {
+    /// The run that has ended
+    pub(crate) container: String,
 }
 
 #[derive(Debug, Args)]

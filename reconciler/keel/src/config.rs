@@ -81,6 +81,8 @@ pub(crate) struct Api {
 /// What a command works with, after precedence.
 #[derive(Clone, Debug)]
 pub(crate) struct Settings {
+    /// Where the rest comes from, if it was named.
+    pub(crate) config: Option<PathBuf>,
     pub(crate) root: PathBuf,
     pub(crate) run: PathBuf,
     pub(crate) runtime: PathBuf,
@@ -129,6 +131,10 @@ impl Settings {
         Ok(Settings {
             eviction: keel_host::Eviction { above, to },
             volatile_rootfs: config.storage.volatile,
+            config: global
+                .config
+                .as_ref()
+                .map(|path| std::path::absolute(path).unwrap_or_else(|_| path.clone())),
             root: pick(&global.root, config.root, DEFAULT_ROOT),
             run: pick(&global.run, config.run, DEFAULT_RUN),
             runtime: program(pick(&global.runtime, config.runtime, "keel-runtime"), find_program),

@@ -1,5 +1,6 @@
 //! One instance with everything that acts on it, in this process: lock, host, engine, controller.
 
+use std::ffi::OsString;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -105,8 +106,8 @@ pub(crate) async fn take_lock(context: &Context, patience: Duration) -> Result<L
 
 /// How long a command waits for another one.
 pub(crate) const COMMAND_PATIENCE: Duration = Duration::from_secs(60);
-/// How long a daemon waits: a command that ends just now is no reason to fail.
-pub(crate) const DAEMON_PATIENCE: Duration = Duration::from_secs(2);
+/// How long a daemon waits: a command that ends just now, or a shim's restart of a container, is no reason to fail.
+pub(crate) const DAEMON_PATIENCE: Duration = Duration::from_secs(30);
 
 pub(crate) fn host_config(context: &Context) -> HostConfig {
     let settings = &context.settings;
@@ -119,7 +120,28 @@ pub(crate) fn host_config(context: &Context) -> HostConfig {
         registries: registries(context),
         eviction: settings.eviction,
         volatile_rootfs: settings.volatile_rootfs,
+        restart_command: restart_command(context),
     }
+}
+
+/// This program, with what makes it find the same instance.
+fn restart_command(context: &Context) -> Vec<OsString> {
+    let Ok(program) = std::env::current_exe() else { return Vec::new() };
+    let settings = &context.settings;
+    let mut words: Vec<OsString> = vec![program.into()];
+    if let Some(config) = &settings.config {
+        words.extend(["--config".into(), config.into()]);
+    }
+    for (option, path) in [
+        ("--root", &settings.root),
+        ("--run", &settings.run),
+        ("--runtime", &settings.runtime),
+        ("--shim", &settings.shim),
+    ] {
+        words.extend([option.into(), path.into()]);
+    }
+    words.push("restart-run".into());
+    words
 }
 
 pub(crate) fn registries(context: &Context) -> keel_host::Registries {

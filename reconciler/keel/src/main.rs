@@ -100,7 +100,8 @@ fn acts(command: &Command) -> bool {
         | Command::Reconcile(_)
         | Command::Exec(_)
         | Command::Image(_)
-        | Command::System(_) => true,
+        | Command::System(_)
+        | Command::RestartRun(_) => true,
         Command::Check(_)
         | Command::Get(_)
         | Command::Describe(_)
@@ -135,6 +136,7 @@ fn dispatch(context: &Context, command: &Command) -> Outcome<u8> {
         Command::Reconcile(args) => done(delete::reconcile(context, args)),
         Command::Image(command) => done(image::image(context, command)),
         Command::System(cli::System::Reset(args)) => done(commands::system::reset(context, args)),
+        Command::RestartRun(args) => done(commands::restart_run::restart_run(context, args)),
         // Answered before there was a context.
         Command::Hello(args) => done(commands::hello::hello(args)),
     }

@@ -13,6 +13,7 @@ keel-shim: monitors one container
 keel-shim run --id ID --dir DIR --bundle DIR --runtime PATH --exit-file FILE
           [--runtime-root DIR] [--runtime-arg ARG]... [--log FILE]
           [--log-max-bytes N] [--log-max-files N] [--log-max-age SECONDS] [--tty] [--stdin] [--stdin-once]
+          [--restart always|on-failure --restart-lock FILE --restart-command WORD...]
     Creates and starts the container, prints `ok <pid>` or `error <reason>`, and keeps a
     monitor behind that ends after the container.
       --dir            directory for sockets, FIFOs and pid files of this container
@@ -25,6 +26,13 @@ keel-shim run --id ID --dir DIR --bundle DIR --runtime PATH --exit-file FILE
       --tty            the container has a terminal
       --stdin          the container has an input; otherwise it reads end of file
       --stdin-once     the input ends when the first attachment closes it
+      --restart        after which ends the monitor stays until somebody has seen to a restart; an end
+                       that was asked for is not among them
+      --restart-lock   whoever locks this file (flock), and has written its pid into it, sees to
+                       restarts; nothing is done before that process has gone
+      --restart-command
+                       program or argument of the command that does it otherwise; repeated. It answers with
+                       a line `done`, or `wait <milliseconds>` to be called again
 
 keel-shim adopt --dir DIR [--runtime PATH] [--pidfd N] [--terminal N]
     Takes over a container whose monitor was killed. Inherited descriptors that somebody
@@ -70,6 +78,29 @@ pub(crate) struct Options {
     pub(crate) tty: bool,
     pub(crate) stdin: bool,
     pub(crate) stdin_once: bool,
+    pub(crate) restart: Option<Restart>,
+    pub(crate) restart_lock: Option<PathBuf>,
+    pub(crate) restart_command: Vec<OsString>,
+}
+
+/// After which ends a container is to run again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Restart {
+    Always,
+    OnFailure,
+}
+
+impl Restart {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Restart::Always => "always",
+            Restart::OnFailure => "on-failure",
+        }
+    }
+
+    pub(crate) fn parse(name: &[u8]) -> Option<Restart> {
+        [Restart::Always, Restart::OnFailure].into_iter().find(|r| r.name().as_bytes() == name)
+    }
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -128,6 +159,14 @@ impl Options {
                 b"--log-max-bytes" => options.log_max_bytes = number(name, value()?)?,
                 b"--log-max-age" => options.log_max_age = Some(number(name, value()?)?),
                 b"--log-max-files" => options.log_max_files = number(name, value()?)?,
+                b"--restart" => {
+                    let value = value()?;
+                    let unknown =
+                        || Error::new(format!("--restart {value:?} is neither always nor on-failure"));
+                    options.restart = Some(Restart::parse(value.as_bytes()).ok_or_else(unknown)?);
+                }
+                b"--restart-lock" => options.restart_lock = Some(value()?.into()),
+                b"--restart-command" => options.restart_command.push(value()?.to_owned()),
                 b"--tty" => options.tty = true,
                 b"--stdin" => options.stdin = true,
                 b"--stdin-once" => {
@@ -152,6 +191,10 @@ impl Options {
         if let Some((name, _)) = needed.iter().find(|(_, value)| value.is_empty()) {
             return Err(Error::new(format!("{name} is missing")));
         }
+        let whole = self.restart_lock.is_some() && !self.restart_command.is_empty();
+        if self.restart.is_some() && !whole {
+            return Err(Error::new("--restart needs --restart-lock and --restart-command"));
+        }
         if self.log_max_bytes == 0 || self.log_max_files == 0 {
             return Err(Error::new("--log-max-bytes and --log-max-files must be at least 1"));
         }
@@ -172,7 +215,8 @@ impl AdoptOptions {
                 // Given by callers that repeat the options of `run`; what counts is what `run` remembered.
                 b"--runtime" => options.runtime = Some(value.into()),
                 b"--id" | b"--exit-file" | b"--runtime-root" | b"--bundle" | b"--log" | b"--log-max-age"
-                | b"--log-max-bytes" | b"--log-max-files" | b"--runtime-arg" => {}
+                | b"--log-max-bytes" | b"--log-max-files" | b"--runtime-arg" | b"--restart"
+                | b"--restart-lock" | b"--restart-command" => {}
                 _ => return Err(unknown(name)),
             }
         }
@@ -303,6 +347,9 @@ mod tests {
         check("run --what", "unknown option --what");
         check("run x", "unexpected argument \"x\"");
         check("fly", "unknown command \"fly\"");
+        check(&format!("{LEAST} --restart=never"), "--restart \"never\" is neither always nor on-failure");
+        let part = "--restart needs --restart-lock and --restart-command";
+        check(&format!("{LEAST} --restart=always --restart-lock /l"), part);
         check(&format!("{LEAST} --log-max-files x"), "--log-max-files \"x\" is not a number");
         check(
             &format!("{LEAST} --log-max-files 0"),

@@ -4,6 +4,7 @@ mod end;
 mod input;
 mod output;
 mod requests;
+mod restart;
 
 use std::fs::File;
 use std::io;
@@ -47,6 +48,7 @@ const LISTENER: u64 = 2;
 const STDIN: u64 = 3;
 const STDOUT: u64 = 4;
 const STDERR: u64 = 5;
+const OWNER: u64 = 6;
 const CLIENTS: u64 = 16;
 const SESSIONS: u64 = 64;
 
@@ -96,6 +98,7 @@ struct Hold {
     record: Option<String>,
     /// Child that runs `delete`.
     deleting: Option<i32>,
+    restart: restart::State,
 }
 
 struct Stdin {
@@ -153,6 +156,7 @@ impl Hold {
             ended: None,
             record: None,
             deleting: None,
+            restart: restart::State::default(),
             memory,
         })
     }
@@ -224,6 +228,7 @@ impl Hold {
                     self.clients.accept(listener, &self.epoll);
                 }
             }
+            OWNER => self.owner_gone(),
             STDIN => self.feed_stdin(),
             STDOUT => self.pump(0),
             STDERR => self.pump(1),
@@ -276,6 +281,7 @@ impl Hold {
             }
             Effect::StartDelete => self.start_delete(),
             Effect::ArmDelete => self.arm(DELETE_TIMEOUT),
+            Effect::LookWhoRestarts => self.look_who_restarts(),
             Effect::Disarm => self.deadline = None,
             Effect::Quit => setup::remove_files(&self.memory.options),
         }
@@ -299,6 +305,8 @@ impl Hold {
             } else if Some(reaped.pid) == self.deleting {
                 self.deleting = None;
                 self.event(Event::Deleted);
+            } else if self.restart.is_child(reaped.pid) {
+                self.restart_answered();
             } else {
                 self.sessions.reaped(reaped, &self.memory.options, &self.epoll, &mut self.clients);
             }

@@ -12,7 +12,13 @@
 //!                                  Recording ⟲ RecordFailed, Deadline (write again)
 //!                                      │ Recorded
 //!                                      v
-//!                                  Deleting ── Deleted or Deadline ──> Gone
+//!                                  Deleting
+//!                                      │ Deleted or Deadline
+//!                                      v
+//!                                   Resting ⟲ OwnerGone, Deadline (look who restarts)
+//!                                      │ Released
+//!                                      v
+//!                                    Gone
 //! ```
 //!
 //! There is one deadline; every state that has one arms it on entry. Nobody is told of the end before the record is
@@ -34,6 +40,10 @@ pub(crate) enum Event {
     RecordFailed,
     /// The runtime's `delete` has ended, well or not.
     Deleted,
+    /// Who would have restarted the container is no more.
+    OwnerGone,
+    /// Nothing is to be restarted by this shim, or not any more.
+    Released,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,6 +61,8 @@ pub(crate) enum Effect {
     TellClients,
     StartDelete,
     ArmDelete,
+    /// Somebody who lives, then their end is awaited; else the command that restarts is run.
+    LookWhoRestarts,
     Disarm,
     Quit,
 }
@@ -65,6 +77,7 @@ pub(crate) const TABLE: &[Row] = {
     // What still lives in the cgroup after its first process is no longer wanted, and would hold the streams open.
     const EXITED: &[Effect] = &[KillCgroup, ArmDrain];
     const DRAINED: &[Effect] = &[CloseStreams, Disarm, WriteRecord];
+    const DELETED: &[Effect] = &[Disarm, LookWhoRestarts];
     &[
         (Running, Stop, Stopping, &[SendStopSignal, ArmGrace]),
         (Running, Exited, Draining, EXITED),
@@ -78,8 +91,11 @@ pub(crate) const TABLE: &[Row] = {
         (Recording, RecordFailed, Recording, &[ArmWriteAgain]),
         (Recording, Deadline, Recording, &[WriteRecord]),
         (Recording, Recorded, Deleting, &[TellClients, StartDelete, ArmDelete]),
-        (Deleting, Deleted, Gone, &[Disarm, Quit]),
-        (Deleting, Deadline, Gone, &[Disarm, Quit]),
+        (Deleting, Deleted, Resting, DELETED),
+        (Deleting, Deadline, Resting, DELETED),
+        (Resting, OwnerGone, Resting, &[LookWhoRestarts]),
+        (Resting, Deadline, Resting, &[LookWhoRestarts]),
+        (Resting, Released, Gone, &[Disarm, Quit]),
     ]
 };
 
@@ -93,7 +109,7 @@ mod tests {
     use super::*;
     use Effect::*;
 
-    const EVENTS: [Event; 7] = [
+    const EVENTS: [Event; 9] = [
         Event::Stop,
         Event::Exited,
         Event::Deadline,
@@ -101,6 +117,8 @@ mod tests {
         Event::Recorded,
         Event::RecordFailed,
         Event::Deleted,
+        Event::OwnerGone,
+        Event::Released,
     ];
 
     fn pairs() -> impl Iterator<Item = (Phase, Event, Phase, &'static [Effect])> {
@@ -148,7 +166,16 @@ mod tests {
         for phase in Phase::ALL {
             let (next, effects) = step(phase, Event::Deadline);
             let arms = |e: &Effect| {
-                matches!(e, ArmGrace | ArmKillAgain | ArmDrain | ArmWriteAgain | ArmDelete | WriteRecord)
+                matches!(
+                    e,
+                    ArmGrace
+                        | ArmKillAgain
+                        | ArmDrain
+                        | ArmWriteAgain
+                        | ArmDelete
+                        | WriteRecord
+                        | LookWhoRestarts
+                )
             };
             let none = matches!(phase, Phase::Running | Phase::Gone);
             assert_eq!(effects.is_empty(), none, "{phase:?}");
@@ -177,7 +204,7 @@ mod tests {
                 events.push(Event::Drained);
             }
             if self.deleted {
-                events.push(Event::Deleted);
+                events.extend([Event::Deleted, Event::OwnerGone, Event::Released]);
             }
             events
         }
@@ -199,6 +226,7 @@ mod tests {
                     assert!(self.on_disk, "the cgroup went before it was read");
                     self.deleted = true;
                 }
+                LookWhoRestarts => assert!(self.told && self.deleted, "two runs at once"),
                 Quit => {
                     assert!(self.told && self.deleted);
                     self.quit = true;

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use keel_proto::file;
 
-use crate::args::Options;
+use crate::args::{Options, Restart};
 use crate::cgroup::Cgroup;
 use crate::error::{Context, Error};
 use crate::log::Lost;
@@ -59,6 +59,11 @@ impl Memory {
         out.put("tty", o.tty.to_string());
         out.put("stdin", o.stdin.to_string());
         out.put("stdin_once", o.stdin_once.to_string());
+        if let Some(restart) = o.restart {
+            out.put("restart", restart.name());
+        }
+        out.put_some("restart_lock", o.restart_lock.as_ref());
+        o.restart_command.iter().for_each(|word| out.put("restart_command", word));
         out.put("pid", self.container.pid.to_string());
         out.put("pid_start", self.container.start.to_string());
         out.put("started_at_ms", self.started_at_ms.to_string());
@@ -101,6 +106,9 @@ impl Memory {
             b"tty" => o.tty = parse(value)?,
             b"stdin" => o.stdin = parse(value)?,
             b"stdin_once" => o.stdin_once = parse(value)?,
+            b"restart" => o.restart = Restart::parse(value),
+            b"restart_lock" => o.restart_lock = Some(path()),
+            b"restart_command" => o.restart_command.push(OsString::from_vec(value.to_vec())),
             b"pid" => self.container.pid = parse(value)?,
             b"pid_start" => self.container.start = parse(value)?,
             b"started_at_ms" => self.started_at_ms = parse(value)?,
@@ -162,6 +170,9 @@ mod tests {
                 tty: true,
                 stdin: true,
                 stdin_once: false,
+                restart: Some(Restart::OnFailure),
+                restart_lock: Some("/l".into()),
+                restart_command: vec!["/keel".into(), "--root=/x".into()],
             },
             container: Identity { pid: 7, start: 8 },
             started_at_ms: 9,

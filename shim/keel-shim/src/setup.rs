@@ -357,6 +357,7 @@ fn make_absolute(options: &mut Options) -> Result<(), Error> {
     let mut paths = vec![&mut options.dir, &mut options.bundle, &mut options.exit_file];
     paths.extend(options.runtime_root.as_mut());
     paths.extend(options.log.as_mut());
+    paths.extend(options.restart_lock.as_mut());
     // A bare name is looked up in PATH by exec.
     if options.runtime.as_os_str() != options.runtime.file_name().unwrap_or(OsStr::new("")) {
         paths.push(&mut options.runtime);

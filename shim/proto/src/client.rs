@@ -139,6 +139,11 @@ impl Client {
         self.command(Request::Reopen)
     }
 
+    /// Once the run is over the shim is not to stay and see to a restart.
+    pub fn dismiss(&mut self) -> Result<(), ClientError> {
+        self.command(Request::Dismiss)
+    }
+
     pub fn upgrade(&mut self) -> Result<(), ClientError> {
         self.command(Request::Upgrade)
     }

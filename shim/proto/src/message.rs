@@ -49,6 +49,8 @@ pub enum Request<'a> {
     Spares,
     /// The shim re-executes the binary at its own path, keeping the container.
     Upgrade,
+    /// Somebody else sees to what comes after this run: once it is over, the shim goes too.
+    Dismiss,
     /// Runs a command in the container and turns the connection into its session: `Ok` when it runs, then `Data` and at
     /// last `Exited`; `Stdin`, `StdinEof`, `Resize` and `Signal` are the command's and get no answer.
     Exec(Exec<'a>),
@@ -126,6 +128,8 @@ pub enum Phase {
     Recording,
     /// The runtime's `delete` runs.
     Deleting,
+    /// All is done, and the shim stays to have the container restarted should nobody else do it.
+    Resting,
     Gone,
 }
 
@@ -241,6 +245,7 @@ const WAIT: u8 = 9;
 const SPARES: u8 = 10;
 const UPGRADE: u8 = 11;
 const EXEC: u8 = 12;
+const DISMISS: u8 = 13;
 const OK: u8 = 128;
 const ERROR: u8 = 129;
 const STATE_IS: u8 = 130;
@@ -270,6 +275,7 @@ impl<'a> Request<'a> {
             Request::Wait => Encoded::new(WAIT),
             Request::Spares => Encoded::new(SPARES),
             Request::Upgrade => Encoded::new(UPGRADE),
+            Request::Dismiss => Encoded::new(DISMISS),
             Request::Exec(exec) => Encoded::new(EXEC)
                 .put(&[pack(&[exec.tty, exec.stdin])])
                 .put(&exec.rows.to_le_bytes())
@@ -300,6 +306,7 @@ impl<'a> Request<'a> {
             WAIT => Request::Wait,
             SPARES => Request::Spares,
             UPGRADE => Request::Upgrade,
+            DISMISS => Request::Dismiss,
             EXEC => {
                 let flags = body.u8()?;
                 Request::Exec(Exec {
@@ -409,13 +416,14 @@ impl Stream {
 }
 
 impl Phase {
-    pub const ALL: [Phase; 7] = [
+    pub const ALL: [Phase; 8] = [
         Phase::Running,
         Phase::Stopping,
         Phase::Killing,
         Phase::Draining,
         Phase::Recording,
         Phase::Deleting,
+        Phase::Resting,
         Phase::Gone,
     ];
 
@@ -539,6 +547,7 @@ mod tests {
             Request::Wait,
             Request::Spares,
             Request::Upgrade,
+            Request::Dismiss,
             Request::Exec(Exec { tty: false, stdin: true, rows: 3, columns: 400, process: b"{}" }),
         ]);
         all

@@ -7,6 +7,7 @@ pub(crate) mod exec;
 pub(crate) mod hello;
 pub(crate) mod image;
 pub(crate) mod logs;
+pub(crate) mod restart_run;
 pub(crate) mod see;
 pub(crate) mod system;
 pub(crate) mod version;

@@ -64,7 +64,7 @@ pub(crate) fn get(context: &Context, args: &Get) -> Outcome {
 fn note_no_daemon(context: &Context, status: &Status, form: Form) {
     let for_people = matches!(form, Form::Table | Form::Wide);
     if for_people && !status.pods.is_empty() && !world::has_daemon(context) {
-        context.term.note("no daemon is running: nothing is restarted\n");
+        context.term.note("no daemon is running: manifests are not watched\n");
     }
 }
 

@@ -2,21 +2,23 @@
 
 use std::io::{BufRead, IsTerminal, Write};
 
-use keel_host::{Lock, RealHost};
+use keel_host::RealHost;
 
 use crate::cli::Reset;
 use crate::context::Context;
 use crate::failure::{Failure, Outcome};
-use crate::instance::{host_config, refused};
+use crate::instance::{COMMAND_PATIENCE, host_config, refused, take_lock};
 
 pub(crate) fn reset(context: &Context, args: &Reset) -> Outcome {
     if !args.force && !confirmed(context)? {
         return Err(Failure::failed("nothing was changed"));
     }
-    let _lock = Lock::take(&context.paths).map_err(refused)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
         .build()
         .map_err(|error| Failure::io("start", "the runtime of the command", &error))?;
+    // A shim may be restarting a container just now.
+    let _lock = runtime.block_on(take_lock(context, COMMAND_PATIENCE))?;
     let host = RealHost::open(context.paths.clone(), host_config(context), runtime.handle().clone());
     let removed = host.map_err(refused)?.reset(args.state).map_err(refused)?;
     context.term.note(&format!("removed {} containers and {} pods\n", removed.containers, removed.pods));

@@ -98,6 +98,7 @@ impl Hold {
             Request::Stop { signal, grace_ms } => {
                 self.stop_signal = signal;
                 self.grace = Duration::from_millis(u64::from(grace_ms));
+                self.restart.unwanted = true;
                 self.event(Event::Stop);
                 self.answer(index, &Reply::Ok);
             }
@@ -112,6 +113,10 @@ impl Hold {
             Request::Wait => self.wait(index),
             Request::Spares => self.spares(index),
             Request::Upgrade => self.upgrade(index),
+            Request::Dismiss => {
+                self.answer(index, &Reply::Ok);
+                self.dismiss();
+            }
         }
     }
 
