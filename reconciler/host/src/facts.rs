@@ -10,51 +10,6 @@ use nix::sys::resource::{Resource, getrlimit};
 
 use crate::spec::{HostDevice, HostResources};
 
-/// In the order of their numbers (capabilities(7)).
-const CAPABILITY_NAMES: &[&str] = &[
-    "CHOWN",
-    "DAC_OVERRIDE",
-    "DAC_READ_SEARCH",
-    "FOWNER",
-    "FSETID",
-    "KILL",
-    "SETGID",
-    "SETUID",
-    "SETPCAP",
-    "LINUX_IMMUTABLE",
-    "NET_BIND_SERVICE",
-    "NET_BROADCAST",
-    "NET_ADMIN",
-    "NET_RAW",
-    "IPC_LOCK",
-    "IPC_OWNER",
-    "SYS_MODULE",
-    "SYS_RAWIO",
-    "SYS_CHROOT",
-    "SYS_PTRACE",
-    "SYS_PACCT",
-    "SYS_ADMIN",
-    "SYS_BOOT",
-    "SYS_NICE",
-    "SYS_RESOURCE",
-    "SYS_TIME",
-    "SYS_TTY_CONFIG",
-    "MKNOD",
-    "LEASE",
-    "AUDIT_WRITE",
-    "AUDIT_CONTROL",
-    "SETFCAP",
-    "MAC_OVERRIDE",
-    "MAC_ADMIN",
-    "SYSLOG",
-    "WAKE_ALARM",
-    "BLOCK_SUSPEND",
-    "AUDIT_READ",
-    "PERFMON",
-    "BPF",
-    "CHECKPOINT_RESTORE",
-];
-
 /// Directories of `/dev` that belong to the host's own session and never to a container.
 const PRIVATE_DEVICES: &[&str] = &["pts", "shm", "mqueue", "hugepages", "fd"];
 
@@ -124,7 +79,7 @@ fn bounding_set() -> BTreeSet<String> {
             u64::from_str_radix(line.trim(), 16).ok()
         })
         .unwrap_or(u64::MAX);
-    CAPABILITY_NAMES
+    keel_manifest::CAPABILITIES
         .iter()
         .enumerate()
         .filter(|(bit, _)| mask & (1 << bit) != 0)

@@ -37,50 +37,6 @@ const DEFAULT_CAPABILITIES: &[&str] = &[
     "CAP_SETUID",
 ];
 
-const ALL_CAPABILITIES: &[&str] = &[
-    "CAP_AUDIT_CONTROL",
-    "CAP_AUDIT_READ",
-    "CAP_AUDIT_WRITE",
-    "CAP_BLOCK_SUSPEND",
-    "CAP_BPF",
-    "CAP_CHECKPOINT_RESTORE",
-    "CAP_CHOWN",
-    "CAP_DAC_OVERRIDE",
-    "CAP_DAC_READ_SEARCH",
-    "CAP_FOWNER",
-    "CAP_FSETID",
-    "CAP_IPC_LOCK",
-    "CAP_IPC_OWNER",
-    "CAP_KILL",
-    "CAP_LEASE",
-    "CAP_LINUX_IMMUTABLE",
-    "CAP_MAC_ADMIN",
-    "CAP_MAC_OVERRIDE",
-    "CAP_MKNOD",
-    "CAP_NET_ADMIN",
-    "CAP_NET_BIND_SERVICE",
-    "CAP_NET_BROADCAST",
-    "CAP_NET_RAW",
-    "CAP_PERFMON",
-    "CAP_SETFCAP",
-    "CAP_SETGID",
-    "CAP_SETPCAP",
-    "CAP_SETUID",
-    "CAP_SYSLOG",
-    "CAP_SYS_ADMIN",
-    "CAP_SYS_BOOT",
-    "CAP_SYS_CHROOT",
-    "CAP_SYS_MODULE",
-    "CAP_SYS_NICE",
-    "CAP_SYS_PACCT",
-    "CAP_SYS_PTRACE",
-    "CAP_SYS_RAWIO",
-    "CAP_SYS_RESOURCE",
-    "CAP_SYS_TIME",
-    "CAP_SYS_TTY_CONFIG",
-    "CAP_WAKE_ALARM",
-];
-
 const MASKED_PATHS: &[&str] = &[
     "/proc/acpi",
     "/proc/asound",
@@ -355,11 +311,7 @@ pub(crate) fn run_as_non_root(pod: &PodSpec, container: &Container) -> bool {
 
 fn lower_capabilities(context: &Context<'_>, privileged: bool) -> Result<Vec<String>, SpecError> {
     if privileged {
-        return Ok(ALL_CAPABILITIES
-            .iter()
-            .filter(|name| context.available_capabilities.contains(**name))
-            .map(|name| name.to_string())
-            .collect());
+        return Ok(context.available_capabilities.iter().cloned().collect());
     }
     let container = &context.container.name;
     let mut held: BTreeSet<String> = DEFAULT_CAPABILITIES.iter().map(|name| name.to_string()).collect();
@@ -369,9 +321,9 @@ fn lower_capabilities(context: &Context<'_>, privileged: bool) -> Result<Vec<Str
     };
     let normal = |name: &str| {
         let upper = name.to_ascii_uppercase();
-        let full = if upper.starts_with("CAP_") { upper } else { format!("CAP_{upper}") };
-        if full == "CAP_ALL" || ALL_CAPABILITIES.contains(&full.as_str()) {
-            Ok(full)
+        let bare = upper.strip_prefix("CAP_").unwrap_or(&upper);
+        if bare == "ALL" || keel_manifest::CAPABILITIES.contains(&bare) {
+            Ok(format!("CAP_{bare}"))
         } else {
             Err(SpecError::UnknownCapability { container: container.clone(), name: name.to_string() })
         }
@@ -383,12 +335,7 @@ fn lower_capabilities(context: &Context<'_>, privileged: bool) -> Result<Vec<Str
         held.clear();
     }
     if add.iter().any(|name| name == "CAP_ALL") {
-        held.extend(
-            ALL_CAPABILITIES
-                .iter()
-                .filter(|n| context.available_capabilities.contains(**n))
-                .map(|n| n.to_string()),
-        );
+        held.extend(context.available_capabilities.iter().cloned());
     }
     for name in &drop {
         held.remove(name);

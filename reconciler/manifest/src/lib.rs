@@ -7,6 +7,7 @@
 //!                                                                            \-> check (between objects)
 //! ```
 
+mod capability;
 mod check;
 mod diagnostic;
 mod effective;
@@ -26,6 +27,7 @@ mod yaml;
 
 pub mod model;
 
+pub use capability::CAPABILITIES;
 pub use check::{check, check_change, place_in};
 pub use diagnostic::{Diagnostic, Related, Severity};
 pub use effective::{Effective, FileCondition, LastGood, effective};

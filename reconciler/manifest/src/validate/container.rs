@@ -5,6 +5,7 @@ use std::net::{IpAddr, Ipv4Addr};
 
 use super::pod::seccomp;
 use super::{data_key, image, label_name, object_name, syntax};
+use crate::capability::CAPABILITIES;
 use crate::known::nearest;
 use crate::model::{
     Container, ContainerPort, EnvVar, EnvVarSource, ExecAction, FieldRef, HttpGetAction, IntOrString,
@@ -15,51 +16,6 @@ use crate::report::{Path, Report};
 
 /// Less memory than this cannot hold one process; the unit was forgotten.
 const LEAST_SENSIBLE_MEMORY_BYTES: u64 = 512 * 1024;
-
-const CAPABILITIES: &[&str] = &[
-    "ALL",
-    "AUDIT_CONTROL",
-    "AUDIT_READ",
-    "AUDIT_WRITE",
-    "BLOCK_SUSPEND",
-    "BPF",
-    "CHECKPOINT_RESTORE",
-    "CHOWN",
-    "DAC_OVERRIDE",
-    "DAC_READ_SEARCH",
-    "FOWNER",
-    "FSETID",
-    "IPC_LOCK",
-    "IPC_OWNER",
-    "KILL",
-    "LEASE",
-    "LINUX_IMMUTABLE",
-    "MAC_ADMIN",
-    "MAC_OVERRIDE",
-    "MKNOD",
-    "NET_ADMIN",
-    "NET_BIND_SERVICE",
-    "NET_BROADCAST",
-    "NET_RAW",
-    "PERFMON",
-    "SETFCAP",
-    "SETGID",
-    "SETPCAP",
-    "SETUID",
-    "SYSLOG",
-    "SYS_ADMIN",
-    "SYS_BOOT",
-    "SYS_CHROOT",
-    "SYS_MODULE",
-    "SYS_NICE",
-    "SYS_PACCT",
-    "SYS_PTRACE",
-    "SYS_RAWIO",
-    "SYS_RESOURCE",
-    "SYS_TIME",
-    "SYS_TTY_CONFIG",
-    "WAKE_ALARM",
-];
 
 const POD_FIELDS: &[&str] = &[
     "metadata.annotations",
@@ -408,13 +364,14 @@ fn security(r: &mut Report<'_>, container: &Container, spec: &PodSpec, path: &Pa
 }
 
 fn capability(r: &mut Report<'_>, name: &str, path: &Path<'_>) {
-    if CAPABILITIES.contains(&name) {
+    let known = || CAPABILITIES.iter().copied().chain(["ALL"]);
+    if known().any(|known| known == name) {
         return;
     }
     let upper = name.to_uppercase();
     let bare = upper.strip_prefix("CAP_").unwrap_or(&upper);
     let message = format!("\"{name}\" is not a capability");
-    match nearest(bare, CAPABILITIES.iter().copied()) {
+    match nearest(bare, known()) {
         Some(near) => r.error_help(path, message, format!("did you mean {near}?")),
         None => r.error(path, message),
     }
