@@ -276,7 +276,9 @@ impl Client {
             blamed.extend(failure.served);
             match failure.error {
                 // Bytes of an earlier pull may be what is wrong; they are gone now.
-                PullError::WrongDigest { .. } if failure.resumed => {}
+                error if error.is_the_data() && failure.resumed => {
+                    tracing::debug!(%error, "fetching it from its start");
+                }
                 // The transfer has tried as often as the policy says.
                 error if failure.of_transfer => return Err(error),
                 // Other places may have the true bytes.

@@ -2,6 +2,7 @@
 
 use crate::digest::Hasher;
 use crate::fsio::{self, At, FsError, TEMPORARY};
+use crate::midstate::Mark;
 use crate::store::Inner;
 use crate::{Digest, Store};
 use std::collections::btree_map::Entry;
@@ -13,6 +14,9 @@ use std::sync::Arc;
 
 /// Bytes hashed at a time when a partial blob is taken up again.
 const REHASH_BUFFER: usize = 256 * 1024;
+/// How often it is noted how far the hash of a blob has come. What comes after the note is hashed again when the process
+/// is killed: some milliseconds.
+pub(crate) const EVERY: u64 = 8 << 20;
 
 #[derive(Debug, thiserror::Error)]
 pub enum BlobError {
@@ -44,6 +48,7 @@ pub struct BlobWriter {
     path: PathBuf,
     /// The shared partial file of this digest, which a later writer may go on with.
     resumable: bool,
+    mark: Mark,
     written: u64,
     resumed: u64,
     hasher: HasherState,
@@ -120,6 +125,7 @@ impl Store {
             }
         };
         let mut writer = BlobWriter {
+            mark: Mark::beside(&path),
             inner: Arc::clone(inner),
             digest: *digest,
             size,
@@ -167,9 +173,12 @@ impl BlobWriter {
         if bytes.len() as u64 > self.size - self.written {
             return Err(BlobError::TooLong { digest: self.digest, size: self.size });
         }
-        self.hasher.0.update(bytes);
         self.file.write_all(bytes).at("write", &self.path)?;
+        self.hasher.0.update(bytes);
         self.written += bytes.len() as u64;
+        if self.resumable && self.mark.is_due(self.written) {
+            self.mark.note(&self.hasher.0, self.written)?;
+        }
         Ok(())
     }
 
@@ -235,7 +244,21 @@ impl BlobWriter {
         if self.written < self.size {
             return Err(BlobError::TooShort { digest: self.digest, size: self.size, got: self.written });
         }
-        let actual = std::mem::take(&mut self.hasher.0).finish();
+        let actual = self.hasher.0.clone().finish();
+        self.compare(actual)
+    }
+
+    /// Of the bytes in the file, where those of an earlier transfer may not be any more what was hashed then.
+    pub(crate) fn verify_file(&mut self) -> Result<(), BlobError> {
+        self.verify()?;
+        if self.resumed == 0 {
+            return Ok(());
+        }
+        let actual = crate::verify::hash(&self.file).at("read", &self.path)?;
+        self.compare(actual)
+    }
+
+    fn compare(&mut self, actual: Digest) -> Result<(), BlobError> {
         if actual != self.digest {
             self.remove()?;
             return Err(BlobError::WrongDigest { digest: self.digest, actual });
@@ -243,14 +266,18 @@ impl BlobWriter {
         Ok(())
     }
 
-    /// Hashes what is there; a partial file that is longer than the blob is worthless.
+    /// Goes on with the hash of what is there; a partial file that is longer than the blob is worthless.
     fn take_up(&mut self) -> Result<(), FsError> {
         let there = self.file.metadata().at("look at", &self.path)?.len();
         if there > self.size {
             self.file.set_len(0).at("truncate", &self.path)?;
             return Ok(());
         }
-        let mut buffer = vec![0; REHASH_BUFFER.min(there as usize)];
+        if self.resumable && there > 0 {
+            (self.hasher.0, self.written) = self.mark.load(there);
+            self.file.seek(SeekFrom::Start(self.written)).at("seek in", &self.path)?;
+        }
+        let mut buffer = vec![0; REHASH_BUFFER.min((there - self.written) as usize)];
         loop {
             let n = if buffer.is_empty() { 0 } else { self.file.read(&mut buffer).at("read", &self.path)? };
             if n == 0 {
@@ -259,7 +286,6 @@ impl BlobWriter {
             self.hasher.0.update(&buffer[..n]);
             self.written += n as u64;
         }
-        self.file.seek(SeekFrom::Start(self.written)).at("seek in", &self.path)?;
         self.resumed = self.written;
         Ok(())
     }
@@ -268,6 +294,10 @@ impl BlobWriter {
 impl Drop for BlobWriter {
     fn drop(&mut self) {
         if self.resumable {
+            if !self.finished {
+                // Without it the next one hashes again what is there. Nothing to note it beside when it was removed.
+                let _ = self.mark.note(&self.hasher.0, self.written);
+            }
             let mut state = self.inner.state();
             // A staged blob keeps its name in the set until it is published.
             if state.blobs.get(&self.digest) != Some(&self.path) {

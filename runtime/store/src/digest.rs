@@ -1,6 +1,7 @@
 //! Content digests.
 
 use serde::{Deserialize, Serialize};
+use sha2::digest::common::hazmat::{SerializableState, SerializedState};
 use sha2::{Digest as _, Sha256};
 use std::fmt;
 use std::str::FromStr;
@@ -114,6 +115,17 @@ impl Hasher {
 
     pub(crate) fn finish(self) -> Digest {
         Digest(self.0.finalize().into())
+    }
+
+    /// Where it is, to go on from in another process.
+    pub(crate) fn save(&self) -> Vec<u8> {
+        self.0.serialize().to_vec()
+    }
+
+    /// `None` for what [`Hasher::save`] has not made.
+    pub(crate) fn restore(saved: &[u8]) -> Option<Hasher> {
+        let saved = SerializedState::<Sha256>::try_from(saved).ok()?;
+        Sha256::deserialize(&saved).ok().map(Hasher)
     }
 }
 

@@ -200,7 +200,7 @@ fn note(root: &Path) -> PathBuf {
     root.join("verified")
 }
 
-fn boot_id() -> Option<String> {
+pub(crate) fn boot_id() -> Option<String> {
     let bytes = fsio::read_small(Path::new("/proc/sys/kernel/random/boot_id"), 4096).ok().flatten()?;
     Some(String::from_utf8(bytes).ok()?.trim().to_owned())
 }

@@ -6,7 +6,7 @@ use crate::fsio::{At, FsError};
 use crate::image::{self, CommitError, MAX_CONFIG, MAX_MANIFEST};
 use crate::layer::LayerError;
 use crate::platform::{self, Platform};
-use crate::{Digest, Image, Index, IndexError, IndexWalk, Reference, Store, builder};
+use crate::{BlobError, Digest, Image, Index, IndexError, IndexWalk, Reference, Store, builder};
 use serde::Deserialize;
 use std::collections::BTreeMap;
 use std::io::{self, Read};
@@ -248,6 +248,24 @@ impl Store {
     }
 
     fn import_layer(
+        &self,
+        archive: &Archive,
+        layer: &FoundLayer,
+        report: &dyn Fn(u64),
+    ) -> Result<(), LayerError> {
+        let there = self.partial_len(&layer.blob);
+        match self.import_layer_once(archive, layer, report) {
+            // Bytes of an earlier transfer may be what is wrong; they are gone now.
+            Err(LayerError::Blob(BlobError::WrongDigest { .. }) | LayerError::Unpack { .. })
+                if there > 0 && self.partial_len(&layer.blob) == 0 =>
+            {
+                self.import_layer_once(archive, layer, report)
+            }
+            other => other,
+        }
+    }
+
+    fn import_layer_once(
         &self,
         archive: &Archive,
         layer: &FoundLayer,

@@ -211,7 +211,7 @@ impl LayerIngest {
             Ok(layer) => layer,
             Err(e) => {
                 // Wrong bytes are why unpacking failed, when they are wrong: that is the error to report.
-                writer.verify()?;
+                writer.verify_file()?;
                 writer.remove()?;
                 return Err(e);
             }

@@ -5,7 +5,7 @@
 //!
 //! ```text
 //! R/oci-layout, R/index.json, R/blobs/sha256/<hex>   an OCI image layout, readable by other tools; index.json is derived
-//! R/partial/<hex>/data                               blobs that are still arriving
+//! R/partial/<hex>/{data,state}                       blobs that are still arriving, and how far their hash has come
 //! R/layers/<diff id>/{fs/,layer.json}                one directory per layer, shared by all images
 //! R/images/<name>.json                               one record per reference: the truth about what images there are
 //! ```
@@ -26,6 +26,7 @@ mod image;
 mod import;
 mod index;
 mod layer;
+mod midstate;
 mod mount;
 mod path;
 mod platform;

@@ -432,6 +432,29 @@ async fn a_dropped_pull_stops_and_leaves_nothing_half_made() {
     assert_eq!(bench.file(&image, "big"), noise(BIG, 1));
 }
 
+/// The bytes of the first half as they are, and two ways in which what is kept of them can be wrong.
+#[tokio::test(flavor = "multi_thread")]
+async fn kept_bytes_that_are_wrong_cost_one_more_transfer_and_no_pull() {
+    for (name, wrong_bytes, transfers) in [("right", false, 1), ("wrong bytes", true, 2)] {
+        let (content, big) = two_layers();
+        let whole = content.blobs[&big].clone();
+        let server = Server::honest(content).await;
+        let bench = Bench::new();
+        let mut kept = whole[..BIG / 2].to_vec();
+        let mut writer = bench.store.begin_blob(&big, whole.len() as u64).unwrap();
+        writer.write(&kept).unwrap();
+        writer.abort(keel_store::Partial::Keep).unwrap();
+        if wrong_bytes {
+            // Where nobody hashes them again: unpacking reads them.
+            kept[BIG / 4] ^= 1;
+            std::fs::write(bench.path().join("partial").join(big.hex()).join("data"), &kept).unwrap();
+        }
+        let image = bench.pull(options(), &server.reference("1")).await.unwrap();
+        assert_eq!(bench.file(&image, "big"), noise(BIG, 1), "{name}");
+        assert_eq!(server.seen_of(&big.to_string()).len(), transfers, "{name}");
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn two_pulls_share_the_layers_on_their_way() {
     let (mut content, big) = two_layers();

@@ -122,6 +122,59 @@ fn a_transfer_goes_on_where_it_stopped() {
     assert!(bench.store.has_layer(&id) && bench.store.has_blob(&digest));
 }
 
+/// What is there of a partial blob, and what its mark makes of it.
+#[test]
+fn a_resumed_transfer_hashes_nothing_that_an_earlier_one_has_hashed() {
+    let bench = Bench::new();
+    let tar = Tar::default().file("f", &"x".repeat(300_000)).end();
+    let (id, size, kept) = (Digest::of(&tar), tar.len() as u64, 200_000);
+    let data = bench.store.inner.partial_dir().join(id.hex()).join("data");
+    let state = data.with_file_name("state");
+    let begin = || {
+        let mut writer = bench.store.begin_blob(&id, size).unwrap();
+        writer.write(&tar[writer.written() as usize..kept]).unwrap();
+        writer.abort(Partial::Keep).unwrap();
+    };
+    let finish = || {
+        let mut writer = bench.store.begin_blob(&id, size).unwrap();
+        writer.write(&tar[writer.written() as usize..]).unwrap();
+        writer.finish()
+    };
+    // The bytes change where nobody may look at them again: only whoever does could tell.
+    begin();
+    std::fs::write(&data, vec![b'?'; kept]).unwrap();
+    finish().unwrap();
+    std::fs::remove_file(bench.store.inner.blob_path(&id)).unwrap();
+
+    // Shorter than its mark: a power cut took the rest. No mark, a torn one, bytes after the mark: hashed as they are.
+    let harm: [&dyn Fn(); 4] = [
+        &|| std::fs::write(&data, &tar[..kept - 1]).unwrap(),
+        &|| std::fs::remove_file(&state).unwrap(),
+        &|| std::fs::write(&state, &std::fs::read(&state).unwrap()[..40]).unwrap(),
+        &|| std::fs::write(&data, &tar[..kept + 50]).unwrap(),
+    ];
+    for harm in harm {
+        begin();
+        harm();
+        let there = std::fs::metadata(&data).unwrap().len();
+        assert_eq!(bench.store.begin_blob(&id, size).unwrap().written(), there);
+        finish().unwrap();
+        assert_eq!(bench.store.read_blob(&id, size).unwrap().as_ref(), Some(&tar));
+        std::fs::remove_file(bench.store.inner.blob_path(&id)).unwrap();
+    }
+
+    // A mark of other bytes is found at the end, and all that it spoiled goes.
+    let other = bench.store.inner.partial_dir().join(Digest::of(b"other").hex());
+    let mut writer = bench.store.begin_blob(&Digest::of(b"other"), size).unwrap();
+    writer.write(&vec![b'o'; kept]).unwrap();
+    writer.abort(Partial::Keep).unwrap();
+    begin();
+    std::fs::copy(other.join("state"), &state).unwrap();
+    assert!(matches!(finish(), Err(BlobError::WrongDigest { .. })));
+    assert_eq!(bench.store.partial_len(&id), 0);
+    finish().unwrap();
+}
+
 #[test]
 fn commit_checks_what_belongs_together() {
     let bench = Bench::new();

@@ -1,7 +1,7 @@
 //! What a pull costs here: run by hand on an image layout, with the processor time that it took.
 
-use super::Bench;
-use crate::{Digest, ImportOptions, Store};
+use super::{Bench, Tar};
+use crate::{Digest, ImportOptions, Partial, Store};
 use std::path::Path;
 use std::time::Instant;
 
@@ -30,11 +30,46 @@ fn import_a_layout() {
     println!("{}", status.lines().find(|line| line.starts_with("VmHWM")).unwrap());
 }
 
+/// What going on with nine tenths of a large blob costs, with and without the mark beside it:
+/// `cargo test --release -p keel-store resume_at -- --ignored --nocapture`
+#[test]
+#[ignore = "a measurement: 300 MB on the disk"]
+fn resume_at_nine_tenths() {
+    let cpu = || {
+        let used = nix::sys::resource::getrusage(nix::sys::resource::UsageWho::RUSAGE_SELF).unwrap();
+        let seconds = |t: nix::sys::time::TimeVal| t.tv_sec() as f64 + t.tv_usec() as f64 / 1e6;
+        seconds(used.user_time()) + seconds(used.system_time())
+    };
+    let tar = Tar::default().file("f", &"abcdefgh".repeat(300 << 17)).end();
+    let (id, kept) = (Digest::of(&tar), tar.len() / 10 * 9);
+    for marked in [true, false, true, false, true, false] {
+        let bench = Bench::new();
+        let mut writer = bench.store.begin_blob(&id, tar.len() as u64).unwrap();
+        writer.write(&tar[..kept]).unwrap();
+        writer.abort(Partial::Keep).unwrap();
+        let mark = bench.store.inner.partial_dir().join(id.hex()).join("state");
+        let unmark = || {
+            if !marked {
+                std::fs::remove_file(&mark).unwrap();
+            }
+        };
+        unmark();
+        let before = cpu();
+        let writer = bench.store.begin_blob(&id, tar.len() as u64).unwrap();
+        let opened = cpu();
+        drop(writer);
+        unmark();
+        let start = cpu();
+        super::ingest(&bench.store, &tar, &id).unwrap();
+        println!("marked {marked}: to take it up {:.3} s, whole {:.3} s", opened - before, cpu() - start);
+    }
+}
+
 #[test]
 fn one_sync_makes_many_layers_durable() {
     let bench = Bench::new();
     let layers: Vec<Vec<u8>> = (0..128)
-        .map(|i| super::Tar::default().file(&format!("f{i}"), "x").file("top", &i.to_string()).end())
+        .map(|i| Tar::default().file(&format!("f{i}"), "x").file("top", &i.to_string()).end())
         .collect();
     let image = bench.image("x", &layers);
     let target = bench.path("mnt");
