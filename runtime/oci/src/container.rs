@@ -329,7 +329,8 @@ impl Runtime {
                 }
                 Heard::Word(Word::WantHooks) => {
                     if let Some(hooks) = &spec.hooks {
-                        run_hooks("prestart", &hooks.prestart, state, "creating")?;
+                        // Programs for the older kind of hook know no "creating".
+                        run_hooks("prestart", &hooks.prestart, state, "created")?;
                         run_hooks("createRuntime", &hooks.create_runtime, state, "creating")?;
                     }
                     launch::answer(&launched.sync)?;

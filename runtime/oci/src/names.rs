@@ -1,5 +1,8 @@
 //! Words of the specification and the kernel's numbers for them.
 
+/// Installing a system call filter needs it.
+pub(crate) const CAP_SYS_ADMIN: u32 = 21;
+
 /// Capability names without `CAP_`, by number.
 const CAPABILITIES: [&str; 41] = [
     "CHOWN",

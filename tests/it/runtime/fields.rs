@@ -361,7 +361,6 @@ fn what_cannot_be_done_here_is_refused_by_name() {
     ];
     if !Path::new("/sys/fs/selinux/enforce").exists() {
         cases.push(("/process/selinuxLabel", json!("u:r:t:s0"), "process.selinuxLabel"));
-        cases.push(("/linux/mountLabel", json!("u:r:t:s0"), "linux.mountLabel"));
     }
     if !Path::new("/sys/module/apparmor/parameters/enabled").exists() {
         cases.push(("/process/apparmorProfile", json!("some"), "process.apparmorProfile"));
@@ -418,4 +417,72 @@ fn a_limit_that_the_kernel_has_no_file_for_fails_the_create() {
     let case = in_cgroup(Case::new("true")).with("/linux/resources/blockIO", json!({"leafWeight": 100}));
     let error = case.create(&[]).err();
     assert!(has("blkio.leaf_weight") || error.is_some_and(|e| e.contains("leaf")));
+}
+
+/// A label for files takes nothing from the container, and without SELinux nobody reads it.
+#[test]
+fn a_mount_label_without_selinux_is_no_obstacle() {
+    require!(ours);
+    if Path::new("/sys/fs/selinux/enforce").exists() {
+        eprintln!("skipped: SELinux is enabled here");
+        return;
+    }
+    let case = Case::new("cat /proc/mounts").with("/linux/mountLabel", json!("u:r:t:s0"));
+    let case = case.with("/linux/maskedPaths", json!(["/proc/acpi"]));
+    let mounts = case.output();
+    assert!(!mounts.contains("context="), "{mounts}");
+}
+
+#[test]
+fn parameters_of_a_tmpfs_do_nothing_to_a_bind_mount() {
+    require!();
+    let case = Case::new("stat -c %a /data").with(
+        "/mounts/-",
+        json!({"destination": "/data", "type": "bind", "source": "/tmp", "options": ["bind", "mode=700", "size=1k"]}),
+    );
+    let outside = fs::metadata("/tmp").unwrap().permissions().mode() & 0o7777;
+    assert_eq!(case.output().trim(), format!("{outside:o}"));
+}
+
+/// The filter is the program's: the runtime's own calls before it are not subject to it.
+#[test]
+fn a_filter_may_forbid_what_the_runtime_itself_needs() {
+    require!(ours);
+    for no_new_privileges in [false, true] {
+        for (uid, groups) in [(0, "0"), (1000, "1000")] {
+            let rules = json!([{
+                "names": ["getcwd", "chdir", "fchdir", "setresuid", "setresgid", "setgroups"],
+                "action": "SCMP_ACT_ERRNO",
+            }]);
+            let case = Case::new(
+                "cd / 2>/dev/null || echo forbidden; id -G; grep -E '^(CapEff|CapPrm)' /proc/self/status",
+            )
+            .with("/linux/seccomp", json!({"defaultAction": "SCMP_ACT_ALLOW", "syscalls": rules}))
+            .with("/process/noNewPrivileges", json!(no_new_privileges))
+            .with("/process/user", json!({"uid": uid, "gid": uid}));
+            let caps = if uid == 0 {
+                "CapPrm:\t0000000000200020\nCapEff:\t0000000000200020\n"
+            } else {
+                "CapPrm:\t0000000000000000\nCapEff:\t0000000000000000\n"
+            };
+            assert_eq!(case.output(), format!("forbidden\n{groups}\n{caps}"), "{no_new_privileges} {uid}");
+        }
+    }
+}
+
+/// The older kind of hook comes from a time when nothing was told of a container that is not there yet.
+#[test]
+fn a_prestart_hook_is_told_that_the_container_is_created() {
+    require!(ours);
+    let case = Case::new("true");
+    let told = case.path("told");
+    let hook = json!([{"path": "/bin/sh", "args": ["sh", "-c", format!("cat >> {}", told.display())]}]);
+    for (kind, status) in [("prestart", "created"), ("createRuntime", "creating")] {
+        let mut case = Case::new("true");
+        case.set(&format!("/hooks/{kind}"), hook.clone());
+        let _ = fs::remove_file(&told);
+        case.output();
+        let state: Value = serde_json::from_str(&fs::read_to_string(&told).unwrap()).unwrap();
+        assert_eq!(state["status"], status, "{kind}");
+    }
 }

@@ -162,6 +162,10 @@ pub fn lower(spec: &Spec, request: &Request, facts: &HostFacts) -> Result<Lowere
         own_pid_namespace: namespaces.is_new(NsKind::Pid),
         warnings: Vec::new(),
     };
+    if linux.mount_label.as_deref().is_some_and(|l| !l.is_empty()) && !facts.selinux {
+        // Unlike a process's label it takes nothing away from the container.
+        out.warnings.push("linux.mountLabel has no effect: SELinux is not enabled on this host".to_owned());
+    }
     lower_namespaces(linux, &namespaces, &mut out)?;
     early(spec, request, &namespaces, &mut out)?;
     mounts::lower_rootfs(spec, linux, request, facts, &namespaces, &mut out)?;
@@ -222,9 +226,6 @@ fn refuse_unsupported(
     }
     if linux.intel_rdt.is_some() && facts.resctrl.is_none() {
         return Err(unsupported("linux.intelRdt", "no resctrl file system is mounted"));
-    }
-    if linux.mount_label.as_deref().is_some_and(|l| !l.is_empty()) && !facts.selinux {
-        return Err(unsupported("linux.mountLabel", "SELinux is not enabled on this host"));
     }
     let resources = linux.resources.as_ref();
     if let Some((field, why)) = resources.and_then(|r| keel_cgroup::cannot_be_set(r, facts.layout.mode)) {

@@ -33,10 +33,11 @@ pub(super) fn lower_rootfs(
     let inherited = wanted.filter(|f| f & libc::MS_UNBINDABLE == 0).unwrap_or(libc::MS_SLAVE | libc::MS_REC);
     out.ops.push(Op::Propagation { flag: (inherited | libc::MS_REC) & !libc::MS_BIND });
     out.ops.push(Op::BindRoot { path, private_parent: shared });
+    let mount_label = given(&linux.mount_label).filter(|_| facts.selinux);
     for (i, mount) in spec.mounts.iter().enumerate() {
         let before = out.ops.len();
         lower_mount(i, mount, facts, namespaces, request, out)?;
-        if let Some(label) = given(&linux.mount_label) {
+        if let Some(label) = mount_label {
             out.ops[before..].iter_mut().try_for_each(|op| label_mount(op, label))?;
         }
     }
@@ -67,7 +68,7 @@ pub(super) fn lower_rootfs(
             continue;
         }
         masked.push(clean(path));
-        let label = given(&linux.mount_label).map(|l| c_string("linux.mountLabel", l)).transpose()?;
+        let label = mount_label.map(|l| c_string("linux.mountLabel", l)).transpose()?;
         out.ops.push(Op::Mask { path: rel("linux.maskedPaths", path)?, label });
     }
     if root.readonly {
@@ -343,6 +344,8 @@ fn is_binfmt(kind: &str) -> bool {
     kind == "binfmt_misc"
 }
 
+const TMPFS_PARAMETERS: [&str; 7] = ["mode", "size", "uid", "gid", "nr_inodes", "nr_blocks", "huge"];
+
 fn lower_bind(
     field: &str,
     mount: &Mount,
@@ -352,8 +355,14 @@ fn lower_bind(
 ) -> Result<(), SpecError> {
     let source = mount.source.as_deref().filter(|s| !s.is_empty());
     let source = source.ok_or_else(|| invalid(field, "a bind mount needs a source"))?;
-    if let Some(word) = options.data.first() {
-        return Err(invalid(format!("{field}: option {word:?}"), "has no meaning for a bind mount"));
+    for word in &options.data {
+        // Callers keep those of a tmpfs in their templates. Any other word may be a slip, such as for "ro".
+        let known = word.split_once('=').is_some_and(|(key, _)| TMPFS_PARAMETERS.contains(&key));
+        let option = format!("{field}: option {word:?}");
+        if !known {
+            return Err(invalid(option, "has no meaning for a bind mount"));
+        }
+        out.warnings.push(format!("{option} has no effect on a bind mount"));
     }
     if mount.uid_mappings.is_empty() != mount.gid_mappings.is_empty() {
         return Err(invalid(field, "uidMappings and gidMappings go together"));

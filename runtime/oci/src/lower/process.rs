@@ -207,9 +207,6 @@ fn privileges(
     let mut filter = filter.map(|f| Op::Seccomp { filter: Box::new(f) });
     if process.no_new_privileges {
         ops.push(Op::NoNewPrivileges);
-    } else if let Some(op) = filter.take() {
-        // Without no_new_privs the filter needs a capability that is about to go.
-        ops.push(op);
     }
     let caps = process.capabilities.clone().unwrap_or_default();
     let mut set = |names: &[String]| capability_set(names, context.facts, warnings);
@@ -232,6 +229,16 @@ fn privileges(
     ops.push(Op::Gid { gid: user.gid });
     ops.push(Op::Uid { uid: user.uid });
     ops.push(Op::WorkingDirectory { path: cwd(process)? });
+    if !process.no_new_privileges
+        && let Some(filter) = filter.take()
+    {
+        // Without no_new_privs the filter needs a capability, which goes right after it: as little as can be of this
+        // descent is left for the filter to forbid.
+        let admin = 1 << names::CAP_SYS_ADMIN;
+        let permitted = permitted | inheritable | admin;
+        ops.push(Op::Capabilities { caps: Capabilities { effective: admin, permitted, inheritable: 0 } });
+        ops.push(filter);
+    }
     ops.push(Op::Capabilities {
         caps: Capabilities { effective: effective & permitted, permitted, inheritable },
     });

@@ -201,17 +201,17 @@ fn proc_and_sysfs_want_real_directories() {
 }
 
 #[test]
-fn without_no_new_privs_the_filter_comes_before_the_loss_of_capabilities() {
+fn the_filter_comes_as_late_as_the_right_to_install_it_allows() {
     let seccomp = r#""linux":{"seccomp":{"defaultAction":"SCMP_ACT_ALLOW"}}"#;
     let order = |nnp: bool| {
         let lowered = lowered(&format!(r#"{{"process":{{"noNewPrivileges":{nnp}}},{seccomp}}}"#), Mode::V1);
         let words = names(&lowered.unwrap().ops);
-        let at = |w: &str| words.iter().position(|x| x == w).unwrap();
-        (at("Seccomp"), at("BoundingSet"), at("Exec"))
+        let at = |w: &str| words.iter().rposition(|x| x == w).unwrap();
+        (at("Seccomp"), at("WorkingDirectory"), at("Capabilities"), at("Exec"))
     };
-    let (filter, drop, _) = order(false);
-    assert!(filter < drop);
-    let (filter, drop, exec) = order(true);
+    let (filter, directory, drop, _) = order(false);
+    assert!(directory < filter && filter + 1 == drop);
+    let (filter, _, drop, exec) = order(true);
     assert!(drop < filter && filter + 1 == exec);
 }
 
@@ -246,7 +246,6 @@ fn what_cannot_be_done_is_refused_by_name() {
         (r#"{"linux":{"namespaces":[{"type":"pid","path":"x"}]}}"#, "linux.namespaces[0]"),
         (r#"{"linux":{"namespaces":[{"type":"mount"},{"type":"user"}]}}"#, "linux.uidMappings"),
         (r#"{"linux":{"intelRdt":{}}}"#, "linux.intelRdt"),
-        (r#"{"linux":{"mountLabel":"u:r:t"}}"#, "linux.mountLabel"),
         (r#"{"process":{"selinuxLabel":"u:r:t"}}"#, "process.selinuxLabel"),
         (r#"{"vm":{}}"#, "vm"),
         (r#"{"linux":{"netDevices":{"eth0":{}}}}"#, "linux.netDevices"),
