@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, Weak};
 
 use bytes::Bytes;
 use futures_util::{StreamExt, TryStreamExt};
-use keel_store::{Digest, Image, LayerError, Partial, Store};
+use keel_store::{Digest, Image, Index, IndexError, IndexWalk, LayerError, Lease, Partial, Store};
 use tokio::sync::{Semaphore, oneshot};
 
 use crate::auth::TokenCache;
@@ -19,8 +19,9 @@ use crate::manifest::{self, Descriptor, Document, Manifest};
 use crate::mirrors;
 use crate::platform::Platform;
 use crate::progress::{LayerState, OnProgress, PullProgress, Tracker};
+use crate::push::DEFAULT_CHUNK_BYTES;
 use crate::reference::Reference;
-use crate::session::{Access, CONFIG_LIMIT, Fetched, Session};
+use crate::session::{Access, CONFIG_LIMIT, Fetched, MANIFEST_LIMIT, Session};
 use crate::source::{Health, Source};
 use crate::tls::Tls;
 use crate::transport::{Timeouts, Transport};
@@ -46,6 +47,8 @@ pub struct ClientOptions {
     /// `host` or `host:port` whose certificate is not checked and that may speak plain http.
     pub insecure_registries: Vec<String>,
     pub parallel_layers: usize,
+    /// Of a blob that is pushed, at a time; more where the registry asks for more.
+    pub chunk_bytes: u64,
     pub timeouts: Timeouts,
     pub retry: RetryPolicy,
 }
@@ -61,6 +64,7 @@ impl Default for ClientOptions {
             extra_ca_files: Vec::new(),
             insecure_registries: Vec::new(),
             parallel_layers: DEFAULT_PARALLEL_LAYERS,
+            chunk_bytes: DEFAULT_CHUNK_BYTES,
             timeouts: Timeouts::default(),
             retry: RetryPolicy::default(),
         }
@@ -75,11 +79,21 @@ pub struct PullOptions {
     pub auth: Vec<InlineAuth>,
     /// Kept by garbage collection although nothing refers to it.
     pub pinned: bool,
+    /// Keep an index whole, with the images of all its platforms.
+    pub all_platforms: bool,
+    /// Fetch packed layers that were given up for space, too: pushing and saving need them.
+    pub packed: bool,
 }
 
 impl Default for PullOptions {
     fn default() -> Self {
-        Self { platform: Platform::host(), auth: Vec::new(), pinned: false }
+        Self {
+            platform: Platform::host(),
+            auth: Vec::new(),
+            pinned: false,
+            all_platforms: false,
+            packed: false,
+        }
     }
 }
 
@@ -102,8 +116,17 @@ struct Flights(Mutex<BTreeMap<(String, Digest), Weak<Semaphore>>>);
 struct LayerPlan {
     index: usize,
     descriptor: Descriptor,
-    diff_id: Digest,
+    /// None of what is only kept: packed layers, and all that belongs to other platforms.
+    diff_id: Option<Digest>,
     what: String,
+}
+
+/// What a pull goes for: the image, and the index that is kept with it.
+struct Goal {
+    fetched: Fetched,
+    manifest: Manifest,
+    config: Bytes,
+    index: Option<Index>,
 }
 
 impl Client {
@@ -143,29 +166,41 @@ impl Client {
         progress: OnProgress,
     ) -> Result<Image, PullError> {
         let reference = Reference::parse(reference)?;
-        if let Some(image) = complete_image(store, &reference) {
+        if let Some(image) = complete_image(store, &reference, &options) {
             progress(PullProgress::default());
             return Ok(image);
         }
         let tracker = Tracker::new(progress);
         let source = self.source(&reference, &tracker, &options.auth).await?;
-        let (fetched, manifest) = self.image_manifest(&source, &options.platform).await?;
+        let (top, fetched, manifest) = self.image_manifest(&source, &options.platform).await?;
+        // Nothing that is put into the store meanwhile may be collected before the record names it.
+        let mut leases = Vec::new();
+        let index = match (&top.document, kept_index(store, &reference, &top.digest)) {
+            // What is kept whole stays whole as long as its name means it.
+            (Document::Index(_), Some(index)) => Some(index),
+            (Document::Index(_), None) if options.all_platforms => {
+                Some(whole_index(store, &source, &top, &mut leases).await?)
+            }
+            _ => None,
+        };
         let config = match store.read_blob(&manifest.config.digest, CONFIG_LIMIT) {
             Ok(Some(there)) => there.into(),
             // Damage of a kept config is healed by fetching it again.
             Ok(None) | Err(_) => source.config(&manifest.config).await?,
         };
-        let layers = plan_layers(&reference, &manifest, &config)?;
-        warn_about_platform(&reference, &config, &options.platform);
+        let goal = Goal { fetched, manifest, config, index };
+        let layers = plan_layers(store, &reference, &goal, &options)?;
+        warn_about_platform(&reference, &goal.config, &options.platform);
         tracker.begin(layers.iter().map(|layer| (layer.descriptor.digest, layer.descriptor.size)));
         // From before the first look into the store until the image record names them all.
-        let _lease = store.lease(digests(&fetched, &manifest, &layers));
+        let _lease = store.lease(goal.digests(&layers));
         let layers = missing_layers(store, layers, &tracker);
         preflight(store, &reference, &layers)?;
         let unfinished = Unfinished(Some(store.clone()));
         self.fetch_layers(store, &source, layers, &tracker).await?;
-        let image = commit(store, &reference, fetched, manifest, config, options.pinned).await?;
+        let image = commit(store, &reference, goal, options.pinned).await?;
         unfinished.done();
+        drop(leases);
         Ok(image)
     }
 
@@ -210,17 +245,18 @@ impl Client {
         Ok(Session::new(self, tracker, reference, endpoint, credentials, access))
     }
 
-    /// From the reference through indexes to one image.
+    /// From the reference through indexes to one image; gives what the reference itself means, too.
     async fn image_manifest(
         &self,
         source: &Source<'_>,
         platform: &Platform,
-    ) -> Result<(Fetched, Manifest), PullError> {
+    ) -> Result<(Fetched, Fetched, Manifest), PullError> {
         let reference = source.reference;
-        let mut fetched = source.document(&reference.selector(), reference.digest(), None).await?;
+        let top = source.document(&reference.selector(), reference.digest(), None).await?;
+        let mut fetched = top.clone();
         for _ in 0..MAX_INDEX_DEPTH {
             let index = match fetched.document.clone() {
-                Document::Manifest(manifest) => return Ok((fetched, manifest)),
+                Document::Manifest(manifest) => return Ok((top, fetched, manifest)),
                 Document::Index(index) => index,
             };
             let entry = manifest::choose(&index, platform, reference.canonical())?;
@@ -228,7 +264,7 @@ impl Client {
             fetched = source.document(&selector, Some(&entry.digest), Some(entry.size)).await?;
         }
         match fetched.document.clone() {
-            Document::Manifest(manifest) => Ok((fetched, manifest)),
+            Document::Manifest(manifest) => Ok((top, fetched, manifest)),
             Document::Index(_) => Err(PullError::Malformed {
                 what: format!("the manifest of {reference}"),
                 registry: reference.registry().to_owned(),
@@ -261,7 +297,7 @@ impl Client {
         let flight = self.flights.of(source.reference.host(), layer.descriptor.digest);
         // Never closed, so acquiring cannot fail; a cancelled holder gives the permit back.
         let _permit = flight.acquire().await;
-        if store.has_layer(&layer.diff_id) {
+        if layer.is_there(store) {
             tracker.finished(layer.index, LayerState::Present);
             return Ok(());
         }
@@ -384,14 +420,25 @@ fn take_in(
     opened: oneshot::Sender<u64>,
 ) -> Result<(), LayerError> {
     let descriptor = &layer.descriptor;
+    let Some(diff_id) = &layer.diff_id else {
+        let mut writer = store.begin_blob(&descriptor.digest, descriptor.size)?;
+        if opened.send(writer.written()).is_err() {
+            return Ok(writer.abort(Partial::Keep)?);
+        }
+        while let Some(bytes) = pieces.next() {
+            writer.write(&bytes)?;
+        }
+        let stored = if pieces.is_complete() { writer.finish() } else { writer.abort(Partial::Keep) };
+        return Ok(stored?);
+    };
     if store.has_blob(&descriptor.digest) {
-        match store.unpack_blob(&descriptor.digest, &layer.diff_id) {
+        match store.unpack_blob(&descriptor.digest, diff_id) {
             // It was damaged and is gone: it comes from the registry.
             Err(_) if !store.has_blob(&descriptor.digest) => {}
             other => return other,
         }
     }
-    let mut ingest = store.layer_ingest(&descriptor.digest, descriptor.size, &layer.diff_id)?;
+    let mut ingest = store.layer_ingest(&descriptor.digest, descriptor.size, diff_id)?;
     if opened.send(ingest.offset()).is_err() {
         return ingest.abort(Partial::Keep);
     }
@@ -401,15 +448,66 @@ fn take_in(
     if pieces.is_complete() { ingest.finish() } else { ingest.abort(Partial::Keep) }
 }
 
-fn digests(fetched: &Fetched, manifest: &Manifest, layers: &[LayerPlan]) -> Vec<Digest> {
-    let layers = layers.iter().flat_map(|layer| [layer.descriptor.digest, layer.diff_id]);
-    [fetched.digest, manifest.config.digest].into_iter().chain(layers).collect()
+impl LayerPlan {
+    fn is_there(&self, store: &Store) -> bool {
+        match &self.diff_id {
+            Some(diff_id) => store.has_layer(diff_id),
+            None => store.has_blob(&self.descriptor.digest),
+        }
+    }
+}
+
+impl Goal {
+    fn digests(&self, layers: &[LayerPlan]) -> Vec<Digest> {
+        let layers = layers.iter().flat_map(|layer| [Some(layer.descriptor.digest), layer.diff_id]).flatten();
+        let own = [self.fetched.digest, self.manifest.config.digest];
+        own.into_iter().chain(layers).chain(self.index.iter().flat_map(Index::digests)).collect()
+    }
+}
+
+/// Brings all documents of an index into the store.
+async fn whole_index(
+    store: &Arc<Store>,
+    source: &Source<'_>,
+    top: &Fetched,
+    leases: &mut Vec<Lease>,
+) -> Result<Index, PullError> {
+    let what = format!("the index of {}", source.reference);
+    let malformed = |error: IndexError| PullError::Malformed {
+        what: what.clone(),
+        registry: source.reference.registry().to_owned(),
+        detail: crate::error::with_causes(&error),
+    };
+    let mut walk = IndexWalk::new(&top.body, &top.media_type).map_err(malformed)?;
+    let mut keep = async |body: Bytes| {
+        leases.push(store.lease([Digest::of(&body)]));
+        let store = store.clone();
+        match tokio::task::spawn_blocking(move || store.put_blob(&body)).await {
+            Ok(put) => put.map(drop).map_err(|error| PullError::store(what.clone(), error)),
+            Err(panic) => Err(PullError::Setup { detail: format!("storing ended abnormally: {panic}") }),
+        }
+    };
+    keep(top.body.clone()).await?;
+    while let Some((digest, size)) = walk.next() {
+        let body = match store.read_blob(&digest, MANIFEST_LIMIT) {
+            Ok(Some(there)) => there.into(),
+            Ok(None) | Err(_) => source.raw(&digest, size).await?,
+        };
+        walk.take(&body).map_err(malformed)?;
+        keep(body).await?;
+    }
+    Ok(walk.finish())
+}
+
+/// The index that is kept for the reference, if it is this one and nothing of it is missing.
+fn kept_index(store: &Store, reference: &Reference, digest: &Digest) -> Option<Index> {
+    let index = store.image(reference.canonical()).ok()??.index?;
+    (index.digest == *digest && index.digests().all(|digest| store.has_blob(&digest))).then_some(index)
 }
 
 /// Reports what is there already; gives the rest.
 fn missing_layers(store: &Store, layers: Vec<LayerPlan>, tracker: &Tracker) -> Vec<LayerPlan> {
-    let (there, missing): (Vec<_>, Vec<_>) =
-        layers.into_iter().partition(|layer| store.has_layer(&layer.diff_id));
+    let (there, missing): (Vec<_>, Vec<_>) = layers.into_iter().partition(|layer| layer.is_there(store));
     for layer in there {
         tracker.finished(layer.index, LayerState::Present);
     }
@@ -422,7 +520,8 @@ fn preflight(store: &Store, reference: &Reference, layers: &[LayerPlan]) -> Resu
     let needed = layers
         .iter()
         .map(|l| {
-            l.descriptor.size.saturating_sub(store.partial_len(&l.descriptor.digest)) + l.descriptor.size
+            let unpacked = if l.diff_id.is_some() { l.descriptor.size } else { 0 };
+            l.descriptor.size.saturating_sub(store.partial_len(&l.descriptor.digest)) + unpacked
         })
         .fold(0, u64::saturating_add);
     // Not knowing the free space is no reason to refuse.
@@ -461,29 +560,42 @@ impl Drop for Unfinished {
 }
 
 /// What a digest names never changes: an image that is here under it needs no registry.
-fn complete_image(store: &Store, reference: &Reference) -> Option<Image> {
+fn complete_image(store: &Store, reference: &Reference, options: &PullOptions) -> Option<Image> {
     let digest = reference.digest()?;
     let image = store.image(reference.canonical()).ok()??;
-    // An index digest says nothing about which of its images is here.
-    let complete =
-        image.manifest_digest == *digest && image.layers.iter().all(|layer| store.has_layer(&layer.diff_id));
+    // An index digest says nothing about which of its images is here, unless all are.
+    let of_index = image.index.as_ref().is_some_and(|index| index.digest == *digest);
+    let unpacked = image.layers.iter().all(|layer| store.has_layer(&layer.diff_id));
+    let packed = || image.layers.iter().all(|layer| store.has_blob(&layer.blob_digest));
+    let whole = || kept_index(store, reference, digest).is_some();
+    let complete = (image.manifest_digest == *digest || of_index)
+        && unpacked
+        && (!options.packed || packed())
+        && (!options.all_platforms || !of_index || whole());
     complete.then_some(image)
 }
 
 /// Matches layers with the diff ids of the config.
 fn plan_layers(
+    store: &Store,
     reference: &Reference,
-    manifest: &Manifest,
-    config: &[u8],
+    goal: &Goal,
+    options: &PullOptions,
 ) -> Result<Vec<LayerPlan>, PullError> {
-    let diff_ids =
-        manifest::lower_diff_ids(config, manifest.layers.len()).map_err(|detail| PullError::Malformed {
+    let manifest = &goal.manifest;
+    let diff_ids = manifest::lower_diff_ids(&goal.config, manifest.layers.len()).map_err(|detail| {
+        PullError::Malformed {
             what: format!("the config of {reference}"),
             registry: reference.registry().to_owned(),
             detail,
-        })?;
+        }
+    })?;
     let total = manifest.layers.len();
-    Ok(manifest
+    let whole = options.packed || goal.index.is_some();
+    let unpacked_only = |layer: &Descriptor, diff_id: &Digest| {
+        whole && store.has_layer(diff_id) && !store.has_blob(&layer.digest)
+    };
+    let mut plans: Vec<LayerPlan> = manifest
         .layers
         .iter()
         .zip(diff_ids)
@@ -495,10 +607,26 @@ fn plan_layers(
                 index + 1,
                 &descriptor.digest.hex()[..12]
             ),
+            diff_id: (!unpacked_only(descriptor, &diff_id)).then_some(diff_id),
             descriptor: descriptor.clone(),
-            diff_id,
         })
-        .collect())
+        .collect();
+    for blob in goal.index.iter().flat_map(Index::blobs) {
+        if blob.digest != manifest.config.digest && plans.iter().all(|p| p.descriptor.digest != blob.digest) {
+            plans.push(LayerPlan {
+                index: plans.len(),
+                what: format!("{} of another platform of {reference}", &blob.digest.hex()[..12]),
+                descriptor: Descriptor {
+                    media_type: blob.media_type.clone(),
+                    digest: blob.digest,
+                    size: blob.size,
+                    urls: Vec::new(),
+                },
+                diff_id: None,
+            });
+        }
+    }
+    Ok(plans)
 }
 
 /// A single image is what its author says, right or wrong; the index has no part in it. Only a word of warning.
@@ -513,16 +641,15 @@ fn warn_about_platform(reference: &Reference, config: &[u8], wanted: &Platform) 
 async fn commit(
     store: &Arc<Store>,
     reference: &Reference,
-    fetched: Fetched,
-    manifest: Manifest,
-    config: Bytes,
+    goal: Goal,
     pinned: bool,
 ) -> Result<Image, PullError> {
     let store = store.clone();
     let canonical = reference.canonical().to_owned();
     let registry = reference.registry().to_owned();
     let job = tokio::task::spawn_blocking(move || {
-        store.commit_image(&canonical, &fetched.body, &manifest.media_type, &config, pinned)
+        let Goal { fetched, manifest, config, index } = goal;
+        store.commit_indexed(&canonical, &fetched.body, &manifest.media_type, &config, pinned, index)
     });
     let what = format!("image {reference}");
     match job.await {

@@ -372,7 +372,7 @@ impl PullError {
         }
     }
 
-    fn store(what: String, error: impl std::error::Error + Send + Sync + 'static) -> Self {
+    pub(crate) fn store(what: String, error: impl std::error::Error + Send + Sync + 'static) -> Self {
         let full = keel_store::is_no_space(&error);
         let source = Box::new(error);
         if full { Self::DiskFull { what, source } } else { Self::Store { what, source } }
@@ -384,7 +384,7 @@ fn is_local(error: &LayerError) -> bool {
     matches!(error, LayerError::Unpack { source: UnpackError::Fs(_) | UnpackError::Io { .. }, .. })
 }
 
-fn with_causes(error: &dyn std::error::Error) -> String {
+pub(crate) fn with_causes(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut next = error.source();
     while let Some(cause) = next {

@@ -126,6 +126,16 @@ pub(crate) fn lower_document(
     }
 }
 
+/// What a document calls itself; OCI made it optional.
+pub(crate) fn own_media_type(body: &[u8]) -> Option<String> {
+    #[derive(Deserialize)]
+    #[serde(rename_all = "camelCase")]
+    struct Typed {
+        media_type: Option<String>,
+    }
+    serde_json::from_slice::<Typed>(body).ok()?.media_type
+}
+
 /// Picks the entry that runs best on `wanted`; of equals, the first one.
 pub(crate) fn choose<'a>(
     index: &'a Index,
@@ -167,7 +177,7 @@ fn kind(media_type: Option<&str>) -> Option<Kind> {
 }
 
 /// A media type without its parameters.
-fn essence(content_type: &str) -> &str {
+pub(crate) fn essence(content_type: &str) -> &str {
     content_type.split(';').next().unwrap_or("").trim()
 }
 

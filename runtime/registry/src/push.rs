@@ -1,5 +1,6 @@
 //! An image from the store to a registry.
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -19,6 +20,11 @@ use crate::reference::Reference;
 use crate::session::{Access, MANIFEST_LIMIT, Session};
 use crate::transport::{FilePart, Incoming, Outgoing, Payload, same_origin};
 
+/// How much of a blob one request carries: proxies have limits, the lowest common one being 100 MB, and what is lost with
+/// a connection is sent again.
+pub const DEFAULT_CHUNK_BYTES: u64 = 64 << 20;
+/// How often a registry may say that it is elsewhere before it gets the blob whole.
+const MAX_MISPLACED: u32 = 3;
 /// How often the progress of an upload is looked at.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(200);
 
@@ -72,8 +78,38 @@ struct Upload {
     what: String,
 }
 
+/// A manifest or an index on its way out.
+pub(crate) struct Parcel {
+    pub(crate) digest: Digest,
+    pub(crate) media_type: String,
+}
+
+/// Where an upload stands.
+struct Place {
+    location: Url,
+    from: u64,
+    /// How much to send at a time.
+    chunk: u64,
+}
+
+/// Why a piece did not arrive.
+enum Broken {
+    /// The registry takes no pieces, or no second one.
+    NoPieces(PullError),
+    /// The registry has another idea of what is there already.
+    Misplaced(PullError),
+    Other(PullError),
+}
+
+impl From<PullError> for Broken {
+    fn from(error: PullError) -> Self {
+        Self::Other(error)
+    }
+}
+
 impl Client {
-    /// Pushes the image stored as `source` to `target`; gives the digest that the registry has it by.
+    /// Pushes the image stored as `source` to `target`, with the index and all other platforms where they are kept;
+    /// gives the digest that the registry has it by.
     pub async fn push(
         &self,
         store: &Arc<Store>,
@@ -85,23 +121,39 @@ impl Client {
         let source = Reference::parse(source)?;
         let target = Reference::parse(target)?;
         let image = load(store, &source)?;
-        let manifest = read_manifest(store, &image, &source)?;
+        let (parcels, last) = documents(&image);
         let uploads = plan(store, &image, &source)?;
         let tracker = Tracker::new(progress);
-        // Mirrors are for reading; what is pushed goes where the name says.
-        let endpoint = self.route(&target)?.pop().expect("a route ends with the registry itself");
-        let mut session = self.session(&target, endpoint, &tracker, auth, Access::Push).await?;
+        let mut session = self.origin(&target, &tracker, auth, Access::Push).await?;
         if source.registry() == target.registry() && source.repository() != target.repository() {
             session.mount_from(source.repository());
         }
-        tracker.begin(image.layers.iter().map(|layer| (layer.blob_digest, layer.size)));
+        tracker.begin(uploads.iter().filter(|u| u.layer.is_some()).map(|u| (u.digest, u.size)));
+        let chunk = self.options.chunk_bytes.max(1);
         futures_util::stream::iter(uploads)
-            .map(|upload| send_blob(&session, upload, &tracker))
+            .map(|upload| send_blob(&session, upload, &tracker, chunk))
             .buffer_unordered(self.options.parallel_layers.max(1))
             .try_collect::<()>()
             .await?;
-        send_manifest(&session, manifest, &image).await?;
-        Ok(image.manifest_digest)
+        for parcel in &parcels {
+            let body = read_document(store, parcel, &source)?;
+            send_manifest(&session, body, parcel, &parcel.digest.to_string()).await?;
+        }
+        let body = read_document(store, &last, &source)?;
+        send_manifest(&session, body, &last, &target.selector()).await?;
+        Ok(last.digest)
+    }
+
+    /// Mirrors are for reading; what is pushed goes where the name says.
+    pub(crate) async fn origin<'a>(
+        &'a self,
+        reference: &'a Reference,
+        tracker: &'a Tracker,
+        auth: &[InlineAuth],
+        access: Access,
+    ) -> Result<Session<'a>, PullError> {
+        let endpoint = self.route(reference)?.pop().expect("a route ends with the registry itself");
+        self.session(reference, endpoint, tracker, auth, access).await
     }
 }
 
@@ -113,24 +165,44 @@ fn load(store: &Store, source: &Reference) -> Result<Image, PushError> {
     }
 }
 
-fn read_manifest(store: &Store, image: &Image, source: &Reference) -> Result<Bytes, PushError> {
-    let what = format!("the manifest of {source}");
-    match store.read_blob(&image.manifest_digest, MANIFEST_LIMIT) {
+/// What is pushed by digest, each before what lists it, and what the name of the target will mean.
+fn documents(image: &Image) -> (Vec<Parcel>, Parcel) {
+    let parcel = |digest: Digest, media_type: &str| Parcel { digest, media_type: media_type.to_owned() };
+    match &image.index {
+        Some(index) => {
+            let members = index.members.iter().map(|member| parcel(member.digest, &member.media_type));
+            (members.collect(), parcel(index.digest, &index.media_type))
+        }
+        None => (Vec::new(), parcel(image.manifest_digest, &image.manifest_media_type)),
+    }
+}
+
+fn read_document(store: &Store, parcel: &Parcel, source: &Reference) -> Result<Bytes, PushError> {
+    let what = format!("the manifest {} of {source}", parcel.digest);
+    match store.read_blob(&parcel.digest, MANIFEST_LIMIT) {
         Ok(Some(bytes)) => Ok(bytes.into()),
         Ok(None) => Err(PushError::BlobGone { what }),
         Err(error) => Err(PushError::Store { what, source: Box::new(error) }),
     }
 }
 
-/// Config and layers, each digest once. Layers that the publisher serves himself stay with him.
+/// Configs and layers, each digest once. Layers that the publisher serves himself stay with him.
 fn plan(store: &Store, image: &Image, source: &Reference) -> Result<Vec<Upload>, PushError> {
-    let mut uploads = vec![upload(store, None, &image.config_digest, format!("the config of {source}"))?];
-    for (index, layer) in image.layers.iter().enumerate() {
-        let foreign = layer.media_type.contains("nondistributable") || layer.media_type.contains("foreign");
-        if !foreign && uploads.iter().all(|u| u.digest != layer.blob_digest) {
-            let what = format!("layer {} of {} of {source}", index + 1, image.layers.len());
-            uploads.push(upload(store, Some(index), &layer.blob_digest, what)?);
+    let own = image.layers.iter().map(|layer| (layer.blob_digest, layer.media_type.as_str(), true));
+    let own = std::iter::once((image.config_digest, "", false)).chain(own);
+    let others = image.index.iter().flat_map(|index| index.blobs());
+    let others = others.map(|blob| (blob.digest, blob.media_type.as_str(), blob.is_layer()));
+    let (mut uploads, mut layers): (Vec<Upload>, usize) = (Vec::new(), 0);
+    let mut seen = BTreeSet::new();
+    for (digest, media_type, is_layer) in own.chain(others) {
+        if keel_store::stays_with_its_publisher(media_type) || !seen.insert(digest) {
+            continue;
         }
+        let kind = if is_layer { "layer" } else { "config" };
+        let what = format!("{kind} {} of {source}", &digest.hex()[..12]);
+        let layer = is_layer.then_some(layers);
+        layers += usize::from(is_layer);
+        uploads.push(upload(store, layer, &digest, what)?);
     }
     Ok(uploads)
 }
@@ -143,11 +215,16 @@ fn upload(store: &Store, layer: Option<usize>, digest: &Digest, what: String) ->
     }
 }
 
-async fn send_blob(session: &Session<'_>, upload: Upload, tracker: &Tracker) -> Result<(), PullError> {
+async fn send_blob(
+    session: &Session<'_>,
+    upload: Upload,
+    tracker: &Tracker,
+    chunk: u64,
+) -> Result<(), PullError> {
     let state = if session.has_blob(&upload.digest, &upload.what).await? {
         LayerState::Present
     } else {
-        transfer(session, &upload, tracker).await?;
+        transfer(session, &upload, tracker, chunk).await?;
         LayerState::Done
     };
     if let Some(layer) = upload.layer {
@@ -157,20 +234,39 @@ async fn send_blob(session: &Session<'_>, upload: Upload, tracker: &Tracker) -> 
 }
 
 /// Sends a blob over as many connections as it takes; each one goes on where the registry says it stopped.
-async fn transfer(session: &Session<'_>, upload: &Upload, tracker: &Tracker) -> Result<(), PullError> {
+///
+/// ```text
+/// POST -> PATCH piece .. PATCH piece -> PUT digest
+///           |  broken: GET the location says where to go on
+///           |  no pieces taken: POST -> PUT all of it
+/// ```
+async fn transfer(
+    session: &Session<'_>,
+    upload: &Upload,
+    tracker: &Tracker,
+    chunk: u64,
+) -> Result<(), PullError> {
     let mut backoff = Backoff::new(session.retry, session.tracker);
-    let mut place: Option<(Url, u64)> = None;
+    let mut place: Option<Place> = None;
+    let mut misplaced = 0;
     loop {
-        match transfer_once(session, upload, tracker, &mut place).await {
+        match transfer_once(session, upload, tracker, &mut place, chunk).await {
             Ok(()) => return Ok(()),
-            Err(error) => {
-                backoff.pause(error).await?;
-                place = match place {
-                    Some((location, _)) => session.upload_state(location).await,
-                    None => None,
-                };
+            Err(Broken::NoPieces(error)) => {
+                tracing::debug!(%error, "the registry takes no pieces");
+                return send_whole(session, upload, tracker).await;
             }
+            Err(Broken::Misplaced(error)) if misplaced == MAX_MISPLACED => {
+                tracing::debug!(%error, "the registry takes no pieces in order");
+                return send_whole(session, upload, tracker).await;
+            }
+            Err(Broken::Misplaced(_)) => misplaced += 1,
+            Err(Broken::Other(error)) => backoff.pause(error).await?,
         }
+        place = match place {
+            Some(place) => session.upload_state(place).await,
+            None => None,
+        };
     }
 }
 
@@ -178,30 +274,57 @@ async fn transfer_once(
     session: &Session<'_>,
     upload: &Upload,
     tracker: &Tracker,
-    place: &mut Option<(Url, u64)>,
-) -> Result<(), PullError> {
-    let (location, from) = match place.clone() {
-        Some(known) => known,
-        None => match session.begin_upload(upload).await? {
-            Some(location) => (location, 0),
+    place: &mut Option<Place>,
+    chunk: u64,
+) -> Result<(), Broken> {
+    if place.is_none() {
+        match session.begin_upload(upload, chunk).await? {
+            Some(begun) => *place = Some(begun),
             // Mounted from another repository of the same registry.
             None => return Ok(()),
-        },
-    };
-    *place = Some((location.clone(), from));
-    let location = match upload.size.saturating_sub(from) {
-        0 => location,
-        rest => {
-            let part =
-                FilePart { path: upload.path.clone(), from, len: rest, taken: Arc::new(AtomicU64::new(0)) };
-            let taken = part.taken.clone();
-            let sending = session.send_part(upload, location, part);
-            let location = report_while(sending, tracker, upload.layer, from, &taken).await?;
-            *place = Some((location.clone(), upload.size));
-            location
         }
-    };
-    session.end_upload(upload, location).await
+    }
+    let Some(place) = place else { return Ok(()) };
+    while place.from < upload.size {
+        let len = place.chunk.min(upload.size - place.from);
+        let part = upload.part(place.from, len);
+        let taken = part.taken.clone();
+        let sending = session.send_part(upload, place.location.clone(), part);
+        let (location, next) = report_while(sending, tracker, upload.layer, place.from, &taken).await?;
+        place.location = location;
+        // Less may have been kept than was sent, never more, and never nothing.
+        place.from = next
+            .filter(|next| (place.from + 1..=place.from + len).contains(next))
+            .unwrap_or(place.from + len);
+    }
+    Ok(session.end_upload(upload, place.location.clone()).await?)
+}
+
+/// One request with all of it, for registries that know no other way.
+async fn send_whole(session: &Session<'_>, upload: &Upload, tracker: &Tracker) -> Result<(), PullError> {
+    let mut backoff = Backoff::new(session.retry, session.tracker);
+    loop {
+        let sent = match session.begin_upload(upload, u64::MAX).await {
+            Ok(Some(place)) => {
+                let part = upload.part(0, upload.size);
+                let taken = part.taken.clone();
+                let sending = session.put_whole(upload, place.location, part);
+                report_while(sending, tracker, upload.layer, 0, &taken).await
+            }
+            Ok(None) => Ok(()),
+            Err(error) => Err(error),
+        };
+        match sent {
+            Ok(()) => return Ok(()),
+            Err(error) => backoff.pause(error).await?,
+        }
+    }
+}
+
+impl Upload {
+    fn part(&self, from: u64, len: u64) -> FilePart {
+        FilePart { path: self.path.clone(), from, len, taken: Arc::new(AtomicU64::new(0)) }
+    }
 }
 
 /// Runs `sending` and tells the tracker what it has taken.
@@ -226,14 +349,21 @@ async fn report_while<T>(
     }
 }
 
-async fn send_manifest(session: &Session<'_>, body: Bytes, image: &Image) -> Result<(), PullError> {
+async fn send_manifest(
+    session: &Session<'_>,
+    body: Bytes,
+    parcel: &Parcel,
+    selector: &str,
+) -> Result<(), PullError> {
     let mut backoff = Backoff::new(session.retry, session.tracker);
     loop {
-        match session.put_manifest(body.clone(), image).await {
-            Ok(()) => return Ok(()),
+        match session.put_manifest(body.clone(), parcel, selector).await {
+            Ok(true) => return Ok(()),
+            Ok(false) => break,
             Err(error) => backoff.pause(error).await?,
         }
     }
+    session.list_as_referrer(&body, parcel).await
 }
 
 impl Session<'_> {
@@ -254,7 +384,7 @@ impl Session<'_> {
     }
 
     /// Opens an upload. `None`: the registry took the blob from the repository that it was pulled from.
-    async fn begin_upload(&self, upload: &Upload) -> Result<Option<Url>, PullError> {
+    async fn begin_upload(&self, upload: &Upload, chunk: u64) -> Result<Option<Place>, PullError> {
         let mut url = self.address("blobs/uploads/")?;
         if let Some(from) = self.mountable() {
             url.query_pairs_mut().append_pair("mount", &upload.digest.to_string()).append_pair("from", from);
@@ -262,13 +392,22 @@ impl Session<'_> {
         let response = self.call(|| Outgoing { method: Method::POST, ..Outgoing::get(url.clone()) }).await?;
         match response.status() {
             StatusCode::CREATED => Ok(None),
-            StatusCode::ACCEPTED => self.location(&response, &upload.what).map(Some),
+            StatusCode::ACCEPTED => {
+                let least = response.header("oci-chunk-min-length").and_then(|text| text.parse().ok());
+                let location = self.location(&response, &upload.what)?;
+                Ok(Some(Place { location, from: 0, chunk: chunk.max(least.unwrap_or(0)) }))
+            }
             _ => Err(self.refusal(response, &upload.what).await),
         }
     }
 
-    /// Sends the rest of a blob; gives where to go on.
-    async fn send_part(&self, upload: &Upload, location: Url, part: FilePart) -> Result<Url, PullError> {
+    /// Sends a piece of a blob; gives where to go on, and from which byte if the registry says that.
+    async fn send_part(
+        &self,
+        upload: &Upload,
+        location: Url,
+        part: FilePart,
+    ) -> Result<(Url, Option<u64>), Broken> {
         let response = self
             .call_at(&location, || Outgoing {
                 method: Method::PATCH,
@@ -278,21 +417,31 @@ impl Session<'_> {
                 ..Outgoing::get(location.clone())
             })
             .await?;
-        match response.status() {
-            StatusCode::ACCEPTED | StatusCode::NO_CONTENT | StatusCode::CREATED => {
-                self.location(&response, &upload.what)
+        match response.status().as_u16() {
+            201 | 202 | 204 => Ok((self.location(&response, &upload.what)?, range_end(&response))),
+            416 => Err(Broken::Misplaced(self.refusal(response, &upload.what).await)),
+            400 | 404 | 405 | 411 | 415 | 501 => {
+                Err(Broken::NoPieces(self.refusal(response, &upload.what).await))
             }
-            _ => Err(self.refusal(response, &upload.what).await),
+            _ => Err(Broken::Other(self.refusal(response, &upload.what).await)),
         }
     }
 
-    async fn end_upload(&self, upload: &Upload, mut location: Url) -> Result<(), PullError> {
+    async fn end_upload(&self, upload: &Upload, location: Url) -> Result<(), PullError> {
+        self.put_blob(upload, location, Payload::Bytes(Bytes::new())).await
+    }
+
+    async fn put_whole(&self, upload: &Upload, location: Url, part: FilePart) -> Result<(), PullError> {
+        self.put_blob(upload, location, Payload::File(part)).await
+    }
+
+    async fn put_blob(&self, upload: &Upload, mut location: Url, body: Payload) -> Result<(), PullError> {
         location.query_pairs_mut().append_pair("digest", &upload.digest.to_string());
         let response = self
             .call_at(&location, || Outgoing {
                 method: Method::PUT,
                 content_type: Some("application/octet-stream".to_owned()),
-                body: Payload::Bytes(Bytes::new()),
+                body: body.clone(),
                 ..Outgoing::get(location.clone())
             })
             .await?;
@@ -303,24 +452,31 @@ impl Session<'_> {
     }
 
     /// Where an interrupted upload stands, `None` when it has to start anew.
-    async fn upload_state(&self, location: Url) -> Option<(Url, u64)> {
+    async fn upload_state(&self, place: Place) -> Option<Place> {
+        let location = place.location;
         let response = self.call_at(&location, || Outgoing::get(location.clone())).await.ok()?;
         if !response.status().is_success() {
             return None;
         }
-        let last: u64 = response.header("range")?.rsplit_once('-')?.1.parse().ok()?;
-        let next = response.location().unwrap_or(location);
+        let next = range_end(&response)?;
+        let location = response.location().unwrap_or(location);
         // An empty upload is reported as 0-0, which is not told from one byte: that byte is sent again.
-        (last > 0).then_some((next, last + 1))
+        (next > 1).then_some(Place { location, from: next, chunk: place.chunk })
     }
 
-    async fn put_manifest(&self, body: Bytes, image: &Image) -> Result<(), PullError> {
-        let url = self.address(&format!("manifests/{}", self.reference.selector()))?;
+    /// `false`: it is about another manifest, and the registry does not keep a list of such.
+    pub(crate) async fn put_manifest(
+        &self,
+        body: Bytes,
+        parcel: &Parcel,
+        selector: &str,
+    ) -> Result<bool, PullError> {
+        let url = self.address(&format!("manifests/{selector}"))?;
         let what = format!("the manifest of {}", self.reference);
         let response = self
             .call(|| Outgoing {
                 method: Method::PUT,
-                content_type: Some(image.manifest_media_type.clone()),
+                content_type: Some(parcel.media_type.clone()),
                 body: Payload::Bytes(body.clone()),
                 ..Outgoing::get(url.clone())
             })
@@ -329,13 +485,13 @@ impl Session<'_> {
             return Err(self.refusal(response, &what).await);
         }
         match response.header("docker-content-digest").and_then(|text| text.parse::<Digest>().ok()) {
-            Some(stored) if stored != image.manifest_digest => Err(PullError::WrongDigest {
+            Some(stored) if stored != parcel.digest => Err(PullError::WrongDigest {
                 what,
                 registry: self.reference.registry().to_owned(),
-                expected: image.manifest_digest,
+                expected: parcel.digest,
                 actual: stored.to_string(),
             }),
-            _ => Ok(()),
+            _ => Ok(response.header("oci-subject").is_some()),
         }
     }
 
@@ -348,11 +504,21 @@ impl Session<'_> {
     }
 
     /// As `call`, but the login stays at home when the upload goes to another host.
-    async fn call_at(&self, location: &Url, outgoing: impl Fn() -> Outgoing) -> Result<Incoming, PullError> {
+    pub(crate) async fn call_at(
+        &self,
+        location: &Url,
+        outgoing: impl Fn() -> Outgoing,
+    ) -> Result<Incoming, PullError> {
         if self.base().is_some_and(|base| same_origin(base, location)) {
             self.call(outgoing).await
         } else {
             self.transport.send(outgoing()).await
         }
     }
+}
+
+/// The byte after those that are there: `0-9` is 10.
+fn range_end(response: &Incoming) -> Option<u64> {
+    let last: u64 = response.header("range")?.rsplit_once('-')?.1.parse().ok()?;
+    last.checked_add(1)
 }

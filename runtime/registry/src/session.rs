@@ -13,7 +13,7 @@ use crate::client::Client;
 use crate::credentials::Credential;
 use crate::endpoint::Endpoint;
 use crate::error::PullError;
-use crate::manifest::{ACCEPT, Descriptor, Document, lower_document};
+use crate::manifest::{self, ACCEPT, Descriptor, Document, lower_document};
 use keel_store::Digest;
 
 use crate::progress::Tracker;
@@ -52,10 +52,27 @@ pub(crate) struct Session<'a> {
 }
 
 /// A document as it came, with its true digest.
+#[derive(Clone)]
 pub(crate) struct Fetched {
     pub(crate) document: Document,
+    pub(crate) media_type: String,
     pub(crate) body: Bytes,
     pub(crate) digest: Digest,
+}
+
+/// The same, not looked into.
+pub(crate) struct Raw {
+    pub(crate) body: Bytes,
+    pub(crate) digest: Digest,
+    pub(crate) content_type: Option<String>,
+}
+
+impl Raw {
+    /// What it calls itself, else what the registry calls it.
+    pub(crate) fn media_type(&self) -> String {
+        let called = || self.content_type.as_deref().map(manifest::essence).map(str::to_owned);
+        manifest::own_media_type(&self.body).or_else(called).unwrap_or_default()
+    }
 }
 
 impl<'a> Session<'a> {
@@ -90,6 +107,23 @@ impl<'a> Session<'a> {
         expected: Option<&Digest>,
         size: Option<u64>,
     ) -> Result<Fetched, PullError> {
+        let raw = self.raw_once(selector, expected, size).await?;
+        let document = lower_document(
+            &raw.body,
+            raw.content_type.as_deref(),
+            self.reference.canonical(),
+            &self.endpoint.registry,
+        )?;
+        Ok(Fetched { document, media_type: raw.media_type(), body: raw.body, digest: raw.digest })
+    }
+
+    /// The same, whatever it is a manifest of.
+    pub(crate) async fn raw_once(
+        &self,
+        selector: &str,
+        expected: Option<&Digest>,
+        size: Option<u64>,
+    ) -> Result<Raw, PullError> {
         let response = self.get(&format!("manifests/{selector}"), Some(ACCEPT), None).await?;
         let response = self.accept_document(response).await?;
         let content_type = response.header("content-type").map(str::to_owned);
@@ -100,13 +134,7 @@ impl<'a> Session<'a> {
         check_length(&what, &host, size, body.len() as u64)?;
         // Without a digest in the reference the registry's own word still catches a broken proxy.
         let digest = check_digest(&what, &host, expected.or(announced.as_ref()), &body)?;
-        let document = lower_document(
-            &body,
-            content_type.as_deref(),
-            self.reference.canonical(),
-            &self.endpoint.registry,
-        )?;
-        Ok(Fetched { document, body, digest })
+        Ok(Raw { body, digest, content_type })
     }
 
     pub(crate) async fn config_once(&self, descriptor: &Descriptor, what: &str) -> Result<Bytes, PullError> {
@@ -168,7 +196,7 @@ impl<'a> Session<'a> {
         self.request(Method::HEAD, path, None, None).await
     }
 
-    async fn get(
+    pub(crate) async fn get(
         &self,
         path: &str,
         accept: Option<&'static str>,

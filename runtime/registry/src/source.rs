@@ -126,6 +126,20 @@ impl<'a> Source<'a> {
         }
     }
 
+    /// The same by digest, whatever it is a manifest of.
+    pub(crate) async fn raw(&self, digest: &Digest, size: u64) -> Result<Bytes, PullError> {
+        let mut turns = self.turns(Need::Pull);
+        loop {
+            match turns.session().raw_once(&digest.to_string(), Some(digest), Some(size)).await {
+                Ok(raw) => {
+                    turns.succeeded();
+                    return Ok(raw.body);
+                }
+                Err(error) => turns.failed(error).await?,
+            }
+        }
+    }
+
     /// Fetches an image config, checked against its descriptor.
     pub(crate) async fn config(&self, descriptor: &Descriptor) -> Result<Bytes, PullError> {
         let what = format!("the config of {}", self.reference);

@@ -379,6 +379,13 @@ impl Incoming {
         redirect_target(self.response.url(), self.response.headers())
     }
 
+    /// An address that the answer gives, by the rules for redirects.
+    pub(crate) fn join(&self, address: &str) -> Option<Url> {
+        let mut headers = HeaderMap::new();
+        headers.insert(LOCATION, HeaderValue::from_str(address).ok()?);
+        redirect_target(self.response.url(), &headers).ok()
+    }
+
     /// The next piece of the body, `None` at its end. Only time spent waiting for the network counts
     /// against the no-progress limit, so a slow disk is not mistaken for a slow registry.
     pub(crate) async fn chunk(&mut self) -> Result<Option<Bytes>, PullError> {

@@ -156,7 +156,8 @@ impl Store {
         let reference = canonical_reference(reference)?;
         let lowered = lower(manifest, media_type, config)?;
         if let Some(index) = &index {
-            check_index(index, &Digest::of(manifest), |digest| self.has_blob(digest))?;
+            let own = [Digest::of(manifest), Digest::of(config)];
+            check_index(index, &own, |digest| self.has_blob(digest))?;
         }
         let _commit = self.inner.commit();
         let mut size_bytes = 0;
@@ -377,11 +378,12 @@ pub(crate) fn lower(manifest: &[u8], media_type: &str, config: &[u8]) -> Result<
 }
 
 /// An index that is kept is there to be passed on, so nothing of it may be missing.
-fn check_index(index: &Index, manifest: &Digest, has: impl Fn(&Digest) -> bool) -> Result<(), CommitError> {
+fn check_index(index: &Index, own: &[Digest; 2], has: impl Fn(&Digest) -> bool) -> Result<(), CommitError> {
+    let [manifest, _] = own;
     if index.members.iter().all(|member| member.digest != *manifest) {
         return Err(CommitError::Mismatch(format!("index {} does not list {manifest}", index.digest)));
     }
-    match index.digests().find(|digest| digest != manifest && !has(digest)) {
+    match index.digests().find(|digest| !own.contains(digest) && !has(digest)) {
         Some(missing) => Err(CommitError::IndexIncomplete { index: index.digest, missing }),
         None => Ok(()),
     }

@@ -128,6 +128,13 @@ impl Index {
     }
 }
 
+impl Blob {
+    /// Files of an image, not its config or an attestation.
+    pub fn is_layer(&self) -> bool {
+        self.media_type.contains(".layer.") || self.media_type.contains(".rootfs.")
+    }
+}
+
 impl Member {
     fn digests(&self) -> impl Iterator<Item = Digest> + '_ {
         std::iter::once(self.digest).chain(self.blobs.iter().map(|blob| blob.digest))

@@ -197,6 +197,63 @@ async fn silence_and_dripping_are_stalls() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_reset_connection_is_resumed_where_it_broke() {
+    let (result, server, bench) = pull_big(|request, bytes| match request.before {
+        0 => Some(Reply::new(200).body(Body::Reset(bytes.len() as u64, bytes[..BIG / 2].to_vec()))),
+        1 => Some(Reply::new(200).body(Body::HangUp)),
+        _ => None,
+    })
+    .await;
+    assert_whole(result, &bench);
+    let ranges: Vec<_> = server.seen().into_iter().filter_map(|r| r.headers.get("range").cloned()).collect();
+    assert_eq!(ranges.len(), 2, "{ranges:?}");
+    assert!(ranges.iter().all(|range| range == &ranges[0] && range != "bytes=0-"), "{ranges:?}");
+
+    let (result, _server, _bench) = pull_big(|_, _| Some(Reply::new(200).body(Body::HangUp))).await;
+    let error = result.unwrap_err();
+    assert!(matches!(error, PullError::Connection { .. }), "{error}");
+    assert!(error.is_retryable());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_calls_itself_something_else_is_judged_by_what_it_is() {
+    // A layer is inflated by its first bytes, whatever it is called.
+    let mut content = Content::default();
+    let zstd = content.image("1", "amd64", &[(Packing::Zstd, &[("a", b"x")])]);
+    let (_, body) = content.manifests[&zstd].clone();
+    let text = String::from_utf8(body).unwrap();
+    let tag = |content: &mut Content, tag: &str, media_type: &str, text: String| {
+        content.manifest(tag, media_type, text.into_bytes());
+    };
+    tag(&mut content, "gzip", crate::manifest::OCI_MANIFEST, text.replace("tar+zstd", "tar+gzip"));
+    tag(&mut content, "lzma", crate::manifest::OCI_MANIFEST, text.replace("tar+zstd", "tar+lzma"));
+    tag(&mut content, "index", crate::manifest::OCI_INDEX, format!(" {text}"));
+    tag(&mut content, "octets", "application/octet-stream", format!("{text} "));
+    tag(&mut content, "page", "text/html", "<html>log in first</html>".to_owned());
+    let server = Server::honest(content).await;
+    for (tag, expected) in [
+        ("gzip", ""),
+        // Without a type of its own it would be nothing; with one it is that.
+        ("octets", ""),
+        ("lzma", "layer of unsupported type"),
+        ("index", "contradict each other"),
+        ("page", "not a JSON manifest"),
+    ] {
+        let bench = Bench::new();
+        match bench.pull(options(), &server.reference(tag)).await {
+            Ok(image) => {
+                assert_eq!(expected, "", "{tag}");
+                assert_eq!(bench.file(&image, "a"), b"x");
+            }
+            Err(error) => {
+                assert!(!expected.is_empty() && error.to_string().contains(expected), "{tag}: {error}");
+                assert!(!error.is_retryable(), "{tag}");
+            }
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn short_trouble_is_waited_out() {
     let (result, server, bench) = pull_big(|request, bytes| {
         Some(match request.before {

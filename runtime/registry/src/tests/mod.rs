@@ -3,9 +3,11 @@
 mod fixture;
 mod garbage;
 mod hostile;
+mod index;
 mod mirrors;
 mod push;
 mod real;
+mod referrers;
 mod server;
 
 use std::path::Path;

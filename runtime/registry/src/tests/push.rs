@@ -1,15 +1,17 @@
 //! What we push, others pull.
 
+use std::collections::BTreeMap;
 use std::process::{Command, Stdio};
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use serde_json::json;
 
 use super::fixture::{Content, Packing, noise};
 use super::real::{Registry, lab_is_here};
-use super::server::{Reply, Server, honest};
+use super::server::{Body, Reply, Request, Server, honest};
 use super::{Bench, options, recorder, silent};
-use crate::{Client, InlineAuth, LayerState, PullError, PushError};
+use crate::{Client, ClientOptions, InlineAuth, LayerState, PullError, PushError};
 
 const BIG: usize = 6 << 20;
 
@@ -181,6 +183,131 @@ async fn a_broken_upload_goes_on_where_the_registry_stopped() {
     assert_eq!(resumed.len(), 1, "{:?}", patches.iter().map(|r| &r.headers).collect::<Vec<_>>());
     assert!(resumed[0].body_len < BIG);
     assert_eq!(server.seen().iter().filter(|r| r.method == "POST").count(), 4);
+}
+
+/// A registry that takes uploads piece by piece, at most `limit` bytes, and keeps count.
+fn pieces(limit: u64, least: u64) -> impl Fn(&Request) -> Option<Reply> {
+    let there: Mutex<BTreeMap<String, u64>> = Mutex::default();
+    move |r| {
+        let mut there = there.lock().unwrap();
+        let path = r.target.split('?').next().unwrap_or_default().to_owned();
+        let place = |reply: Reply, path: &str| reply.with("Location", path);
+        Some(match r.method.as_str() {
+            "POST" => {
+                let path = format!("{path}u{}", there.len());
+                there.insert(path.clone(), 0);
+                place(Reply::new(202), &path).with("OCI-Chunk-Min-Length", least)
+            }
+            "PATCH" => {
+                let have = there[&path];
+                let range = r.header("content-range").unwrap_or("0-0").to_owned();
+                if !range.starts_with(&format!("{have}-")) {
+                    return Some(place(Reply::new(416), &path).with("Range", format!("0-{}", have - 1)));
+                }
+                if r.body_len as u64 > limit {
+                    return Some(Reply::new(413));
+                }
+                let now = have + r.body_len as u64;
+                there.insert(path.clone(), now);
+                place(Reply::new(202), &path).with("Range", format!("0-{}", now - 1))
+            }
+            "GET" => place(Reply::new(204), &path).with("Range", format!("0-{}", there[&path].max(1) - 1)),
+            "PUT" => Reply::new(201),
+            _ => honest(&Content::default(), r),
+        })
+    }
+}
+
+fn in_pieces(chunk_bytes: u64) -> Client {
+    Client::new(ClientOptions { chunk_bytes, ..options() })
+}
+
+/// Content-Range of the pieces of the large layer, in order.
+fn ranges(server: &Server) -> Vec<String> {
+    let patches = server.seen().into_iter().filter(|r| r.method == "PATCH" && r.body_len > 4096);
+    patches.filter_map(|r| r.headers.get("content-range").cloned()).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_blob_goes_in_bounded_pieces_of_at_least_what_the_registry_asks_for() {
+    let (bench, source, digest) = pulled().await;
+    for (least, piece) in [(0, 1 << 20), (2 << 20, 2 << 20)] {
+        let server = Server::start(Content::default(), pieces(piece, least)).await;
+        let (report, seen) = recorder();
+        let target = server.reference("1");
+        let client = in_pieces(1 << 20);
+        assert_eq!(client.push(&bench.store, &source, &target, &[], report).await.unwrap(), digest);
+        let ranges = ranges(&server);
+        // The few bytes of the last piece are left out above.
+        assert_eq!(ranges.len() as u64, BIG as u64 / piece, "{ranges:?}");
+        assert_eq!(ranges[1], format!("{piece}-{}", 2 * piece - 1));
+        let seen = seen.lock().unwrap();
+        assert!(seen.windows(2).all(|w| w[0].done_bytes <= w[1].done_bytes), "never back");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_piece_that_a_broken_connection_lost_is_sent_again_and_no_other() {
+    let (bench, source, digest) = pulled().await;
+    let honest_pieces = pieces(1 << 20, 0);
+    let lost = AtomicUsize::new(0);
+    let server = Server::start(Content::default(), move |r| {
+        let third = r.header("content-range").is_some_and(|c| c.starts_with("2097152-"));
+        if third && lost.fetch_add(1, Ordering::SeqCst) == 0 {
+            return Some(Reply::new(202).body(Body::HangUp));
+        }
+        honest_pieces(r)
+    })
+    .await;
+    let pushed = in_pieces(1 << 20).push(&bench.store, &source, &server.reference("1"), &[], silent()).await;
+    assert_eq!(pushed.unwrap(), digest);
+    let ranges = ranges(&server);
+    let twice: Vec<_> = ranges.iter().filter(|r| ranges.iter().filter(|o| o == r).count() == 2).collect();
+    assert_eq!(twice.len(), 2, "{ranges:?}");
+    assert!(twice[0].starts_with("2097152-"));
+    assert!(server.seen().iter().any(|r| r.method == "GET" && r.target.contains("/uploads/")));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_registry_that_is_elsewhere_is_followed_and_one_that_takes_no_pieces_gets_it_whole() {
+    let (bench, source, digest) = pulled().await;
+    // It drops the second piece of the large layer once, says so, and is told again from there.
+    let honest_pieces = pieces(1 << 20, 0);
+    let dropped = AtomicUsize::new(0);
+    let server = Server::start(Content::default(), move |r| {
+        let second = r.header("content-range").is_some_and(|c| c.starts_with("1048576-"));
+        if second && dropped.fetch_add(1, Ordering::SeqCst) == 0 {
+            let place = r.target.split('?').next().unwrap_or_default().to_owned();
+            return Some(Reply::new(416).with("Location", place).with("Range", "0-1048575"));
+        }
+        honest_pieces(r)
+    })
+    .await;
+    let target = server.reference("1");
+    let client = in_pieces(1 << 20);
+    assert_eq!(client.push(&bench.store, &source, &target, &[], silent()).await.unwrap(), digest);
+    assert!(server.seen().iter().all(|r| r.method != "PUT" || r.body_len < 4096), "never whole");
+
+    for status in [405, 501, 416] {
+        let server = Server::start(Content::default(), move |r| {
+            Some(match r.method.as_str() {
+                "POST" => Reply::new(202).with("Location", "/v2/keel/x/blobs/uploads/u"),
+                "PATCH" => Reply::new(status),
+                "PUT" => Reply::new(201),
+                _ => Reply::new(404),
+            })
+        })
+        .await;
+        let target = server.reference("1");
+        assert_eq!(client.push(&bench.store, &source, &target, &[], silent()).await.unwrap(), digest);
+        let whole: Vec<_> = server
+            .seen()
+            .into_iter()
+            .filter(|r| r.method == "PUT" && r.target.contains("digest=sha256%3A"))
+            .collect();
+        assert_eq!(whole.len(), 4);
+        assert!(whole.iter().any(|r| r.body_len > BIG));
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

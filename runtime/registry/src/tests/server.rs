@@ -54,6 +54,10 @@ pub(super) enum Body {
     Drip(u64),
     /// Chunked, without end.
     Endless,
+    /// The bytes with the announced length, then a reset.
+    Reset(u64, Vec<u8>),
+    /// A reset instead of an answer.
+    HangUp,
 }
 
 #[derive(Clone, Debug)]
@@ -230,8 +234,11 @@ async fn write_reply(
     }
     let length = match &reply.body {
         Body::Whole(bytes) => Some(bytes.len() as u64),
-        Body::Announced(length, _) | Body::Stall(length, _) | Body::Drip(length) => Some(*length),
+        Body::Announced(length, _) | Body::Stall(length, _) | Body::Drip(length) | Body::Reset(length, _) => {
+            Some(*length)
+        }
         Body::Chunked(_) | Body::Endless => None,
+        Body::HangUp => return stream.set_zero_linger(),
     };
     match length {
         Some(length) => head.push_str(&format!("Content-Length: {length}\r\n\r\n")),
@@ -254,6 +261,13 @@ async fn write_reply(
             // Returns when the client closes.
             let _ = stream.read_u8().await;
         }
+        Body::Reset(_, bytes) => {
+            write(stream, &bytes, sent).await?;
+            // The bytes are read first: a reset takes what waits with it.
+            tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+            return stream.set_zero_linger();
+        }
+        Body::HangUp => {}
         Body::Drip(length) => {
             for _ in 0..length {
                 write(stream, b"x", sent).await?;
