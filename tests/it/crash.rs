@@ -642,24 +642,36 @@ fn a_container_that_ends_without_a_daemon_comes_back_and_is_counted_by_the_next_
     delete_everything(&mut instance);
 }
 
-#[test]
-fn without_a_daemon_the_back_off_is_kept_too() {
-    let mut instance = Instance::new();
-    instance.import_busybox();
-    let bad = pod("bad", "    command: [sh, -c, 'exit 3']\n");
-    instance.apply(&bad).expect_code(0);
-    let record = |attempt: u32| {
-        let exits = fs::read_dir(instance.root().join("exits")).into_iter().flatten().flatten();
-        exits.map(|e| e.path()).find(|path| path.to_string_lossy().ends_with(&format!(".{attempt}.json")))
-    };
-    let path = eventually("the first restart is immediate", || record(1));
-    let id = path.file_stem().unwrap().to_string_lossy().into_owned();
-    let dir = instance.run_dir().join("containers").join(&id);
+/// The shim of this run has seen its end, and waits to have it restarted.
+#[track_caller]
+fn rests(instance: &Instance, id: &str) {
+    let dir = instance.run_dir().join("containers").join(id);
     eventually("its shim rests", || {
         let state = keel_proto::Client::connect(&dir).and_then(|mut client| client.state());
         state.is_ok_and(|state| state.phase == keel_proto::Phase::Resting).then_some(())
     });
-    assert!(record(2).is_none(), "the second waits ten seconds");
+}
+
+/// A container that fails at once, in its back-off with no daemon; the id of its newest run.
+#[track_caller]
+fn a_failing_pod(instance: &Instance) -> String {
+    instance.import_busybox();
+    instance.apply(&pod("bad", "    command: [sh, -c, 'exit 3']\n")).expect_code(0);
+    let path = eventually("the first restart is immediate", || {
+        let exits = fs::read_dir(instance.root().join("exits")).into_iter().flatten().flatten();
+        exits.map(|e| e.path()).find(|path| path.to_string_lossy().ends_with(".1.json"))
+    });
+    let id = path.file_stem().unwrap().to_string_lossy().into_owned();
+    rests(instance, &id);
+    id
+}
+
+#[test]
+fn without_a_daemon_the_back_off_is_kept_too() {
+    let mut instance = Instance::new();
+    let id = a_failing_pod(&instance);
+    let third = instance.root().join("exits").join(id.replace(".1", ".2") + ".json");
+    assert!(!third.exists(), "it waits ten seconds");
     instance.start_daemon();
     eventually_or(
         || format!("the deadline is the daemon's: {:#}", instance.pod("bad")["status"]),
@@ -671,6 +683,86 @@ fn without_a_daemon_the_back_off_is_kept_too() {
     );
     instance.keel(&["delete", "pod/bad"]).expect_code(0);
     nothing_of_pods_is_left(&instance);
+}
+
+#[test]
+fn a_delete_wins_over_a_restart_that_is_due() {
+    let instance = Instance::new();
+    let id = a_failing_pod(&instance);
+    let shim = shim_of(&instance, &id).unwrap();
+    instance.keel(&["delete", "pod/bad"]).expect_code(0);
+    assert!(!is_alive(shim));
+    nothing_of_pods_is_left(&instance);
+}
+
+#[test]
+fn a_resting_shim_that_is_killed_is_missed_by_nobody() {
+    let mut instance = Instance::new();
+    let id = a_failing_pod(&instance);
+    signal(shim_of(&instance, &id).unwrap(), Signal::SIGKILL);
+    instance.start_daemon();
+    eventually_or(
+        || format!("the daemon restarts it: {:#}", instance.pod("bad")["status"]),
+        || (restarts(&instance.pod("bad")) == 2).then_some(()),
+    );
+    instance.keel(&["delete", "pod/bad"]).expect_code(0);
+    nothing_of_pods_is_left(&instance);
+}
+
+#[test]
+fn what_follows_an_init_container_starts_without_a_daemon() {
+    let mut instance = Instance::new();
+    instance.import_busybox();
+    let init = "[sh, -c, 'until test -e /flag/go; do usleep 20000; done']";
+    let text = sleeper("web")
+        + &format!(
+            "  initContainers: [{{name: init, image: {}, command: {init}, volumeMounts: [{{name: f, mountPath: /flag}}]}}]\n  \
+             volumes: [{{name: f, hostPath: {{path: {}}}}}]\n",
+            keel_tests::image::BUSYBOX,
+            instance.path().display()
+        );
+    instance.write("web.yaml", &text);
+    instance.start_daemon();
+    eventually("the init container runs", || (!instance.pids().is_empty()).then_some(()));
+    let first = instance.pids().into_keys().next().unwrap();
+    instance.kill_daemon();
+    fs::write(instance.path().join("go"), "").unwrap();
+    eventually("the main container runs", || {
+        instance.pids().into_keys().any(|id| id.contains(".main.")).then_some(())
+    });
+    eventually("the shim before it goes", || {
+        shim_of(&instance, &first).is_none_or(|shim| !is_alive(shim)).then_some(())
+    });
+    delete_everything(&mut instance);
+}
+
+#[test]
+fn a_daemon_that_starts_among_restarts_neither_fails_nor_doubles_them() {
+    const PODS: usize = 8;
+    let mut instance = Instance::new();
+    instance.import_busybox();
+    for n in 0..PODS {
+        instance.write(&format!("p{n}.yaml"), &sleeper(&format!("p{n}")));
+    }
+    instance.start_daemon();
+    (0..PODS).for_each(|n| drop(instance.await_ready(&format!("p{n}"))));
+    let before = instance.pids();
+    instance.kill_daemon();
+    before.values().for_each(|pid| signal(*pid, Signal::SIGKILL));
+    eventually("one is restarted", || {
+        instance.pids().iter().any(|(id, pid)| !before.contains_key(id) && is_alive(*pid)).then_some(())
+    });
+    instance.start_daemon();
+    eventually_or(
+        || format!("each was restarted once: {:#?}", instance.pods()),
+        || (0..PODS).all(|n| restarts(&instance.await_ready(&format!("p{n}"))) == 1).then_some(()),
+    );
+    one_run_each(&instance, PODS);
+    eventually("every shim of before goes", || {
+        before.keys().all(|id| shim_of(&instance, id).is_none_or(|shim| !is_alive(shim))).then_some(())
+    });
+    assert!(instance.stop_daemon().success());
+    delete_everything(&mut instance);
 }
 
 /// A mount that goes with the test.

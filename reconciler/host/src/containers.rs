@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use keel_engine::ports::Done;
-use keel_manifest::model::Container;
+use keel_manifest::model::{Container, RestartPolicy};
 use keel_plan::{ContainerId, ContainerName, ContainerState, DesiredContainer, DesiredPod, Role};
 use nix::sys::signal::Signal;
 
@@ -135,21 +135,28 @@ impl RealHost {
         write_file(&dir.join("config.json"), &config, Keep::Boot)?;
         made.created_at = observe::now();
         write_json(&self.paths.container_record(id), &made, Keep::Boot)?;
-        self.shims.start(id, &log, container.tty, container.stdin, desired.restart)?;
-        self.dismiss_earlier(pod, &desired.name, attempt);
+        // What follows an init container that has succeeded is to be seen to as well.
+        let restart = if desired.role == Role::Init { RestartPolicy::Always } else { desired.restart };
+        self.shims.start(id, &log, container.tty, container.stdin, restart)?;
+        self.dismiss_earlier(pod, desired, attempt);
         Ok(())
     }
 
-    /// Shims of earlier runs need not see to a restart any more.
-    fn dismiss_earlier(&self, pod: &DesiredPod, name: &ContainerName, attempt: u32) {
-        if attempt == 0 {
+    /// Shims of what ran before this need not see to what follows any more.
+    fn dismiss_earlier(&self, pod: &DesiredPod, started: &DesiredContainer, attempt: u32) {
+        let inits = pod.containers.iter().filter(|c| c.role == Role::Init);
+        let before: Vec<&ContainerName> =
+            inits.map(|c| &c.name).take_while(|name| **name != started.name).collect();
+        if attempt == 0 && before.is_empty() {
             return;
         }
-        let prefix = format!("{}.{name}.", pod.id);
-        for found in names(&self.paths.containers()).unwrap_or_default() {
-            let number = found.strip_prefix(&prefix).and_then(|number| number.parse::<u32>().ok());
-            if number.is_some_and(|number| number < attempt) {
-                self.dismiss(&ContainerId(found));
+        for id in names(&self.paths.containers()).unwrap_or_default().into_iter().map(ContainerId) {
+            let run = id.0.strip_prefix(&format!("{}.", pod.id)).and_then(|rest| rest.rsplit_once('.'));
+            let Some((name, Ok(number))) = run.map(|(name, number)| (name, number.parse::<u32>())) else {
+                continue;
+            };
+            if name == started.name.0 && number < attempt || before.iter().any(|before| before.0 == name) {
+                self.dismiss(&id);
             }
         }
     }

@@ -1,7 +1,8 @@
 //! One container's restart on a host where nobody keeps the manifests true: what its shim calls when it has ended.
 //!
 //! The same observation, accounts and planner as the daemon's, over the pods as they were recorded when they were made.
-//! Of the plan, only the start of this container is done: what else there is to do waits for who knows the manifests.
+//! Of the plan, only what follows in this pod is done: starts, of the next container too after an init container, and the
+//! removal of runs that are kept no longer. What else there is to do waits for who knows the manifests.
 //!
 //! Answers with a line, `done` or `wait <milliseconds>`; a failure is one for the shim to try again after.
 
@@ -11,8 +12,8 @@ use std::time::Duration;
 use keel_engine::ports::Host;
 use keel_host::{HostError, Lock, RealHost, now};
 use keel_plan::{
-    Action, ContainerName, Desired, DesiredPod, Memory, Observed, Settings, Waiting, account, plan,
-    remember_attempt,
+    Action, ContainerName, Desired, DesiredPod, Memory, Observed, Planned, Reason, Settings, Waiting,
+    account, plan, remember_attempt,
 };
 
 use crate::cli::RestartRun;
@@ -24,6 +25,8 @@ use crate::instance::{host_config, refused};
 const HELD_MS: u64 = 1000;
 /// Containers that have lost their shim get another one on the way; that may end first.
 const SETTLE: Duration = Duration::from_secs(10);
+/// Removal of a half-made run, start, removal of an old one; more means that the host does not do what it is told.
+const ROUNDS: usize = 4;
 
 pub(crate) fn restart_run(context: &Context, args: &RestartRun) -> Outcome {
     let _lock = match Lock::take(&context.paths) {
@@ -49,38 +52,53 @@ fn say(context: &Context, wait_ms: Option<u64>) -> Outcome {
 
 /// `Some`: to be asked again in so many milliseconds.
 fn restart(host: &RealHost, run: &str) -> Outcome<Option<u64>> {
-    let failed = |what: &str, why: &str| Failure::failed(format!("{what}: {why}"));
-    let observed = host.observe().map_err(|e| failed("look at the host", &e.0))?;
-    let Some((pod, name)) = latest_of(&observed, run) else { return Ok(None) };
-    // Every recorded pod: names, ports and old pods of the others count too.
-    let desired = Desired {
-        pods: observed.pods.iter().map(|(key, seen)| (key.clone(), seen.pod.clone())).collect(),
-        ..Desired::default()
-    };
     let settings = Settings::default();
     let mut memory = host.load_memory();
-    let now = now();
-    for id in account(&mut memory, &desired, &observed, &settings, now) {
-        save(host, &memory, &id)?;
-    }
-    let plan = plan(&desired, &observed, &memory, &settings, now);
-    let start = plan.actions.iter().map(|planned| &planned.action).find_map(|action| match action {
-        Action::StartContainer { pod: of, container, attempt, .. }
-            if of.key == pod.key && *container == name =>
-        {
-            Some((action, *attempt))
+    let mut waits = None;
+    for _ in 0..ROUNDS {
+        let observed = host.observe().map_err(|e| failed("look at the host", &e.0))?;
+        let Some((pod, name)) = latest_of(&observed, run) else { return Ok(None) };
+        // Every recorded pod: names, ports and old pods of the others count too.
+        let desired = Desired {
+            pods: observed.pods.iter().map(|(key, seen)| (key.clone(), seen.pod.clone())).collect(),
+            ..Desired::default()
+        };
+        let now = now();
+        for id in account(&mut memory, &desired, &observed, &settings, now) {
+            save(host, &memory, &id)?;
         }
-        _ => None,
-    });
-    let Some((action, attempt)) = start else {
-        return Ok(back_off(plan.waiting.get(&pod.key), &name).map(|until| until.saturating_sub(now)));
-    };
-    if let Some(container) = pod.container(&name) {
-        remember_attempt(&mut memory, &pod, container, attempt);
-        save(host, &memory, &pod.id)?;
+        let plan = plan(&desired, &observed, &memory, &settings, now);
+        let follows: Vec<&Action> =
+            plan.actions.iter().filter_map(|planned| follows(planned, &pod)).collect();
+        waits = back_off(plan.waiting.get(&pod.key), &name).map(|until| until.saturating_sub(now));
+        if follows.is_empty() {
+            break;
+        }
+        for action in follows {
+            if let Action::StartContainer { container, attempt, .. } = action
+                && let Some(container) = pod.container(container)
+            {
+                remember_attempt(&mut memory, &pod, container, *attempt);
+                save(host, &memory, &pod.id)?;
+            }
+            host.perform(action, &|_| {}).map_err(|e| failed("restart the container", &e.message))?;
+        }
     }
-    host.perform(action, &|_| {}).map_err(|e| failed("restart the container", &e.message))?;
-    Ok(None)
+    Ok(waits)
+}
+
+fn follows<'a>(planned: &'a Planned, pod: &DesiredPod) -> Option<&'a Action> {
+    let ours = match (&planned.action, &planned.reason) {
+        (Action::StartContainer { pod: of, .. }, _) => of.key == pod.key,
+        // An eviction is another matter.
+        (Action::RemoveContainer { pod: of, .. }, Reason::OldRun | Reason::Interrupted) => *of == pod.key,
+        _ => false,
+    };
+    ours.then_some(&planned.action)
+}
+
+fn failed(what: &str, why: &str) -> Failure {
+    Failure::failed(format!("{what}: {why}"))
 }
 
 /// The container of a run that nothing has followed yet.
