@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io::{Read as _, Write as _};
+use std::net::TcpStream;
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use std::os::unix::fs::{FileTypeExt as _, PermissionsExt as _};
 use std::os::unix::net::UnixStream;
@@ -14,6 +15,7 @@ use keel_proto::{
     Attach, Attachment, Client, ClientError, ErrorCode, Event, Exec, ExitRecord, MAX_MESSAGE, Phase, Reply,
     Session, SpareReaders, Stream,
 };
+use keel_tests::free_port;
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -330,6 +332,119 @@ fn nothing_is_restarted_after_success_a_requested_end_or_a_dismissal() {
         poll("the shim goes", || !runs(container.shim_pid()));
     }
     assert_eq!(calls(&rig), 0);
+}
+
+/// A socket of the host that no run of these tests uses twice.
+fn listen_option(port: u16) -> String {
+    format!("--listen=http=tcp:127.0.0.1:{port}")
+}
+
+fn reaches(port: u16) -> bool {
+    TcpStream::connect(("127.0.0.1", port)).is_ok()
+}
+
+/// What the container has as its descriptors from 3 on, and what it was told of them.
+const SHOW_SOCKETS: &str = "echo $LISTEN_FDS $LISTEN_PID; readlink /proc/self/fd/3; ";
+
+#[test]
+fn a_held_socket_goes_from_run_to_run_and_refuses_nobody_in_between() {
+    let Some(rig) = Rig::new() else { return };
+    let port = free_port();
+    let first = rig.run(&format!("{SHOW_SOCKETS} exec sleep 1000"), &[&listen_option(port)]);
+    first.wait_for_output("socket:");
+    let told = first.output("stdout");
+    assert!(told.starts_with("1 1\nsocket:["), "{told}");
+    assert!(reaches(port));
+    first.client().stop(9, PATIENCE).unwrap();
+    first.client().wait(Some(PATIENCE)).unwrap();
+    assert!(reaches(port), "between two runs");
+    let from = format!("--listen-from={}", first.dir.display());
+    let second = rig.run(&format!("{SHOW_SOCKETS} exec sleep 1000"), &[&listen_option(port), &from]);
+    second.wait_for_output("socket:");
+    assert_eq!(second.output("stdout"), told, "the same socket");
+    first.client().dismiss().unwrap();
+    first.exit();
+    assert!(reaches(port));
+    second.client().upgrade().unwrap();
+    poll("it is held over an upgrade", || second.client().sockets().is_ok_and(|held| held.len() == 1));
+    assert!(second.kill_shim());
+    second.adopt().unwrap();
+    assert_eq!(second.client().sockets().unwrap().len(), 1, "the container gives it back");
+    second.client().signal(9).unwrap();
+    second.exit();
+    assert!(!reaches(port), "nobody is to come");
+}
+
+#[test]
+fn a_socket_is_opened_in_the_network_that_is_named_and_one_that_cannot_be_opened_is_told() {
+    let Some(rig) = Rig::new() else { return };
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let option = listen_option(taken.local_addr().unwrap().port());
+    let refused = rig.run_with("exec sleep 1000", &[&option], json!({})).map(drop).unwrap_err();
+    assert!(refused.contains("open the socket http=tcp:127.0.0.1:"), "{refused}");
+    let other = rig.run("exec sleep 1000", &[]);
+    let network = format!("--netns=/proc/{}/ns/net", other.pid());
+    let inside = rig.run(&format!("{SHOW_SOCKETS} exec sleep 1000"), &[&option, &network]);
+    inside.wait_for_output("socket:");
+    let held = inside.client().sockets().unwrap();
+    let inode = fs::read_link(format!("/proc/{}/ns/net", other.pid())).unwrap();
+    let inode = inode.to_string_lossy().replace("net:[", "").replace(']', "");
+    assert!(held[0].0.ends_with(&format!("@{inode}")), "{held:?}");
+}
+
+#[test]
+fn preserved_descriptors_reach_the_container_after_the_sockets() {
+    let Some(rig) = Rig::new() else { return };
+    let mut note = tempfile::tempfile().unwrap();
+    note.write_all(b"words").unwrap();
+    // What is open at 3 when the shim is called.
+    let passed = format!("/proc/{}/fd/{}", std::process::id(), note.as_raw_fd());
+    let (port, id) = (free_port(), rig.id());
+    let script = "echo $LISTEN_FDS; readlink /proc/self/fd/3; cat <&4; [ ! -e /proc/self/fd/5 ] && echo only";
+    let dir = rig.bundle(&id, &["/bin/sh".into(), "-c".into(), script.into()], false, json!({}));
+    let mut inner = rig.command(&id, &dir);
+    inner.args(["--preserve-fds", "1", &listen_option(port), "--log"]).arg(dir.join("0.log"));
+    let mut shell = Command::new("/bin/sh");
+    shell.args(["-c", &format!("exec 3<{passed}; exec \"$@\""), "sh"]).arg(inner.get_program());
+    let out = shell.args(inner.get_args()).output().unwrap();
+    let exit_file = rig.exits().join(format!("{id}.json"));
+    let container = Container { rig: &rig, id, dir, exit_file };
+    container.report(out).unwrap();
+    container.exit();
+    let told = container.output("stdout");
+    assert!(told.starts_with("1\nsocket:[") && told.ends_with("wordsonly\n"), "{told}");
+}
+
+#[test]
+fn a_container_says_that_it_is_ready_and_only_harmless_words_go_further() {
+    let Some(rig) = Rig::new() else { return };
+    let manager = rig.path().join("manager.sock");
+    let heard = std::os::unix::net::UnixDatagram::bind(&manager).unwrap();
+    heard.set_read_timeout(Some(PATIENCE)).unwrap();
+    let to = format!("--notify-to={}", manager.display());
+    let container = rig.run("exec sleep 1000", &[&to]);
+    let ready = container.dir.join("ready");
+    let say = |text: &str| {
+        let socket = std::os::unix::net::UnixDatagram::unbound().unwrap();
+        socket.send_to(text.as_bytes(), container.dir.join("notify/notify.sock")).unwrap();
+    };
+    let hear = || {
+        let mut buffer = [0; 100];
+        let got = heard.recv(&mut buffer).unwrap();
+        String::from_utf8_lossy(&buffer[..got]).into_owned()
+    };
+    say("MAINPID=1\nFDSTORE=1");
+    say("STATUS=warming up\nMAINPID=1");
+    assert_eq!(hear(), "STATUS=warming up");
+    assert!(!ready.exists());
+    container.client().upgrade().unwrap();
+    say("READY=1");
+    assert_eq!(hear(), "READY=1");
+    poll("it is ready", || ready.exists());
+    assert!(container.kill_shim());
+    container.adopt().unwrap();
+    say("STOPPING=1");
+    assert_eq!(hear(), "STOPPING=1", "the next shim listens too");
 }
 
 /// One run whose shim is killed just before its `n`-th system call of this name after the end. False: it had fewer.
@@ -842,7 +957,7 @@ impl Rig {
             fs::create_dir_all(dir.join("rootfs").join(sub)).unwrap();
         }
         fs::copy("/bin/busybox", bin.join("busybox")).unwrap();
-        for applet in ["sh", "sleep", "seq", "cat", "yes", "head", "dd", "stty"] {
+        for applet in ["sh", "sleep", "seq", "cat", "yes", "head", "dd", "stty", "readlink"] {
             std::os::unix::fs::symlink("busybox", bin.join(applet)).unwrap();
         }
         let namespaces = ["pid", "mount", "uts", "ipc", "network"].map(|kind| json!({"type": kind}));

@@ -11,7 +11,7 @@ use std::ptr;
 use std::time::Duration;
 
 /// Descriptors that one message may carry.
-pub const MAX_FDS: usize = 4;
+pub const MAX_FDS: usize = 8;
 
 /// Binds `dir/name` and listens; non-blocking. An old socket of that name is replaced.
 pub fn listen(dir: &Path, name: &str, backlog: i32) -> io::Result<OwnedFd> {

@@ -11,10 +11,12 @@ use crate::args::AdoptOptions;
 use crate::error::{Context, Error};
 use crate::log::{cut_torn_record, finish_rotation};
 use crate::memory::Memory;
+use crate::notify;
 use crate::process::{Identity, replace};
 use crate::progress;
 use crate::runtime::Runtime;
 use crate::setup::{Access, BACKLOG, Descriptors, become_hold, detach, open, remove_files};
+use crate::sockets;
 
 pub(crate) fn run(options: &AdoptOptions) -> ExitCode {
     match adopt(options) {
@@ -66,13 +68,18 @@ fn adopt(options: &AdoptOptions) -> Result<Adopted, Error> {
         Some(pidfd) => Some(pidfd),
         None => pidfd_open(memory.container.pid).ok().filter(|_| memory.container.exists()),
     };
+    let held = pidfd.as_ref().map(|pidfd| sockets::recover(pidfd, &memory.held)).unwrap_or_default();
+    memory.held = held.names;
     memory.adopted = true;
     memory.resumed = true;
     replace(&shim_file, Identity::current()?.to_line().as_bytes())?;
     let listener =
         seqpacket::listen(&dir, file::CONTROL, BACKLOG).at("listen on", &dir.join(file::CONTROL))?;
+    // The directory is what the container has, so a new socket in it is found.
+    let notify = if memory.options.notify { notify::listen(&dir).ok().map(Into::into) } else { None };
+    let sockets = held.fds;
     let fds = if memory.options.tty {
-        Descriptors { pidfd, listener, stdin: None, stdout: terminal, stderr: None }
+        Descriptors { pidfd, listener, stdin: None, stdout: terminal, stderr: None, notify, sockets }
     } else {
         let stdout = open(&dir, file::STDOUT, Access::Read)?;
         let stderr = open(&dir, file::STDERR, Access::Read)?;
@@ -89,6 +96,8 @@ fn adopt(options: &AdoptOptions) -> Result<Adopted, Error> {
             stdin: stdin.map(Into::into),
             stdout: Some(stdout.into()),
             stderr: Some(stderr.into()),
+            notify,
+            sockets,
         }
     };
     memory.save()?;

@@ -6,6 +6,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 
 use crate::error::Error;
+use crate::sockets;
 
 pub(crate) const HELP: &str = "\
 keel-shim: monitors one container
@@ -14,6 +15,8 @@ keel-shim run --id ID --dir DIR --bundle DIR --runtime PATH --exit-file FILE
           [--runtime-root DIR] [--runtime-arg ARG]... [--log FILE]
           [--log-max-bytes N] [--log-max-files N] [--log-max-age SECONDS] [--tty] [--stdin] [--stdin-once]
           [--restart always|on-failure --restart-lock FILE --restart-command WORD...]
+          [--listen NAME=tcp|udp:ADDRESS:PORT]... [--netns FILE] [--listen-from DIR] [--preserve-fds N]
+          [--notify] [--notify-to SOCKET]
     Creates and starts the container, prints `ok <pid>` or `error <reason>`, and keeps a
     monitor behind that ends after the container.
       --dir            directory for sockets, FIFOs and pid files of this container
@@ -33,6 +36,13 @@ keel-shim run --id ID --dir DIR --bundle DIR --runtime PATH --exit-file FILE
       --restart-command
                        program or argument of the command that does it otherwise; repeated. It answers with
                        a line `done`, or `wait <milliseconds>` to be called again
+      --listen         a socket that the container is given (LISTEN_FDS) and the monitor holds, for the
+                       next run too; at most 8
+      --netns          the network namespace that they are opened in
+      --listen-from    the directory of the run before, whose monitor is asked for its sockets first
+      --preserve-fds   so many descriptors from 3 on go to the container, after the sockets
+      --notify         DIR/notify/notify.sock takes sd_notify messages; after READY=1 there is DIR/ready
+      --notify-to      those that a container may send are passed on to this socket
 
 keel-shim adopt --dir DIR [--runtime PATH] [--pidfd N] [--terminal N]
     Takes over a container whose monitor was killed. Inherited descriptors that somebody
@@ -58,6 +68,7 @@ pub(crate) enum Command {
     Setup(Box<Options>),
     SetupAdopt(AdoptOptions),
     Hold(Inherited),
+    Call(Call),
     Pause,
 }
 
@@ -81,6 +92,12 @@ pub(crate) struct Options {
     pub(crate) restart: Option<Restart>,
     pub(crate) restart_lock: Option<PathBuf>,
     pub(crate) restart_command: Vec<OsString>,
+    pub(crate) listen: Vec<String>,
+    pub(crate) netns: Option<PathBuf>,
+    pub(crate) listen_from: Option<PathBuf>,
+    pub(crate) preserve_fds: u32,
+    pub(crate) notify: bool,
+    pub(crate) notify_to: Option<OsString>,
 }
 
 /// After which ends a container is to run again.
@@ -121,6 +138,16 @@ pub(crate) struct Inherited {
     pub(crate) stdin: Option<RawFd>,
     pub(crate) stdout: Option<RawFd>,
     pub(crate) stderr: Option<RawFd>,
+    pub(crate) notify: Option<RawFd>,
+    pub(crate) sockets: Vec<RawFd>,
+}
+
+/// A program that gets descriptors from 3 on, the first of them sockets as of a service manager.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Call {
+    pub(crate) fds: Vec<RawFd>,
+    pub(crate) listen: usize,
+    pub(crate) words: Vec<OsString>,
 }
 
 impl Command {
@@ -134,6 +161,7 @@ impl Command {
             b"adopt" => AdoptOptions::parse(rest).map(Command::Adopt),
             b"setup-adopt" => AdoptOptions::parse(rest).map(Command::SetupAdopt),
             b"pause" if rest.is_empty() => Ok(Command::Pause),
+            b"call" => Call::parse(rest).map(Command::Call),
             b"hold" => Inherited::parse(rest).map(Command::Hold),
             _ => Err(Error::new(format!("unknown command {verb:?}"))),
         }
@@ -167,6 +195,15 @@ impl Options {
                 }
                 b"--restart-lock" => options.restart_lock = Some(value()?.into()),
                 b"--restart-command" => options.restart_command.push(value()?.to_owned()),
+                b"--listen" => options.listen.push(text(name, value()?)?),
+                b"--netns" => options.netns = Some(value()?.into()),
+                b"--listen-from" => options.listen_from = Some(value()?.into()),
+                b"--preserve-fds" => options.preserve_fds = number(name, value()?)?,
+                b"--notify" => options.notify = true,
+                b"--notify-to" => {
+                    options.notify = true;
+                    options.notify_to = Some(value()?.to_owned());
+                }
                 b"--tty" => options.tty = true,
                 b"--stdin" => options.stdin = true,
                 b"--stdin-once" => {
@@ -190,6 +227,10 @@ impl Options {
         ];
         if let Some((name, _)) = needed.iter().find(|(_, value)| value.is_empty()) {
             return Err(Error::new(format!("{name} is missing")));
+        }
+        self.listen.iter().try_for_each(|text| sockets::check(text))?;
+        if self.listen.len() > sockets::MOST {
+            return Err(Error::new(format!("--listen can be given {} times", sockets::MOST)));
         }
         let whole = self.restart_lock.is_some() && !self.restart_command.is_empty();
         if self.restart.is_some() && !whole {
@@ -216,7 +257,8 @@ impl AdoptOptions {
                 b"--runtime" => options.runtime = Some(value.into()),
                 b"--id" | b"--exit-file" | b"--runtime-root" | b"--bundle" | b"--log" | b"--log-max-age"
                 | b"--log-max-bytes" | b"--log-max-files" | b"--runtime-arg" | b"--restart"
-                | b"--restart-lock" | b"--restart-command" => {}
+                | b"--restart-lock" | b"--restart-command" | b"--listen" | b"--netns" | b"--listen-from"
+                | b"--notify-to" => {}
                 _ => return Err(unknown(name)),
             }
         }
@@ -243,6 +285,11 @@ impl Inherited {
                 b"--stdin" => &mut inherited.stdin,
                 b"--stdout" => &mut inherited.stdout,
                 b"--stderr" => &mut inherited.stderr,
+                b"--notify" => &mut inherited.notify,
+                b"--socket" => {
+                    inherited.sockets.push(number(name, value)?);
+                    continue;
+                }
                 _ => return Err(unknown(name)),
             };
             *slot = Some(number(name, value)?);
@@ -258,13 +305,34 @@ impl Inherited {
             ("--stdin", self.stdin),
             ("--stdout", self.stdout),
             ("--stderr", self.stderr),
+            ("--notify", self.notify),
         ];
         for (name, number) in numbers {
             if let Some(number) = number {
                 words.extend([name.into(), number.to_string().into()]);
             }
         }
+        words.extend(self.sockets.iter().flat_map(|fd| ["--socket".into(), fd.to_string().into()]));
         words
+    }
+}
+
+impl Call {
+    fn parse(words: &[OsString]) -> Result<Call, Error> {
+        let mut call = Call::default();
+        let mut words = Words(words);
+        while let Some((name, inline)) = words.option()? {
+            match name {
+                b"--fd" => call.fds.push(number(name, words.value(name, inline)?)?),
+                b"--listen" => call.listen = number(name, words.value(name, inline)?)?,
+                b"--" => {
+                    call.words = words.0.to_vec();
+                    return Ok(call);
+                }
+                _ => return Err(unknown(name)),
+            }
+        }
+        Ok(call)
     }
 }
 
@@ -366,6 +434,8 @@ mod tests {
             stdin: None,
             stdout: Some(6),
             stderr: None,
+            notify: Some(7),
+            sockets: vec![8, 9],
         };
         let Ok(Command::Hold(parsed)) = Command::parse(&inherited.to_words()) else { panic!() };
         assert_eq!(parsed, inherited);

@@ -9,10 +9,11 @@ mod restart;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixDatagram;
 use std::process::ExitCode;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use keel_proto::{Phase, Stream};
+use keel_proto::{Phase, Stream, file};
 use keel_sys::epoll::{BATCH, ERR, Epoll, HUP, IN, Ready};
 use keel_sys::monitor::{Reaped, Status, pidfd_exit_status, reap, take_inherited};
 use keel_sys::process::{block_signals, pidfd_send_signal, read_signal, set_name};
@@ -23,6 +24,7 @@ use crate::error::{Context, Error};
 use crate::log::{Limits, Log};
 use crate::machine::{Effect, Event, step};
 use crate::memory::Memory;
+use crate::notify;
 use crate::progress::Progress;
 use crate::pump::{Output, Pump};
 use crate::replay;
@@ -49,6 +51,7 @@ const STDIN: u64 = 3;
 const STDOUT: u64 = 4;
 const STDERR: u64 = 5;
 const OWNER: u64 = 6;
+const NOTIFY: u64 = 7;
 const CLIENTS: u64 = 16;
 const SESSIONS: u64 = 64;
 
@@ -99,6 +102,10 @@ struct Hold {
     /// Child that runs `delete`.
     deleting: Option<i32>,
     restart: restart::State,
+    /// Takes the container's word that it is ready.
+    notify: Option<UnixDatagram>,
+    /// Held for the next run; `memory.held` says what they are.
+    sockets: Vec<OwnedFd>,
 }
 
 struct Stdin {
@@ -123,6 +130,9 @@ impl Hold {
         let stdin = take(inherited.stdin)?;
         let stdout = take(inherited.stdout)?;
         let stderr = take(inherited.stderr)?;
+        let notify = take(inherited.notify)?;
+        let sockets = inherited.sockets.iter().map(|fd| take_inherited(*fd)).collect::<Result<_, _>>();
+        let sockets = sockets.doing("take inherited descriptor")?;
         let _ = set_name(c"keel-shim");
         let memory = Memory::load(&inherited.dir)?;
         let o = &memory.options;
@@ -157,6 +167,8 @@ impl Hold {
             record: None,
             deleting: None,
             restart: restart::State::default(),
+            notify: notify.map(Into::into),
+            sockets,
             memory,
         })
     }
@@ -165,6 +177,9 @@ impl Hold {
         let mut watched = vec![(self.signals.as_fd(), IN, SIGNALS)];
         if let Some(listener) = &self.listener {
             watched.push((listener.as_fd(), IN, LISTENER));
+        }
+        if let Some(notify) = &self.notify {
+            watched.push((notify.as_fd(), IN, NOTIFY));
         }
         for (output, token) in self.outputs.iter().zip([STDOUT, STDERR]) {
             if let Some(output) = output {
@@ -229,6 +244,7 @@ impl Hold {
                 }
             }
             OWNER => self.owner_gone(),
+            NOTIFY => self.notified(),
             STDIN => self.feed_stdin(),
             STDOUT => self.pump(0),
             STDERR => self.pump(1),
@@ -241,6 +257,15 @@ impl Hold {
                     self.client(index, ready.events);
                 }
             }
+        }
+    }
+
+    fn notified(&mut self) {
+        let Some(notify) = &self.notify else { return };
+        self.pump.warm = true;
+        if notify::forward(notify, self.memory.options.notify_to.as_ref()) {
+            // Who waits for it looks again and again; without it the container is not ready, which is safe.
+            let _ = std::fs::write(self.memory.options.dir.join(file::READY), "");
         }
     }
 

@@ -22,6 +22,7 @@ mod journal;
 mod log;
 mod machine;
 mod memory;
+mod notify;
 mod pause;
 mod process;
 mod progress;
@@ -31,6 +32,7 @@ mod replay;
 mod runtime;
 mod sessions;
 mod setup;
+mod sockets;
 
 use std::io::Write as _;
 use std::process::ExitCode;
@@ -54,6 +56,7 @@ fn main() -> ExitCode {
         Ok(Command::Adopt(options)) => finish(setup::launch(&words, &options.dir)),
         Ok(Command::Setup(options)) => setup::run(*options),
         Ok(Command::SetupAdopt(options)) => adopt::run(&options),
+        Ok(Command::Call(call)) => finish(sockets::become_program(&call)),
         Ok(Command::Pause) => finish(pause::run()),
         Ok(Command::Hold(inherited)) => finish(hold::run(&inherited)),
         Err(e) => {

@@ -24,6 +24,8 @@ pub(crate) struct Memory {
     /// Another hold phase came before: the log may end within a line.
     pub(crate) resumed: bool,
     pub(crate) lost: Lost,
+    /// The sockets that are held, in the order of their descriptors.
+    pub(crate) held: Vec<String>,
 }
 
 impl Memory {
@@ -64,6 +66,11 @@ impl Memory {
         }
         out.put_some("restart_lock", o.restart_lock.as_ref());
         o.restart_command.iter().for_each(|word| out.put("restart_command", word));
+        out.put("notify", o.notify.to_string());
+        if let Some(to) = &o.notify_to {
+            out.put("notify_to", to);
+        }
+        self.held.iter().for_each(|name| out.put("held", name));
         out.put("pid", self.container.pid.to_string());
         out.put("pid_start", self.container.start.to_string());
         out.put("started_at_ms", self.started_at_ms.to_string());
@@ -109,6 +116,9 @@ impl Memory {
             b"restart" => o.restart = Restart::parse(value),
             b"restart_lock" => o.restart_lock = Some(path()),
             b"restart_command" => o.restart_command.push(OsString::from_vec(value.to_vec())),
+            b"notify" => o.notify = parse(value)?,
+            b"notify_to" => o.notify_to = Some(OsString::from_vec(value.to_vec())),
+            b"held" => self.held.push(std::str::from_utf8(value).ok()?.to_owned()),
             b"pid" => self.container.pid = parse(value)?,
             b"pid_start" => self.container.start = parse(value)?,
             b"started_at_ms" => self.started_at_ms = parse(value)?,
@@ -173,6 +183,10 @@ mod tests {
                 restart: Some(Restart::OnFailure),
                 restart_lock: Some("/l".into()),
                 restart_command: vec!["/keel".into(), "--root=/x".into()],
+                notify: true,
+                notify_to: Some("@x".into()),
+                // What only the start needs is not kept.
+                ..Options::default()
             },
             container: Identity { pid: 7, start: 8 },
             started_at_ms: 9,
@@ -180,6 +194,7 @@ mod tests {
             adopted: true,
             resumed: true,
             lost: Lost { lines: 3, bytes: 4 },
+            held: vec!["http=tcp:0.0.0.0:80@1".into()],
         }
     }
 

@@ -1,5 +1,6 @@
 //! Calling the OCI runtime: any program with runc's command line.
 
+use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::Read as _;
 use std::os::fd::OwnedFd;
@@ -41,7 +42,17 @@ impl<'a> Runtime<'a> {
     /// `RUNTIME --root R --log F --log-format json ARGS.. VERB`. The kernel kills it should the shim die: a half-made
     /// container is cleaned up by whoever finds it, a runtime that runs on beside that would race with it.
     pub(crate) fn command(&self, verb: &str) -> Command {
-        let mut command = Command::new(&self.options.runtime);
+        self.complete(Command::new(&self.options.runtime), verb)
+    }
+
+    /// The same, called by a process that is given words before it.
+    pub(crate) fn command_through(&self, program: &str, words: &[OsString], verb: &str) -> Command {
+        let mut command = Command::new(program);
+        command.args(words).arg(&self.options.runtime);
+        self.complete(command, verb)
+    }
+
+    fn complete(&self, mut command: Command, verb: &str) -> Command {
         if let Some(root) = &self.options.runtime_root {
             command.arg("--root").arg(root);
         }

@@ -13,7 +13,7 @@ use std::time::Instant;
 use keel_proto::file;
 use keel_sys::epoll::{Epoll, IN};
 use keel_sys::file::{c_path, cwd, fchmod, mknodat, set_cloexec, set_nonblocking};
-use keel_sys::monitor::null_standard_streams;
+use keel_sys::monitor::{null_standard_streams, take_inherited};
 use keel_sys::process::{close_range_cloexec, pidfd_open, set_name, set_subreaper, setsid};
 use keel_sys::seqpacket;
 
@@ -23,8 +23,10 @@ use crate::error::{Context, Error};
 use crate::hold::{self, now_ms};
 use crate::log::{Limits, Log, Lost};
 use crate::memory::Memory;
+use crate::notify;
 use crate::process::{Identity, replace};
 use crate::runtime::{CREATE_TIMEOUT, Runtime, read_pid};
+use crate::sockets::{self, Held};
 
 /// This very program, even if its name is another one's by now.
 pub(crate) const SELF: &str = "/proc/self/exe";
@@ -79,6 +81,8 @@ pub(crate) struct Descriptors {
     /// Read ends of the FIFOs; with a terminal, stdout is its master.
     pub(crate) stdout: Option<OwnedFd>,
     pub(crate) stderr: Option<OwnedFd>,
+    pub(crate) notify: Option<OwnedFd>,
+    pub(crate) sockets: Vec<OwnedFd>,
 }
 
 /// Reports success and executes the hold phase in this process.
@@ -111,6 +115,12 @@ fn pass_on(dir: &Path, fds: &Descriptors) -> Inherited {
         stdin: number(&fds.stdin),
         stdout: number(&fds.stdout),
         stderr: number(&fds.stderr),
+        notify: number(&fds.notify),
+        sockets: fds
+            .sockets
+            .iter()
+            .filter_map(|fd| set_cloexec(fd, false).ok().map(|()| fd.as_raw_fd()))
+            .collect(),
     }
 }
 
@@ -132,6 +142,8 @@ pub(crate) fn detach() -> Result<(), Error> {
 
 fn start(mut options: Options) -> Result<(Memory, Descriptors), Error> {
     make_absolute(&mut options)?;
+    let given = (3..3 + i32::try_from(options.preserve_fds).unwrap_or(0)).map(take_inherited);
+    let given: Vec<OwnedFd> = given.collect::<Result<_, _>>().doing("take the descriptors to preserve")?;
     detach()?;
     let dir = options.dir.clone();
     fs::DirBuilder::new().recursive(true).mode(0o700).create(&dir).at("create", &dir)?;
@@ -147,13 +159,14 @@ fn start(mut options: Options) -> Result<(Memory, Descriptors), Error> {
     }
     let listener =
         seqpacket::listen(&dir, file::CONTROL, BACKLOG).at("listen on", &dir.join(file::CONTROL))?;
-    let started = create_and_start(&options, listener);
+    let started = create_and_start(&options, listener, given);
     if started.is_err() {
         Runtime::new(&options).delete_forced();
         remove_files(&options);
         for name in [file::STDIN, file::STDOUT, file::STDERR, file::PID, file::SHIM_PID, CONSOLE] {
             let _ = fs::remove_file(dir.join(name));
         }
+        let _ = fs::remove_dir_all(dir.join(file::NOTIFY));
     }
     started
 }
@@ -166,16 +179,34 @@ pub(crate) fn remove_files(options: &Options) {
     }
 }
 
-fn create_and_start(options: &Options, listener: OwnedFd) -> Result<(Memory, Descriptors), Error> {
+fn create_and_start(
+    options: &Options,
+    listener: OwnedFd,
+    given: Vec<OwnedFd>,
+) -> Result<(Memory, Descriptors), Error> {
     let dir = &options.dir;
     let runtime = Runtime::new(options);
-    let (pid, stdio) =
-        if options.tty { create_with_terminal(&runtime, options)? } else { create(&runtime, options)? };
+    let notify = if options.notify { Some(listen_for_readiness(dir)?) } else { None };
+    let held = sockets::obtain(options)?;
+    let command = create_command(&runtime, options, &held, &given);
+    sockets::inheritable(&held, &given, true)?;
+    let created = match options.tty {
+        true => create_with_terminal(&runtime, options, command),
+        false => create(&runtime, options, command),
+    };
+    sockets::inheritable(&held, &given, false)?;
+    drop(given);
+    let (pid, stdio) = created?;
     let pidfd = pidfd_open(pid).doing("open pidfd of the container")?;
     let container = Identity::of(pid).doing("read identity of the container in /proc")?;
     replace(&dir.join(file::PID), container.to_line().as_bytes())?;
-    let mut memory =
-        Memory { options: options.clone(), container, cgroup: Cgroup::of(pid)?, ..Memory::default() };
+    let mut memory = Memory {
+        options: options.clone(),
+        container,
+        cgroup: Cgroup::of(pid)?,
+        held: held.names,
+        ..Memory::default()
+    };
     memory.save()?;
     runtime.start()?;
     memory.started_at_ms = now_ms();
@@ -187,8 +218,18 @@ fn create_and_start(options: &Options, listener: OwnedFd) -> Result<(Memory, Des
         stdin: stdio.stdin,
         stdout: stdio.stdout,
         stderr: stdio.stderr,
+        notify,
+        sockets: held.fds,
     };
     Ok((memory, fds))
+}
+
+fn listen_for_readiness(dir: &Path) -> Result<OwnedFd, Error> {
+    let notify = dir.join(file::NOTIFY);
+    // For everybody in the container; nobody else gets to it.
+    fs::DirBuilder::new().recursive(true).mode(0o755).create(&notify).at("create", &notify)?;
+    let _ = fs::remove_file(dir.join(file::READY));
+    notify::listen(dir).map(Into::into)
 }
 
 /// Our ends of the container's streams.
@@ -199,9 +240,8 @@ pub(crate) struct Stdio3 {
     pub(crate) stderr: Option<OwnedFd>,
 }
 
-fn create(runtime: &Runtime<'_>, options: &Options) -> Result<(i32, Stdio3), Error> {
+fn create(runtime: &Runtime<'_>, options: &Options, mut command: Command) -> Result<(i32, Stdio3), Error> {
     let dir = &options.dir;
-    let mut command = create_command(runtime, options);
     for (name, mode) in [(file::STDOUT, OUTPUT_MODE), (file::STDERR, OUTPUT_MODE)] {
         make_fifo(dir, name, mode)?;
     }
@@ -238,12 +278,15 @@ fn make_stdin(options: &Options, command: &mut Command) -> Result<OwnedFd, Error
     Ok(ours.into())
 }
 
-fn create_with_terminal(runtime: &Runtime<'_>, options: &Options) -> Result<(i32, Stdio3), Error> {
+fn create_with_terminal(
+    runtime: &Runtime<'_>,
+    options: &Options,
+    mut command: Command,
+) -> Result<(i32, Stdio3), Error> {
     let dir = &options.dir;
     let socket = dir.join(CONSOLE);
     let listener = seqpacket::listen_stream(dir, CONSOLE, 1).at("listen on", &socket)?;
     let opened = File::options().read(true).open(dir).at("open", dir)?;
-    let mut command = create_command(runtime, options);
     // Socket paths end at 107 bytes, the directory's may be longer.
     let short = format!("/proc/{}/fd/{}/{CONSOLE}", std::process::id(), opened.as_raw_fd());
     let id = options.id.as_str();
@@ -264,8 +307,14 @@ fn create_with_terminal(runtime: &Runtime<'_>, options: &Options) -> Result<(i32
     Ok((pid, Stdio3 { stdin: None, stdout: Some(master), stderr: None }))
 }
 
-fn create_command(runtime: &Runtime<'_>, options: &Options) -> Command {
-    let mut command = runtime.command("create");
+fn create_command(runtime: &Runtime<'_>, options: &Options, held: &Held, given: &[OwnedFd]) -> Command {
+    let mut command = match held.fds.is_empty() && given.is_empty() {
+        true => runtime.command("create"),
+        false => runtime.command_through(SELF, &sockets::call(held, given), "create"),
+    };
+    if !given.is_empty() {
+        command.arg("--preserve-fds").arg(given.len().to_string());
+    }
     command.arg("--bundle").arg(&options.bundle).arg("--pid-file").arg(pid_file(options));
     if !options.tty {
         command.arg(&options.id);
@@ -357,7 +406,9 @@ fn make_absolute(options: &mut Options) -> Result<(), Error> {
     let mut paths = vec![&mut options.dir, &mut options.bundle, &mut options.exit_file];
     paths.extend(options.runtime_root.as_mut());
     paths.extend(options.log.as_mut());
-    paths.extend(options.restart_lock.as_mut());
+    paths.extend(
+        [&mut options.restart_lock, &mut options.netns, &mut options.listen_from].into_iter().flatten(),
+    );
     // A bare name is looked up in PATH by exec.
     if options.runtime.as_os_str() != options.runtime.file_name().unwrap_or(OsStr::new("")) {
         paths.push(&mut options.runtime);

@@ -174,6 +174,14 @@ impl Client {
         })
     }
 
+    /// The sockets that the shim holds for its container, each with what it is.
+    pub fn sockets(&mut self) -> Result<Vec<(String, OwnedFd)>, ClientError> {
+        self.send(Request::Sockets)?;
+        let (reply, fds) = self.receive(Some(Instant::now() + self.timeout))?;
+        let Reply::Sockets { names } = reply else { return Err(refusal(&reply)) };
+        Ok(names.lines().map(str::to_owned).zip(fds).collect())
+    }
+
     /// Turns the connection into an attachment.
     pub fn attach(mut self, what: Attach) -> Result<Attachment, ClientError> {
         self.command(Request::Attach(what))?;

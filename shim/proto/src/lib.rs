@@ -29,6 +29,10 @@ pub mod file {
     pub const STDERR: &str = "stderr";
     /// Which output is on its way into the log, for a successor to go on exactly there.
     pub const PROGRESS: &str = "progress";
+    /// There once the container has said `READY=1` (sd_notify).
+    pub const READY: &str = "ready";
+    /// Directory with the socket `notify.sock` for such messages, to be mounted into the container.
+    pub const NOTIFY: &str = "notify";
     /// What the shim must remember to be re-executed or replaced.
     pub const MEMORY: &str = "shim.conf";
 }

@@ -51,6 +51,8 @@ pub enum Request<'a> {
     Upgrade,
     /// Somebody else sees to what comes after this run: once it is over, the shim goes too.
     Dismiss,
+    /// The sockets that are held for the container: see [`Reply::Sockets`].
+    Sockets,
     /// Runs a command in the container and turns the connection into its session: `Ok` when it runs, then `Data` and at
     /// last `Exited`; `Stdin`, `StdinEof`, `Resize` and `Signal` are the command's and get no answer.
     Exec(Exec<'a>),
@@ -105,6 +107,10 @@ pub enum Reply<'a> {
         stdout: bool,
         stderr: bool,
         terminal: bool,
+    },
+    /// Descriptors come with the message, in the order of the lines, each of which says what its socket is.
+    Sockets {
+        names: &'a str,
     },
 }
 
@@ -246,6 +252,7 @@ const SPARES: u8 = 10;
 const UPGRADE: u8 = 11;
 const EXEC: u8 = 12;
 const DISMISS: u8 = 13;
+const SOCKETS: u8 = 14;
 const OK: u8 = 128;
 const ERROR: u8 = 129;
 const STATE_IS: u8 = 130;
@@ -253,6 +260,7 @@ const DATA: u8 = 131;
 const GAP: u8 = 132;
 const EXITED: u8 = 133;
 const SPARES_ARE: u8 = 134;
+const SOCKETS_ARE: u8 = 135;
 
 impl<'a> Request<'a> {
     pub fn encode(&self) -> Encoded<'a> {
@@ -276,6 +284,7 @@ impl<'a> Request<'a> {
             Request::Spares => Encoded::new(SPARES),
             Request::Upgrade => Encoded::new(UPGRADE),
             Request::Dismiss => Encoded::new(DISMISS),
+            Request::Sockets => Encoded::new(SOCKETS),
             Request::Exec(exec) => Encoded::new(EXEC)
                 .put(&[pack(&[exec.tty, exec.stdin])])
                 .put(&exec.rows.to_le_bytes())
@@ -307,6 +316,7 @@ impl<'a> Request<'a> {
             SPARES => Request::Spares,
             UPGRADE => Request::Upgrade,
             DISMISS => Request::Dismiss,
+            SOCKETS => Request::Sockets,
             EXEC => {
                 let flags = body.u8()?;
                 Request::Exec(Exec {
@@ -337,6 +347,7 @@ impl<'a> Reply<'a> {
             Reply::Spares { pidfd, stdout, stderr, terminal } => {
                 Encoded::new(SPARES_ARE).put(&[pack(&[pidfd, stdout, stderr, terminal])])
             }
+            Reply::Sockets { names } => Encoded::new(SOCKETS_ARE).body(names.as_bytes()),
         }
     }
 
@@ -361,6 +372,7 @@ impl<'a> Reply<'a> {
                     terminal: flags & 8 != 0,
                 }
             }
+            SOCKETS_ARE => Reply::Sockets { names: text(body.rest())? },
             other => return Err(DecodeError::Kind(other)),
         };
         Ok(reply)
@@ -548,6 +560,7 @@ mod tests {
             Request::Spares,
             Request::Upgrade,
             Request::Dismiss,
+            Request::Sockets,
             Request::Exec(Exec { tty: false, stdin: true, rows: 3, columns: 400, process: b"{}" }),
         ]);
         all

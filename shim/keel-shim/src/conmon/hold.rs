@@ -20,13 +20,14 @@ use keel_sys::{seqpacket, tty};
 use super::cli::Options;
 use super::clients::Clients;
 use super::control::{Lines, Message};
+use super::parent;
 use super::setup::{self, Failure};
-use super::{notify, parent};
 use crate::cgroup::Cgroup;
 use crate::error::{Context, Error};
 use crate::hold::exit_numbers;
 use crate::journal::{Fields, Journal};
 use crate::log::{Limits, Log, Lost};
+use crate::notify;
 use crate::process::leads_group;
 use crate::pump::{Output, Pump, Read};
 use crate::record::write_durably;
@@ -322,7 +323,7 @@ impl Hold {
             WINDOW => self.window(),
             NOTIFY => {
                 if let (Some(socket), Some(host)) = (&self.notify, &self.options.notify_socket) {
-                    notify::forward(socket, host);
+                    notify::forward(socket, Some(host));
                 }
             }
             token => {

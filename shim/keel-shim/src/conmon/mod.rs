@@ -12,7 +12,6 @@ mod cli;
 mod clients;
 mod control;
 mod hold;
-mod notify;
 mod parent;
 mod setup;
 

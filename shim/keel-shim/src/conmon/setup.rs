@@ -18,10 +18,11 @@ use keel_sys::{seqpacket, tty};
 
 use super::cli::{Drivers, Options};
 use super::hold::{Handed, highest_descriptor};
-use super::{HOLD, LISTEN, SETUP, notify, parent, say};
+use super::{HOLD, LISTEN, SETUP, parent, say};
 use crate::cgroup::Cgroup;
 use crate::error::{Context, Error};
 use crate::log;
+use crate::notify;
 use crate::runtime::{await_end, read_now, read_pid};
 use crate::setup::{Access, BACKLOG, Console, SELF, make_fifo, open};
 

@@ -98,7 +98,7 @@ impl Hold {
             Request::Stop { signal, grace_ms } => {
                 self.stop_signal = signal;
                 self.grace = Duration::from_millis(u64::from(grace_ms));
-                self.restart.unwanted = true;
+                self.restart.stopped = true;
                 self.event(Event::Stop);
                 self.answer(index, &Reply::Ok);
             }
@@ -113,6 +113,7 @@ impl Hold {
             Request::Wait => self.wait(index),
             Request::Spares => self.spares(index),
             Request::Upgrade => self.upgrade(index),
+            Request::Sockets => self.tell_sockets(index),
             Request::Dismiss => {
                 self.answer(index, &Reply::Ok);
                 self.dismiss();
@@ -223,6 +224,15 @@ impl Hold {
         }
     }
 
+    fn tell_sockets(&mut self, index: usize) {
+        let names = self.memory.held.join("\n");
+        let fds: Vec<BorrowedFd<'_>> = self.sockets.iter().map(AsFd::as_fd).collect();
+        let message = Reply::Sockets { names: &names }.encode();
+        if let Some(client) = self.clients.get(index) {
+            let _ = seqpacket::send_fds(client.fd(), message.head(), message.body, &fds);
+        }
+    }
+
     /// Executes whatever program now has the name that this one was started by. Connections end; the container, its
     /// children and its streams do not notice.
     pub(super) fn upgrade(&mut self, index: usize) {
@@ -262,6 +272,8 @@ impl Hold {
             stdin: pass(self.stdin.as_ref().map(|s| s.file.as_fd())),
             stdout: pass(output(0)),
             stderr: pass(output(1)),
+            notify: pass(self.notify.as_ref().map(AsFd::as_fd)),
+            sockets: self.sockets.iter().filter_map(|fd| pass(Some(fd.as_fd()))).collect(),
         }
     }
 

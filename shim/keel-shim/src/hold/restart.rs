@@ -39,14 +39,21 @@ const COMMAND_TIMEOUT: Duration = Duration::from_secs(300);
 /// After a command that failed; doubling up to the longest back-off there is.
 const FIRST_RETRY: Duration = Duration::from_secs(10);
 const LAST_RETRY: Duration = Duration::from_secs(300);
+/// After a stop that was asked for, say for a newer image, the next run comes soon and wants the sockets; if none does,
+/// clients must not be left waiting in their queues.
+const SUCCESSOR: Duration = Duration::from_secs(60);
 /// Longer is no answer.
 const LONGEST_WAIT: Duration = Duration::from_secs(3600);
 const MAX_ANSWER: usize = 256;
 
 #[derive(Default)]
 pub(super) struct State {
-    /// The end was asked for, or somebody else sees to what follows.
-    pub(super) unwanted: bool,
+    /// The end was asked for.
+    pub(super) stopped: bool,
+    /// Somebody else sees to what follows.
+    dismissed: bool,
+    /// The sockets were kept for as long as a successor may take.
+    kept: bool,
     /// Holds the lock.
     owner: Option<OwnedFd>,
     command: Option<Child>,
@@ -75,6 +82,10 @@ impl Hold {
             let _ = child.kill();
             return self.arm(LOOK_AGAIN);
         }
+        if self.restart.stopped && !self.restart.dismissed && !self.restart.kept && !self.sockets.is_empty() {
+            self.restart.kept = true;
+            return self.arm(SUCCESSOR);
+        }
         let lock = self.memory.options.restart_lock.as_deref().filter(|_| self.restart_wanted());
         match lock.map_or(Owner::Removed, owner_of) {
             Owner::Nobody => self.run_restart_command(),
@@ -94,7 +105,7 @@ impl Hold {
             Some(Restart::OnFailure) => code != 0,
             None => false,
         };
-        wanted && !self.restart.unwanted
+        wanted && !self.restart.stopped && !self.restart.dismissed
     }
 
     pub(super) fn owner_gone(&mut self) {
@@ -105,7 +116,7 @@ impl Hold {
     }
 
     pub(super) fn dismiss(&mut self) {
-        self.restart.unwanted = true;
+        self.restart.dismissed = true;
         // A command that runs is left to end by itself.
         if self.phase == Phase::Resting {
             self.event(Event::Released);

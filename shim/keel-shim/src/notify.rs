@@ -1,4 +1,5 @@
-//! sd_notify messages from the container's services to the host's service manager.
+//! sd_notify messages from the container's services: what may be passed on to the host's service manager, and that the
+//! container is ready.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
@@ -10,22 +11,26 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::path::Path;
 
+use keel_proto::file;
+
 use crate::error::{Context, Error};
 
-/// In the bundle directory; the caller mounts the directory into the container.
-const DIRECTORY: &str = "notify";
 const NAME: &str = "notify.sock";
 /// Services in the container may run as any user.
 const MODE: u32 = 0o777;
-const LONGEST: usize = 32 << 10;
+/// Service managers read no more either.
+const LONGEST: usize = 4096;
+const READY: &[u8] = b"READY=1";
 
 /// What a container may say of itself. Anything else, such as which process is the main one or which descriptors to
 /// keep, would have the host act on the container's word.
-const WHOLE: [&[u8]; 5] = [b"READY=1", b"RELOADING=1", b"STOPPING=1", b"WATCHDOG=1", b"WATCHDOG=trigger"];
-const BEGINNINGS: [&[u8]; 4] = [b"STATUS=", b"ERRNO=", b"BUSERROR=", b"MONOTONIC_USEC="];
+const WHOLE: [&[u8]; 5] = [READY, b"RELOADING=1", b"STOPPING=1", b"WATCHDOG=1", b"WATCHDOG=trigger"];
+const BEGINNINGS: [&[u8]; 5] =
+    [b"STATUS=", b"ERRNO=", b"BUSERROR=", b"MONOTONIC_USEC=", b"EXTEND_TIMEOUT_USEC="];
 
+/// In a directory of `bundle` that the caller mounts into the container.
 pub(crate) fn listen(bundle: &Path) -> Result<UnixDatagram, Error> {
-    let dir = bundle.join(DIRECTORY);
+    let dir = bundle.join(file::NOTIFY);
     let path = dir.join(NAME);
     let opened = File::open(&dir).at("open", &dir)?;
     let _ = fs::remove_file(&path);
@@ -37,17 +42,20 @@ pub(crate) fn listen(bundle: &Path) -> Result<UnixDatagram, Error> {
     Ok(socket)
 }
 
-/// Passes on what waits, as far as it may be.
+/// Passes on what waits, as far as it may be. True: the container is ready.
 #[inline(never)]
-pub(crate) fn forward(from: &UnixDatagram, to: &OsString) {
+pub(crate) fn forward(from: &UnixDatagram, to: Option<&OsString>) -> bool {
     let mut buffer = [0; LONGEST];
+    let mut ready = false;
     while let Ok(got) = from.recv(&mut buffer) {
         let message = allowed(&buffer[..got]);
-        if !message.is_empty() {
+        ready |= message.split(|b| *b == b'\n').any(|line| line == READY);
+        if let Some(to) = to.filter(|_| !message.is_empty()) {
             // The service manager does not wait for us, nor we for it.
             let _ = send(to, &message);
         }
     }
+    ready
 }
 
 fn send(to: &OsStr, message: &[u8]) -> io::Result<()> {
@@ -77,6 +85,7 @@ mod tests {
         };
         check("READY=1", "READY=1");
         check("MAINPID=1\nREADY=1\r\nSTATUS=at work\nFDSTORE=1\n", "READY=1\nSTATUS=at work");
+        check("STOPPING=1\nEXTEND_TIMEOUT_USEC=5", "STOPPING=1\nEXTEND_TIMEOUT_USEC=5");
         check("READY=10\nXREADY=1\nBARRIER=1", "");
     }
 }
