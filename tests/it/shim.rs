@@ -1,5 +1,7 @@
 //! The container monitor with real containers: exits, logs, control, and its own death.
 
+mod logs;
+
 use std::fs;
 use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
@@ -20,6 +22,10 @@ use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::json;
+
+/// First among the options of a container: in place of a log in CRI format.
+const NO_LOG: &str = "no log";
+const RAW_LOG: &str = "raw log";
 
 /// Nothing here takes a second on an idle machine.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -936,7 +942,19 @@ impl Rig {
         let dir = self.bundle(&id, &words, options.contains(&"--tty"), resources);
         let exit_file = self.exits().join(format!("{id}.json"));
         let log = dir.join("0.log");
-        let out = self.command(&id, &dir).args(["--log".as_ref(), log.as_os_str()]).args(options).output();
+        let mut command = self.command(&id, &dir);
+        let options = match options.split_first() {
+            Some((&NO_LOG, rest)) => rest,
+            Some((&RAW_LOG, rest)) => {
+                command.args(["--log-raw".as_ref(), log.as_os_str()]);
+                rest
+            }
+            _ => {
+                command.args(["--log".as_ref(), log.as_os_str()]);
+                options
+            }
+        };
+        let out = command.args(options).output();
         let container = Container { rig: self, id, dir, exit_file };
         container.report(out.unwrap())?;
         Ok(container)

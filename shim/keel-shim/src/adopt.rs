@@ -9,11 +9,12 @@ use keel_sys::seqpacket;
 
 use crate::args::AdoptOptions;
 use crate::error::{Context, Error};
-use crate::log::{cut_torn_record, finish_rotation};
+use crate::log::cut_torn_record;
 use crate::memory::Memory;
 use crate::notify;
 use crate::process::{Identity, replace};
 use crate::progress;
+use crate::rotation;
 use crate::runtime::Runtime;
 use crate::setup::{Access, BACKLOG, Descriptors, become_hold, detach, open, remove_files};
 use crate::sockets;
@@ -83,10 +84,13 @@ fn adopt(options: &AdoptOptions) -> Result<Adopted, Error> {
     } else {
         let stdout = open(&dir, file::STDOUT, Access::Read)?;
         let stderr = open(&dir, file::STDERR, Access::Read)?;
-        if let Some(log) = &memory.options.log {
-            finish_rotation(log, memory.options.log_max_files);
-            cut_torn_record(log).at("repair", log)?;
-            progress::resume(&dir, log, &stdout, &stderr)?;
+        if let Some(log) = &memory.options.log.file {
+            rotation::finish(log, memory.options.log.max_files);
+            // What is in a raw log has left the FIFO, whole lines or not.
+            if !memory.options.log.raw {
+                cut_torn_record(log).at("repair", log)?;
+                progress::resume(&dir, log, &stdout, &stderr)?;
+            }
         }
         // Fails when nobody reads the input any more, because the container has ended.
         let stdin = if memory.options.stdin { open(&dir, file::STDIN, Access::Write).ok() } else { None };

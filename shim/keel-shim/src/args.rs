@@ -6,14 +6,15 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 
 use crate::error::Error;
-use crate::sockets;
+use crate::journal::check_label;
+use crate::{compress, sockets, writer};
 
 pub(crate) const HELP: &str = "\
 keel-shim: monitors one container
 
 keel-shim run --id ID --dir DIR --bundle DIR --runtime PATH --exit-file FILE
-          [--runtime-root DIR] [--runtime-arg ARG]... [--log FILE]
-          [--log-max-bytes N] [--log-max-files N] [--log-max-age SECONDS] [--tty] [--stdin] [--stdin-once]
+          [--runtime-root DIR] [--runtime-arg ARG]... [--tty] [--stdin] [--stdin-once]
+          [--log FILE | --log-raw FILE] [--log-journal] [--log-...]
           [--restart always|on-failure --restart-lock FILE --restart-command WORD...]
           [--listen NAME=tcp|udp:ADDRESS:PORT]... [--netns FILE] [--listen-from DIR] [--preserve-fds N]
           [--notify] [--notify-to SOCKET]
@@ -22,10 +23,18 @@ keel-shim run --id ID --dir DIR --bundle DIR --runtime PATH --exit-file FILE
       --dir            directory for sockets, FIFOs and pid files of this container
       --exit-file      how the container ended is written here, durably
       --runtime-arg    passed to the runtime before its command; may be repeated
-      --log            CRI-format log; without it output goes to attachments only
+      --log            CRI-format log; without any log output goes to attachments only
+      --log-raw        the output as it is, both streams in one file
       --log-max-bytes  a log file larger than this is rotated (default 10485760)
-      --log-max-age    so is one that is older, when the next output comes
+      --log-max-age    so is one older than so many seconds, when the next output comes
       --log-max-files  log files kept, the current one counted (default 5)
+      --log-max-total  bytes of all of them together, the oldest of which go for it
+      --log-compress   rotated files become FILE.1.gz and so on
+      --log-journal    a message of the journal for each line
+      --log-name, --log-tag, --log-label NAME=VALUE
+                       the messages' CONTAINER_NAME, CONTAINER_TAG, and further fields
+      --log-buffer     never wait for a log: output beyond so many bytes that a log has not
+                       taken yet is dropped, counted, and told in the log (a second process)
       --tty            the container has a terminal
       --stdin          the container has an input; otherwise it reads end of file
       --stdin-once     the input ends when the first attachment closes it
@@ -58,6 +67,9 @@ keel-shim --version | --help
 /// Ten files of this size read comfortably, and five of them bound a container at 50 MiB.
 const LOG_MAX_BYTES: u64 = 10 << 20;
 const LOG_MAX_FILES: u32 = 5;
+/// The buffer is a pipe: the kernel's default, and what it gives without asking the administrator.
+const MIN_BUFFER: usize = 64 << 10;
+const MAX_BUFFER: usize = 1 << 20;
 
 pub(crate) enum Command {
     Help,
@@ -70,6 +82,9 @@ pub(crate) enum Command {
     Hold(Inherited),
     Call(Call),
     Pause,
+    /// Standard input to standard output.
+    Compress,
+    WriteLog(WriterOptions),
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -81,11 +96,7 @@ pub(crate) struct Options {
     pub(crate) runtime_root: Option<PathBuf>,
     pub(crate) runtime_args: Vec<OsString>,
     pub(crate) exit_file: PathBuf,
-    pub(crate) log: Option<PathBuf>,
-    pub(crate) log_max_bytes: u64,
-    pub(crate) log_max_files: u32,
-    /// Seconds.
-    pub(crate) log_max_age: Option<u64>,
+    pub(crate) log: LogOptions,
     pub(crate) tty: bool,
     pub(crate) stdin: bool,
     pub(crate) stdin_once: bool,
@@ -120,6 +131,125 @@ impl Restart {
     }
 }
 
+/// Where output is kept, and how much of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct LogOptions {
+    pub(crate) file: Option<PathBuf>,
+    /// The file holds the output as it comes.
+    pub(crate) raw: bool,
+    pub(crate) max_bytes: u64,
+    pub(crate) max_files: u32,
+    /// Seconds.
+    pub(crate) max_age: Option<u64>,
+    pub(crate) max_total: Option<u64>,
+    pub(crate) compress: bool,
+    pub(crate) journal: bool,
+    pub(crate) name: Option<String>,
+    pub(crate) tag: Option<String>,
+    pub(crate) labels: Vec<String>,
+    /// Bytes between the monitor and its logs, if it shall not wait for them.
+    pub(crate) buffer: Option<usize>,
+}
+
+impl Default for LogOptions {
+    fn default() -> LogOptions {
+        LogOptions {
+            file: None,
+            raw: false,
+            max_bytes: LOG_MAX_BYTES,
+            max_files: LOG_MAX_FILES,
+            max_age: None,
+            max_total: None,
+            compress: false,
+            journal: false,
+            name: None,
+            tag: None,
+            labels: Vec::new(),
+            buffer: None,
+        }
+    }
+}
+
+impl LogOptions {
+    pub(crate) fn any(&self) -> bool {
+        self.file.is_some() || self.journal
+    }
+
+    /// The one list of names: the command line, the memory of a shim and the call of a writer are made of it.
+    pub(crate) fn fields(&self) -> Vec<(&'static str, Option<OsString>)> {
+        let number = |n: u64| Some(OsString::from(n.to_string()));
+        let mut fields = Vec::new();
+        if let Some(file) = &self.file {
+            fields.push((if self.raw { "log-raw" } else { "log" }, Some(file.clone().into())));
+        }
+        fields.push(("log-max-bytes", number(self.max_bytes)));
+        fields.push(("log-max-files", number(self.max_files.into())));
+        fields.extend(self.max_age.map(|age| ("log-max-age", number(age))));
+        fields.extend(self.max_total.map(|total| ("log-max-total", number(total))));
+        fields.extend(self.compress.then_some(("log-compress", None)));
+        fields.extend(self.journal.then_some(("log-journal", None)));
+        fields.extend(self.name.iter().map(|name| ("log-name", Some(name.into()))));
+        fields.extend(self.tag.iter().map(|tag| ("log-tag", Some(tag.into()))));
+        fields.extend(self.labels.iter().map(|label| ("log-label", Some(label.into()))));
+        fields.extend(self.buffer.map(|bytes| ("log-buffer", number(bytes as u64))));
+        fields
+    }
+
+    /// `false`: no name of ours.
+    pub(crate) fn set<'a>(
+        &mut self,
+        name: &[u8],
+        value: impl FnOnce() -> Result<&'a OsStr, Error>,
+    ) -> Result<bool, Error> {
+        match name {
+            b"log" | b"log-raw" => {
+                let raw = name == b"log-raw";
+                if self.file.is_some() && self.raw != raw {
+                    return Err(Error::new("only one of --log and --log-raw can be given"));
+                }
+                self.raw = raw;
+                self.file = Some(value()?.into());
+            }
+            b"log-max-bytes" => self.max_bytes = number(name, value()?)?,
+            b"log-max-files" => self.max_files = number(name, value()?)?,
+            b"log-max-age" => self.max_age = Some(number(name, value()?)?),
+            b"log-max-total" => self.max_total = Some(number(name, value()?)?),
+            b"log-compress" => self.compress = true,
+            b"log-journal" => self.journal = true,
+            b"log-name" => self.name = Some(text(name, value()?)?),
+            b"log-tag" => self.tag = Some(text(name, value()?)?),
+            b"log-label" => self.labels.push(text(name, value()?)?),
+            b"log-buffer" => self.buffer = Some(number(name, value()?)?),
+            _ => return Ok(false),
+        }
+        Ok(true)
+    }
+
+    pub(crate) fn to_words(&self) -> Vec<OsString> {
+        let mut words = Vec::new();
+        for (name, value) in self.fields() {
+            words.push(format!("--{name}").into());
+            words.extend(value);
+        }
+        words
+    }
+
+    fn check(&self) -> Result<(), Error> {
+        if self.max_bytes == 0 || self.max_files == 0 {
+            return Err(Error::new("--log-max-bytes and --log-max-files must be at least 1"));
+        }
+        if self.max_total.is_some_and(|total| total < self.max_bytes) {
+            return Err(Error::new("--log-max-total must be at least --log-max-bytes"));
+        }
+        if let Some(buffer) = self.buffer.filter(|bytes| !(MIN_BUFFER..=MAX_BUFFER).contains(bytes)) {
+            return Err(Error::new(format!(
+                "--log-buffer must be between {MIN_BUFFER} and {MAX_BUFFER}, not {buffer}"
+            )));
+        }
+        self.labels.iter().try_for_each(|label| check_label(label))
+    }
+}
+
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct AdoptOptions {
     pub(crate) dir: PathBuf,
@@ -127,6 +257,14 @@ pub(crate) struct AdoptOptions {
     pub(crate) runtime: Option<PathBuf>,
     pub(crate) pidfd: Option<RawFd>,
     pub(crate) terminal: Option<RawFd>,
+}
+
+/// What a writer of logs gets.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct WriterOptions {
+    pub(crate) id: String,
+    pub(crate) dir: PathBuf,
+    pub(crate) log: LogOptions,
 }
 
 /// What the hold phase gets through `execve`.
@@ -162,6 +300,8 @@ impl Command {
             b"setup-adopt" => AdoptOptions::parse(rest).map(Command::SetupAdopt),
             b"pause" if rest.is_empty() => Ok(Command::Pause),
             b"call" => Call::parse(rest).map(Command::Call),
+            verb if verb == compress::VERB.as_bytes() => Ok(Command::Compress),
+            verb if verb == writer::VERB.as_bytes() => WriterOptions::parse(rest).map(Command::WriteLog),
             b"hold" => Inherited::parse(rest).map(Command::Hold),
             _ => Err(Error::new(format!("unknown command {verb:?}"))),
         }
@@ -170,11 +310,13 @@ impl Command {
 
 impl Options {
     fn parse(words: &[OsString]) -> Result<Options, Error> {
-        let mut options =
-            Options { log_max_bytes: LOG_MAX_BYTES, log_max_files: LOG_MAX_FILES, ..Options::default() };
+        let mut options = Options::default();
         let mut words = Words(words);
         while let Some((name, inline)) = words.option()? {
             let mut value = || words.value(name, inline);
+            if options.log.set(&name[2..], &mut value)? {
+                continue;
+            }
             match name {
                 b"--id" => options.id = text(name, value()?)?,
                 b"--dir" => options.dir = value()?.into(),
@@ -183,10 +325,6 @@ impl Options {
                 b"--runtime-root" => options.runtime_root = Some(value()?.into()),
                 b"--runtime-arg" => options.runtime_args.push(value()?.to_owned()),
                 b"--exit-file" => options.exit_file = value()?.into(),
-                b"--log" => options.log = Some(value()?.into()),
-                b"--log-max-bytes" => options.log_max_bytes = number(name, value()?)?,
-                b"--log-max-age" => options.log_max_age = Some(number(name, value()?)?),
-                b"--log-max-files" => options.log_max_files = number(name, value()?)?,
                 b"--restart" => {
                     let value = value()?;
                     let unknown =
@@ -236,10 +374,7 @@ impl Options {
         if self.restart.is_some() && !whole {
             return Err(Error::new("--restart needs --restart-lock and --restart-command"));
         }
-        if self.log_max_bytes == 0 || self.log_max_files == 0 {
-            return Err(Error::new("--log-max-bytes and --log-max-files must be at least 1"));
-        }
-        Ok(())
+        self.log.check()
     }
 }
 
@@ -248,17 +383,19 @@ impl AdoptOptions {
         let mut options = AdoptOptions::default();
         let mut words = Words(words);
         while let Some((name, inline)) = words.option()? {
+            // Given by callers that repeat the options of `run`; what counts is what `run` remembered.
+            if LogOptions::default().set(&name[2..], || words.value(name, inline))? {
+                continue;
+            }
             let value = words.value(name, inline)?;
             match name {
                 b"--dir" => options.dir = value.into(),
                 b"--pidfd" => options.pidfd = Some(number(name, value)?),
                 b"--terminal" => options.terminal = Some(number(name, value)?),
-                // Given by callers that repeat the options of `run`; what counts is what `run` remembered.
                 b"--runtime" => options.runtime = Some(value.into()),
-                b"--id" | b"--exit-file" | b"--runtime-root" | b"--bundle" | b"--log" | b"--log-max-age"
-                | b"--log-max-bytes" | b"--log-max-files" | b"--runtime-arg" | b"--restart"
-                | b"--restart-lock" | b"--restart-command" | b"--listen" | b"--netns" | b"--listen-from"
-                | b"--notify-to" => {}
+                b"--id" | b"--exit-file" | b"--runtime-root" | b"--bundle" | b"--runtime-arg"
+                | b"--restart" | b"--restart-lock" | b"--restart-command" | b"--listen" | b"--netns"
+                | b"--listen-from" | b"--notify-to" => {}
                 _ => return Err(unknown(name)),
             }
         }
@@ -266,6 +403,29 @@ impl AdoptOptions {
             return Err(Error::new("--dir is missing"));
         }
         Ok(options)
+    }
+}
+
+impl WriterOptions {
+    fn parse(words: &[OsString]) -> Result<WriterOptions, Error> {
+        let mut options = WriterOptions::default();
+        let mut words = Words(words);
+        while let Some((name, inline)) = words.option()? {
+            let mut value = || words.value(name, inline);
+            match name {
+                b"--id" => options.id = text(name, value()?)?,
+                b"--dir" => options.dir = value()?.into(),
+                _ if options.log.set(&name[2..], &mut value)? => {}
+                _ => return Err(unknown(name)),
+            }
+        }
+        Ok(options)
+    }
+
+    pub(crate) fn to_words(&self) -> Vec<OsString> {
+        let mut words = vec!["--id".into(), self.id.clone().into(), "--dir".into(), self.dir.clone().into()];
+        words.extend(self.log.to_words());
+        words
     }
 }
 
@@ -395,13 +555,13 @@ mod tests {
     #[test]
     fn run_has_its_defaults_and_takes_both_spellings() {
         let Ok(Command::Run(options)) = Command::parse(&words(LEAST)) else { panic!() };
-        assert_eq!((options.log_max_bytes, options.log_max_files), (10 << 20, 5));
+        assert_eq!(options.log, LogOptions::default());
         assert_eq!(options.dir, PathBuf::from("/d"));
         let more = format!("{LEAST} --runtime-arg --debug --runtime-arg=x --stdin-once --log-max-bytes=7");
         let Ok(Command::Run(options)) = Command::parse(&words(&more)) else { panic!() };
         assert_eq!(options.runtime_args, ["--debug", "x"]);
         assert!(options.stdin && options.stdin_once && !options.tty);
-        assert_eq!(options.log_max_bytes, 7);
+        assert_eq!(options.log.max_bytes, 7);
     }
 
     #[test]
@@ -418,11 +578,43 @@ mod tests {
         check(&format!("{LEAST} --restart=never"), "--restart \"never\" is neither always nor on-failure");
         let part = "--restart needs --restart-lock and --restart-command";
         check(&format!("{LEAST} --restart=always --restart-lock /l"), part);
-        check(&format!("{LEAST} --log-max-files x"), "--log-max-files \"x\" is not a number");
+        check(&format!("{LEAST} --log-max-files x"), "log-max-files \"x\" is not a number");
+        check(&format!("{LEAST} --log-max-total 5"), "--log-max-total must be at least --log-max-bytes");
+        check(&format!("{LEAST} --log a --log-raw b"), "only one of --log and --log-raw can be given");
+        check(&format!("{LEAST} --log-buffer 5"), "--log-buffer must be between 65536 and 1048576, not 5");
+        check(
+            &format!("{LEAST} --log-label a=b"),
+            "Container label names must contain only uppercase letters, numbers and underscore (in 'a=b')",
+        );
         check(
             &format!("{LEAST} --log-max-files 0"),
             "--log-max-bytes and --log-max-files must be at least 1",
         );
+    }
+
+    #[test]
+    fn log_options_survive_as_words() {
+        let log = LogOptions {
+            file: Some("/l".into()),
+            raw: true,
+            max_bytes: 7,
+            max_files: 3,
+            max_age: Some(60),
+            max_total: Some(99),
+            compress: true,
+            journal: true,
+            name: Some("n m".into()),
+            tag: Some("t".into()),
+            labels: vec!["A=b".into(), "C=d=".into()],
+            buffer: Some(70_000),
+        };
+        let mut read = LogOptions::default();
+        let words = log.to_words();
+        let mut words = Words(&words);
+        while let Some((name, inline)) = words.option().unwrap() {
+            assert!(read.set(&name[2..], || words.value(name, inline)).unwrap(), "{name:?}");
+        }
+        assert_eq!(read, log);
     }
 
     #[test]

@@ -30,6 +30,16 @@ impl Formatter {
         write_time(&mut self.header, now.duration_since(UNIX_EPOCH).unwrap_or_default());
     }
 
+    /// Hands on `input` of now in records, as many at once as `out` has room for.
+    pub(crate) fn records(&mut self, mut input: &[u8], out: &mut [u8], mut each: impl FnMut(&[u8])) {
+        self.set_time(SystemTime::now());
+        while !input.is_empty() {
+            let (taken, written) = self.format(input, out);
+            each(&out[..written]);
+            input = &input[taken..];
+        }
+    }
+
     /// Writes records for the start of `input` into `out`; returns how much was taken and how much written.
     /// Takes everything when `out` has room, and something whenever `out` has room for one record of all of it.
     pub(crate) fn format(&mut self, input: &[u8], out: &mut [u8]) -> (usize, usize) {

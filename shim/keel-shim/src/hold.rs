@@ -21,11 +21,9 @@ use keel_sys::process::{block_signals, pidfd_send_signal, read_signal, set_name}
 use crate::args::Inherited;
 use crate::clients::Clients;
 use crate::error::{Context, Error};
-use crate::log::{Limits, Log};
 use crate::machine::{Effect, Event, step};
 use crate::memory::Memory;
 use crate::notify;
-use crate::progress::Progress;
 use crate::pump::{Output, Pump};
 use crate::replay;
 use crate::runtime::DELETE_TIMEOUT;
@@ -136,13 +134,8 @@ impl Hold {
         let _ = set_name(c"keel-shim");
         let memory = Memory::load(&inherited.dir)?;
         let o = &memory.options;
-        let log = o.log.as_ref().map(|path| Log::open(path, Limits::of(o), memory.lost));
-        let progress = match log {
-            Some(_) if !o.tty => Progress::open(&o.dir).ok(),
-            _ => None,
-        };
-        let mut pump = Pump::new(log, progress)?;
-        let within = match &o.log {
+        let mut pump = Pump::of(o, memory.lost)?;
+        let within = match &o.log.file {
             Some(log) if memory.resumed => replay::within_lines(log, &mut pump.output),
             _ => [false; 2],
         };
@@ -332,7 +325,7 @@ impl Hold {
                 self.event(Event::Deleted);
             } else if self.restart.is_child(reaped.pid) {
                 self.restart_answered();
-            } else {
+            } else if !self.pump.reaped(&reaped) {
                 self.sessions.reaped(reaped, &self.memory.options, &self.epoll, &mut self.clients);
             }
         }

@@ -7,6 +7,10 @@ use std::time::{Duration, Instant};
 
 use keel_proto::Stream;
 
+use crate::args::LogOptions;
+use crate::error::Error;
+use crate::log::Lost;
+
 /// Letters of the container's id in `CONTAINER_ID`.
 pub(crate) const SHORT_ID: usize = 12;
 /// Where journald listens.
@@ -44,7 +48,21 @@ pub(crate) struct Journal {
     begun: [Vec<u8>; 2],
     /// Within a line of which parts are in the journal already.
     partial: [bool; 2],
-    pub(crate) lost: u64,
+    pub(crate) lost: Lost,
+    /// Not yet told in the journal.
+    untold: Lost,
+}
+
+impl Fields {
+    pub(crate) fn of(id: &str, options: &LogOptions) -> Fields {
+        Fields {
+            id: id.to_owned(),
+            name: options.name.clone(),
+            tag: options.tag.clone(),
+            labels: options.labels.clone(),
+            mark_partial: true,
+        }
+    }
 }
 
 impl Journal {
@@ -61,7 +79,8 @@ impl Journal {
             mark_partial: fields.mark_partial,
             begun: [Vec::new(), Vec::new()],
             partial: [false; 2],
-            lost: 0,
+            lost: Lost::default(),
+            untold: Lost::default(),
         }
     }
 
@@ -112,16 +131,35 @@ impl Journal {
             priority = digit - b'0';
             text.drain(..3);
         }
-        let mut message = Vec::with_capacity(text.len() + self.fields.len() + 64);
-        field(&mut message, "MESSAGE", &text);
-        field(&mut message, "PRIORITY", &[b'0' + priority]);
-        message.extend_from_slice(&self.fields);
+        let mut message = self.message(&text, priority);
         if partial && self.mark_partial {
             field(&mut message, "CONTAINER_PARTIAL_MESSAGE", b"true");
         }
-        if self.deliver(&message).is_err() {
-            self.lost += 1;
+        if self.tell_loss().and_then(|()| self.deliver(&message)).is_err() {
+            let end = u64::from(!partial);
+            let lost = Lost { lines: end, bytes: text.len() as u64 + end };
+            self.lost.add(lost);
+            self.untold.add(lost);
         }
+    }
+
+    fn message(&self, text: &[u8], priority: u8) -> Vec<u8> {
+        let mut message = Vec::with_capacity(text.len() + self.fields.len() + 64);
+        field(&mut message, "MESSAGE", text);
+        field(&mut message, "PRIORITY", &[b'0' + priority]);
+        message.extend_from_slice(&self.fields);
+        message
+    }
+
+    fn tell_loss(&mut self) -> io::Result<()> {
+        if self.untold == Lost::default() {
+            return Ok(());
+        }
+        let line = self.untold.tell("");
+        let message = self.message(line.trim_end().as_bytes(), ERR);
+        self.deliver(&message)?;
+        self.untold = Lost::default();
+        Ok(())
     }
 
     fn deliver(&mut self, message: &[u8]) -> io::Result<()> {
@@ -179,6 +217,21 @@ fn encode(fields: &Fields) -> Vec<u8> {
         }
     }
     out
+}
+
+/// What journald takes as the name of a field.
+pub(crate) fn check_label(label: &str) -> Result<(), Error> {
+    let refuse = |reason: &str| Err(Error::new(format!("{reason} (in '{label}')")));
+    match label.split_once('=') {
+        Some((name, value)) if !name.is_empty() && !value.contains('=') => {
+            let plain = |b: u8| b.is_ascii_uppercase() || b.is_ascii_digit() || b == b'_';
+            if name.bytes().all(plain) {
+                return Ok(());
+            }
+            refuse("Container label names must contain only uppercase letters, numbers and underscore")
+        }
+        _ => refuse("Container labels must be in format LABEL=VALUE, with one '='"),
+    }
 }
 
 /// `KEY=value`, or with an explicit length where the value has a newline in it.
@@ -273,20 +326,34 @@ mod tests {
         assert_eq!(marked, [true, true, false, false]);
         assert!(parts[2].starts_with("MESSAGE=xxxxx\nPRIORITY=6\n"));
         assert!(parts[3].starts_with("MESSAGE=next\nPRIORITY=1\n"));
-        assert_eq!(rig.journal.lost, 0);
+        assert_eq!(rig.journal.lost, Lost::default());
     }
 
     #[test]
-    fn without_a_journal_messages_are_counted_and_a_restarted_one_is_found() {
+    fn without_a_journal_messages_are_counted_and_told_to_the_next_one() {
         let mut rig = Rig::new("restart");
         rig.journal.append(Stream::Stdout, b"a\n");
         rig.next();
         rig.journald = None;
         rig.journal.append(Stream::Stdout, b"b\nc\n");
-        assert_eq!(rig.journal.lost, 2);
+        assert_eq!(rig.journal.lost, Lost { lines: 2, bytes: 4 });
         rig.listen();
         rig.journal.retry_at = Some(Instant::now());
-        rig.journal.append(Stream::Stdout, b"d\n");
+        rig.journal.append(Stream::Stdout, b"d\ne\n");
+        let told = "MESSAGE=keel-shim: 2 lines (4 bytes) of output are missing here\nPRIORITY=3\n";
+        assert!(rig.next().starts_with(told));
         assert!(rig.next().starts_with("MESSAGE=d\n"));
+        assert!(rig.next().starts_with("MESSAGE=e\n"));
+        assert_eq!(rig.journal.lost.lines, 2);
+    }
+
+    #[test]
+    fn labels_are_fields_of_the_journal() {
+        for good in ["A=b", "A_1=", "_X=a b"] {
+            assert!(check_label(good).is_ok(), "{good}");
+        }
+        for bad in ["A", "=b", "A=b=c", "a=b", "A%=b"] {
+            assert!(check_label(bad).is_err(), "{bad}");
+        }
     }
 }

@@ -1,17 +1,21 @@
 //! The log file: bounded by rotation, never truncated, and honest about what it could not take.
 
-use std::fs::{self, File};
-use std::io::{self, Write as _};
+use std::fs::File;
+use std::io::{self, Seek as _, Write as _};
+use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use keel_proto::Stream;
+use keel_sys::monitor::{Reaped, Status, splice};
 
-use crate::args::Options;
+use crate::args::LogOptions;
+use crate::compress::Packing;
 use crate::cri::{Formatter, HEADER};
 use crate::error::{Context, Error};
 use crate::replay::parse;
+use crate::rotation;
 
 /// Logs may hold secrets: the owner writes, the group reads.
 pub(crate) const MODE: u32 = 0o640;
@@ -19,8 +23,13 @@ pub(crate) const MODE: u32 = 0o640;
 /// How a record begins that the monitor itself wrote, on the stderr stream.
 pub(crate) const MARK: &str = "keel-shim: ";
 
+/// In place of how much was written: none of what was to be.
+const NO_RECORD: usize = usize::MAX;
+
 pub(crate) struct Log {
     path: PathBuf,
+    /// Holds the output as it came, without headers.
+    pub(crate) raw: bool,
     /// Absent while the file cannot be opened.
     file: Option<File>,
     inode: u64,
@@ -35,6 +44,9 @@ pub(crate) struct Log {
     /// Not yet told in the log.
     untold: Lost,
     reason: Option<io::Error>,
+    /// Rotated files wait for compression.
+    to_pack: bool,
+    packing: Option<Packing>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,14 +57,20 @@ pub(crate) struct Limits {
     pub(crate) files: u32,
     /// Looked at when output comes: an idle log wakes nobody to be rotated.
     pub(crate) age: Option<Duration>,
+    /// Of all files together, the oldest of which go for it.
+    pub(crate) total: Option<u64>,
+    /// Rotated files are compressed.
+    pub(crate) compress: bool,
 }
 
 impl Limits {
-    pub(crate) fn of(options: &Options) -> Limits {
+    pub(crate) fn of(options: &LogOptions) -> Limits {
         Limits {
-            bytes: options.log_max_bytes,
-            files: options.log_max_files,
-            age: options.log_max_age.map(Duration::from_secs),
+            bytes: options.max_bytes,
+            files: options.max_files,
+            age: options.max_age.map(Duration::from_secs),
+            total: options.max_total,
+            compress: options.compress,
         }
     }
 }
@@ -66,18 +84,22 @@ pub(crate) struct Lost {
 
 impl Log {
     /// Never fails: a file that cannot be opened now is tried again with the next record, and what is lost is counted.
-    pub(crate) fn open(path: &Path, limits: Limits, lost: Lost) -> Log {
+    pub(crate) fn open(path: &Path, raw: bool, limits: Limits) -> Log {
         let mut log = Log {
             path: path.to_owned(),
+            raw,
             file: None,
             inode: 0,
             size: 0,
             born: SystemTime::now(),
             limits,
             budget: u64::MAX,
-            lost,
+            lost: Lost::default(),
             untold: Lost::default(),
             reason: None,
+            // A monitor before this one may have left some.
+            to_pack: limits.compress,
+            packing: None,
         };
         let _ = log.open_end();
         log
@@ -91,15 +113,53 @@ impl Log {
     /// Writes whole records. What the disk refuses is counted, and told in the log as soon as it takes writes again.
     pub(crate) fn append(&mut self, records: &[u8]) {
         let (records, beyond) = records.split_at(self.within_budget(records));
-        self.lost.add(measure(beyond));
+        let beyond = self.measure(beyond);
+        self.lost.add(beyond);
         if records.is_empty() {
             return;
         }
         if let Err((unwritten, e)) = self.tell_loss().and_then(|()| self.write(records)) {
-            let rest = if unwritten == usize::MAX { records } else { &records[unwritten..] };
-            self.count(rest);
-            self.reason = Some(e);
+            self.count(records.get(unwritten..).unwrap_or(records), e);
         }
+    }
+
+    /// Moves what was looked at in `pipe` to the end of a raw log, without a copy of ours in between. Answers how much the
+    /// disk refused, which is still in the pipe.
+    pub(crate) fn take(&mut self, pipe: &File, looked_at: &[u8]) -> usize {
+        let mut done = 0;
+        let result = self.tell_loss().and_then(|()| {
+            while done < looked_at.len() {
+                let len = self.prepare(&looked_at[done..]).map_err(|e| (done, e))?;
+                done += self.move_in(pipe, len).map_err(|e| (done, e))?;
+            }
+            Ok(())
+        });
+        let Err((moved, e)) = result else { return 0 };
+        let refused = looked_at.get(moved..).unwrap_or(looked_at);
+        self.count(refused, e);
+        refused.len()
+    }
+
+    /// The same with what nobody wants to look at. `None`: that has to be done after all.
+    pub(crate) fn take_unseen(&mut self, pipe: &File, most: usize) -> Option<io::Result<usize>> {
+        let roomy = self.limits.bytes.saturating_sub(self.size) >= most as u64;
+        if !roomy || self.is_old() || self.untold != Lost::default() || self.file.is_none() {
+            return None;
+        }
+        match self.move_in(pipe, most) {
+            Err(e) if e.kind() != io::ErrorKind::WouldBlock => None,
+            moved => Some(moved),
+        }
+    }
+
+    fn move_in(&mut self, pipe: &File, len: usize) -> io::Result<usize> {
+        if self.file.is_none() {
+            self.open_end()?;
+        }
+        let Some(file) = &self.file else { return Err(io::ErrorKind::NotFound.into()) };
+        let moved = splice(pipe.as_fd(), file.as_fd(), len)?;
+        self.size += moved as u64;
+        Ok(moved)
     }
 
     /// Opens the file by name again, after somebody moved it away.
@@ -112,11 +172,36 @@ impl Log {
         self.rotate().at("rotate log", &self.path)
     }
 
+    /// Has the next rotated file compressed, if one waits and none is at it. Between batches of output only: what is in
+    /// which file must not change within one.
+    pub(crate) fn compress_some(&mut self) {
+        if self.to_pack && self.packing.is_none() {
+            // Failed for want of room, or memory: the next rotation tries again.
+            self.packing = Packing::start(&self.path).ok().flatten();
+            self.to_pack = self.packing.is_some();
+        }
+    }
+
+    /// Whether it was our child that ended.
+    pub(crate) fn reaped(&mut self, reaped: &Reaped) -> bool {
+        let Some(packing) = self.packing.take_if(|packing| packing.is(reaped.pid)) else { return false };
+        let status = Status::decode(reaped.status);
+        let done = packing.finish(&self.path, status);
+        self.to_pack = done.is_ok() && status == Some(Status::Exited(0));
+        self.compress_some();
+        true
+    }
+
     fn open_end(&mut self) -> io::Result<()> {
         let mut options = File::options();
-        let file = options.append(true).create(true).mode(MODE).open(&self.path)?;
+        // The kernel moves pages into no file that was opened for appending.
+        options.write(true).append(!self.raw).create(true).truncate(false);
+        let mut file = options.mode(MODE).open(&self.path)?;
         let meta = file.metadata()?;
         (self.inode, self.size) = (meta.ino(), meta.len());
+        if self.raw {
+            self.size = file.seek(io::SeekFrom::End(0))?;
+        }
         // Not every file system knows when a file was made.
         self.born = meta.created().unwrap_or_else(|_| SystemTime::now());
         self.file = Some(file);
@@ -130,6 +215,14 @@ impl Log {
         }
     }
 
+    /// The end: what is being compressed stays as it is, because nobody is there to rename it.
+    pub(crate) fn settle(&mut self) {
+        if let Some(packing) = self.packing.take() {
+            packing.cancel(&self.path);
+        }
+        self.sync();
+    }
+
     /// The length of the whole records that may still be written.
     fn within_budget(&self, records: &[u8]) -> usize {
         match usize::try_from(self.budget).ok().and_then(|budget| records.get(..budget)) {
@@ -138,24 +231,33 @@ impl Log {
         }
     }
 
-    fn count(&mut self, records: &[u8]) {
-        let lost = measure(records);
+    fn count(&mut self, records: &[u8], reason: io::Error) {
+        let lost = self.measure(records);
         self.lost.add(lost);
         self.untold.add(lost);
+        self.reason = Some(reason);
+    }
+
+    fn measure(&self, records: &[u8]) -> Lost {
+        if !self.raw {
+            return measure(records);
+        }
+        Lost { lines: memchr::memchr_iter(b'\n', records).count() as u64, bytes: records.len() as u64 }
     }
 
     fn tell_loss(&mut self) -> Result<(), (usize, io::Error)> {
         if self.untold == Lost::default() {
             return Ok(());
         }
-        let Lost { lines, bytes } = self.untold;
         let reason = self.reason.as_ref().map(|e| format!(": {e}")).unwrap_or_default();
-        let text = format!("{MARK}{lines} lines ({bytes} bytes) of output are missing here{reason}\n");
-        let mut out = vec![0; HEADER + text.len()];
-        let mut formatter = Formatter::new(Stream::Stderr, false);
-        formatter.set_time(SystemTime::now());
-        formatter.format(text.as_bytes(), &mut out);
-        self.write(&out).map_err(|(_, e)| (usize::MAX, e))?;
+        let text = self.untold.tell(&reason);
+        let out = if self.raw {
+            // Nobody knows whether what came before ended its line.
+            format!("\n{text}").into_bytes()
+        } else {
+            record(&text)
+        };
+        self.write(&out).map_err(|(_, e)| (NO_RECORD, e))?;
         self.untold = Lost::default();
         self.reason = None;
         Ok(())
@@ -163,29 +265,37 @@ impl Log {
 
     /// On error, how many bytes are in the log: a whole number of records.
     fn write(&mut self, records: &[u8]) -> Result<(), (usize, io::Error)> {
-        let old = |age| self.born.elapsed().is_ok_and(|now| now >= age);
-        if self.size > 0 && self.limits.age.is_some_and(old) {
-            self.rotate().map_err(|e| (0, e))?;
-        }
         let mut done = 0;
         while done < records.len() {
             let rest = &records[done..];
-            let room = usize::try_from(self.limits.bytes.saturating_sub(self.size)).unwrap_or(usize::MAX);
-            let fits = match rest.get(..room) {
-                None => rest.len(),
-                Some(head) => memchr::memrchr(b'\n', head).map_or(0, |at| at + 1),
-            };
-            if fits == 0 && self.size > 0 {
-                self.rotate().map_err(|e| (done, e))?;
-                continue;
-            }
-            // A record that is larger than a whole file gets a file of its own.
-            let first = || memchr::memchr(b'\n', rest).map_or(rest.len(), |at| at + 1);
-            let part = &rest[..if fits == 0 { first() } else { fits }];
-            self.write_part(part).map_err(|(n, e)| (done + n, e))?;
-            done += part.len();
+            let len = self.prepare(rest).map_err(|e| (done, e))?;
+            self.write_part(&rest[..len]).map_err(|(n, e)| (done + n, e))?;
+            done += len;
         }
         Ok(())
+    }
+
+    /// How much of `records` goes into the current file, which is a new one if that is due.
+    fn prepare(&mut self, records: &[u8]) -> io::Result<usize> {
+        if self.is_old() {
+            self.rotate()?;
+        }
+        let room = usize::try_from(self.limits.bytes.saturating_sub(self.size)).unwrap_or(usize::MAX);
+        let Some(head) = records.get(..room) else { return Ok(records.len()) };
+        if let Some(at) = memchr::memrchr(b'\n', head) {
+            return Ok(at + 1);
+        }
+        if self.size > 0 {
+            self.rotate()?;
+            return self.prepare(records);
+        }
+        // A record that is larger than a whole file gets a file of its own; a raw log has only pieces of it.
+        Ok(memchr::memchr(b'\n', records).map_or(records.len(), |at| at + 1))
+    }
+
+    fn is_old(&self) -> bool {
+        let old = |age| self.born.elapsed().is_ok_and(|now| now >= age);
+        self.size > 0 && self.limits.age.is_some_and(old)
     }
 
     fn write_part(&mut self, part: &[u8]) -> Result<(), (usize, io::Error)> {
@@ -207,7 +317,8 @@ impl Log {
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 Err(e) => {
                     // Half a record would run into the next one. Only our own unfinished tail is taken back.
-                    let whole = memchr::memrchr(b'\n', &part[..done]).map_or(0, |at| at + 1);
+                    let newline = memchr::memrchr(b'\n', &part[..done]).map_or(0, |at| at + 1);
+                    let whole = if self.raw { done } else { newline };
                     if whole < done {
                         let _ = file.set_len(self.size + whole as u64);
                     }
@@ -222,26 +333,46 @@ impl Log {
 
     fn rotate(&mut self) -> io::Result<()> {
         let mut options = File::options();
-        let next = numbered(&self.path, NEXT);
-        let file = options.append(true).create(true).mode(MODE).open(&next)?;
-        shift(&self.path, self.limits.files)?;
+        let next = rotation::next(&self.path);
+        let file =
+            options.write(true).append(!self.raw).create(true).truncate(false).mode(MODE).open(&next)?;
+        rotation::shift(&self.path, self.limits.files)?;
+        if let Some(total) = self.limits.total {
+            // As if the current one were full, which it will be.
+            rotation::keep_within(&self.path, total.saturating_sub(self.limits.bytes))?;
+        }
         self.inode = file.metadata()?.ino();
         self.born = SystemTime::now();
         self.file = Some(file);
         self.size = 0;
+        self.to_pack = self.limits.compress;
         Ok(())
     }
 }
 
 impl Lost {
-    fn add(&mut self, more: Lost) {
+    pub(crate) fn add(&mut self, more: Lost) {
         self.lines += more.lines;
         self.bytes += more.bytes;
     }
+
+    /// The line in its place.
+    pub(crate) fn tell(self, reason: &str) -> String {
+        format!("{MARK}{} lines ({} bytes) of output are missing here{reason}\n", self.lines, self.bytes)
+    }
+}
+
+/// A line of the monitor itself.
+pub(crate) fn record(line: &str) -> Vec<u8> {
+    let mut out = vec![0; HEADER + line.len()];
+    let mut formatter = Formatter::new(Stream::Stderr, false);
+    formatter.set_time(SystemTime::now());
+    formatter.format(line.as_bytes(), &mut out);
+    out
 }
 
 /// The output in records.
-fn measure(records: &[u8]) -> Lost {
+pub(crate) fn measure(records: &[u8]) -> Lost {
     let mut lost = Lost::default();
     for record in records.split_inclusive(|b| *b == b'\n') {
         if let Some((_, text)) = parse(record) {
@@ -250,48 +381,6 @@ fn measure(records: &[u8]) -> Lost {
         }
     }
     lost
-}
-
-/// The next file while it waits for the current one to make room. It is there before anything moves, so a full disk
-/// leaves everything as it was; and as long as it is there, a rotation is not finished.
-const NEXT: &str = "new";
-
-/// `log` becomes `log.1`, `log.1` becomes `log.2`, and so on; the oldest is replaced; `log.new` becomes `log`.
-fn shift(path: &Path, files: u32) -> io::Result<()> {
-    let backups = files - 1;
-    let backup = |n: u32| numbered(path, &n.to_string());
-    if backups > 0 && path.exists() {
-        // Killed half-way, the numbers have a hole, up to which files have moved already.
-        let hole = (1..backups).find(|n| !backup(*n).exists()).unwrap_or(backups);
-        for n in (1..hole).rev() {
-            rename_if_there(&backup(n), &backup(n + 1))?;
-        }
-        rename_if_there(path, &backup(1))?;
-    }
-    fs::rename(numbered(path, NEXT), path)
-}
-
-/// Finishes a rotation that was killed half-way, so that the numbers have no hole.
-pub(crate) fn finish_rotation(path: &Path, files: u32) {
-    if numbered(path, NEXT).exists() {
-        // If it does not work now, the next rotation finds the same.
-        let _ = shift(path, files);
-    }
-}
-
-/// `log` with `.suffix` added.
-pub(crate) fn numbered(path: &Path, suffix: &str) -> PathBuf {
-    let mut name = path.as_os_str().to_owned();
-    name.push(".");
-    name.push(suffix);
-    name.into()
-}
-
-fn rename_if_there(from: &Path, to: &Path) -> io::Result<()> {
-    match fs::rename(from, to) {
-        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
-        other => other,
-    }
 }
 
 /// Takes back a record that was killed half-way: the kernel ends a large write early for a fatal signal. Its output is
@@ -316,6 +405,8 @@ pub(crate) fn cut_torn_record(path: &Path) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::rotation::numbered;
+    use std::fs;
 
     struct Dir(PathBuf);
 
@@ -332,13 +423,18 @@ mod tests {
         }
 
         fn open(&self, max_bytes: u64, max_files: u32) -> Log {
-            Log::open(&self.log(), Limits { bytes: max_bytes, files: max_files, age: None }, Lost::default())
+            Log::open(&self.log(), false, limits(max_bytes, max_files))
         }
 
         fn read(&self, suffix: &str) -> String {
-            let path = if suffix.is_empty() { self.log() } else { numbered(&self.log(), suffix) };
+            let path =
+                if suffix.is_empty() { self.log() } else { numbered(&self.log(), suffix.parse().unwrap()) };
             fs::read_to_string(path).unwrap_or_else(|_| "absent".into())
         }
+    }
+
+    fn limits(bytes: u64, files: u32) -> Limits {
+        Limits { bytes, files, age: None, total: None, compress: false }
     }
 
     impl Drop for Dir {
@@ -393,8 +489,8 @@ mod tests {
     #[test]
     fn an_old_file_is_rotated_when_output_comes() {
         let dir = Dir::new("age");
-        let limits = Limits { bytes: 1000, files: 3, age: Some(Duration::from_secs(60)) };
-        let mut log = Log::open(&dir.log(), limits, Lost::default());
+        let limits = Limits { age: Some(Duration::from_secs(60)), ..limits(1000, 3) };
+        let mut log = Log::open(&dir.log(), false, limits);
         log.append(b"a\n");
         log.append(b"b\n");
         log.born -= Duration::from_secs(61);
@@ -423,7 +519,7 @@ mod tests {
         let all = ["0.log", "0.log.1", "0.log.2"].map(|name| dir.0.join(name));
         let check = |step: &str| {
             fs::write(dir.0.join("0.log.new"), "").unwrap();
-            finish_rotation(&dir.log(), 5);
+            rotation::finish(&dir.log(), 5);
             let texts = ["", "1", "2", "3", "4"].map(|n| dir.read(n));
             let texts: Vec<_> = texts.iter().map(String::as_str).filter(|t| !t.is_empty()).collect();
             assert_eq!(texts[..3], ["ccc\n", "bbb\n", "aaa\n"], "{step}");
@@ -431,17 +527,17 @@ mod tests {
             for (n, text) in texts[..3].iter().enumerate() {
                 fs::write(&all[n], text).unwrap();
             }
-            for n in ["3", "4"] {
+            for n in [3, 4] {
                 let _ = fs::remove_file(numbered(&dir.log(), n));
             }
         };
         check("before anything moved");
-        fs::rename(&all[2], numbered(&dir.log(), "3")).unwrap();
+        fs::rename(&all[2], numbered(&dir.log(), 3)).unwrap();
         check("oldest moved");
-        fs::rename(&all[2], numbered(&dir.log(), "3")).unwrap();
+        fs::rename(&all[2], numbered(&dir.log(), 3)).unwrap();
         fs::rename(&all[1], &all[2]).unwrap();
         check("all backups moved");
-        fs::rename(&all[2], numbered(&dir.log(), "3")).unwrap();
+        fs::rename(&all[2], numbered(&dir.log(), 3)).unwrap();
         fs::rename(&all[1], &all[2]).unwrap();
         fs::rename(&all[0], &all[1]).unwrap();
         check("current moved");

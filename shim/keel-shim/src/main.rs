@@ -14,6 +14,7 @@ mod adopt;
 mod args;
 mod cgroup;
 mod clients;
+mod compress;
 mod conmon;
 mod cri;
 mod error;
@@ -29,10 +30,12 @@ mod progress;
 mod pump;
 mod record;
 mod replay;
+mod rotation;
 mod runtime;
 mod sessions;
 mod setup;
 mod sockets;
+mod writer;
 
 use std::io::Write as _;
 use std::process::ExitCode;
@@ -58,6 +61,8 @@ fn main() -> ExitCode {
         Ok(Command::SetupAdopt(options)) => adopt::run(&options),
         Ok(Command::Call(call)) => finish(sockets::become_program(&call)),
         Ok(Command::Pause) => finish(pause::run()),
+        Ok(Command::Compress) => finish(compress::run()),
+        Ok(Command::WriteLog(options)) => finish(writer::run(&options)),
         Ok(Command::Hold(inherited)) => finish(hold::run(&inherited)),
         Err(e) => {
             eprintln!("keel-shim: {e}");

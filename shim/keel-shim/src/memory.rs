@@ -52,11 +52,8 @@ impl Memory {
         out.put_some("runtime_root", o.runtime_root.as_ref());
         o.runtime_args.iter().for_each(|arg| out.put("runtime_arg", arg));
         out.put("exit_file", &o.exit_file);
-        out.put_some("log", o.log.as_ref());
-        out.put("log_max_bytes", o.log_max_bytes.to_string());
-        out.put("log_max_files", o.log_max_files.to_string());
-        if let Some(age) = o.log_max_age {
-            out.put("log_max_age", age.to_string());
+        for (name, value) in o.log.fields() {
+            out.put(&name.replace('-', "_"), value.unwrap_or_default());
         }
         out.put("tty", o.tty.to_string());
         out.put("stdin", o.stdin.to_string());
@@ -106,10 +103,6 @@ impl Memory {
             b"runtime_root" => o.runtime_root = Some(path()),
             b"runtime_arg" => o.runtime_args.push(OsString::from_vec(value.to_vec())),
             b"exit_file" => o.exit_file = path(),
-            b"log" => o.log = Some(path()),
-            b"log_max_bytes" => o.log_max_bytes = parse(value)?,
-            b"log_max_files" => o.log_max_files = parse(value)?,
-            b"log_max_age" => o.log_max_age = Some(parse(value)?),
             b"tty" => o.tty = parse(value)?,
             b"stdin" => o.stdin = parse(value)?,
             b"stdin_once" => o.stdin_once = parse(value)?,
@@ -131,8 +124,11 @@ impl Memory {
             b"lost_lines" => self.lost.lines = parse(value)?,
             b"lost_bytes" => self.lost.bytes = parse(value)?,
             b"version" => (value == b"1").then_some(())?,
-            // A newer shim's.
-            _ => {}
+            // A log's, else a newer shim's.
+            _ => {
+                let name: Vec<u8> = key.iter().map(|b| if *b == b'_' { b'-' } else { *b }).collect();
+                o.log.set(&name, || Ok(OsStr::from_bytes(value))).ok()?;
+            }
         }
         Some(())
     }
@@ -162,6 +158,7 @@ impl Fields {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::args::LogOptions;
 
     fn example() -> Memory {
         Memory {
@@ -173,10 +170,7 @@ mod tests {
                 runtime_root: Some("/rr".into()),
                 runtime_args: vec!["--debug".into(), "a=b".into()],
                 exit_file: "/e".into(),
-                log: Some("/l".into()),
-                log_max_bytes: 1,
-                log_max_files: 2,
-                log_max_age: Some(3),
+                log: LogOptions { file: Some("/l".into()), compress: true, ..LogOptions::default() },
                 tty: true,
                 stdin: true,
                 stdin_once: false,

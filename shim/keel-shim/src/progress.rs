@@ -19,9 +19,10 @@ use keel_sys::file::{pipe, set_pipe_size};
 use keel_sys::monitor::{SharedCells, null_stream, splice, tee};
 
 use crate::error::{Context, Error};
-use crate::log::{MARK, numbered};
+use crate::log::MARK;
 use crate::pump::INPUT;
 use crate::replay::parse;
+use crate::rotation::numbered;
 
 const STREAM: usize = 0;
 const INODE: usize = 1;
@@ -132,7 +133,7 @@ fn written_since(log: &Path, (inode, offset): (u64, u64), stream: Stream) -> io:
     let mut files: Vec<PathBuf> = Vec::new();
     let mut found = false;
     for n in 0..FILES {
-        let path = if n == 0 { log.to_owned() } else { numbered(log, &n.to_string()) };
+        let path = if n == 0 { log.to_owned() } else { numbered(log, n) };
         let Ok(meta) = fs::metadata(&path) else {
             // The current file may have been moved away by somebody.
             if n == 0 { continue } else { break }
@@ -168,7 +169,7 @@ fn written_since(log: &Path, (inode, offset): (u64, u64), stream: Stream) -> io:
 mod tests {
     use super::*;
     use crate::cri::Formatter;
-    use crate::log::{Limits, Log, Lost};
+    use crate::log::{Limits, Log};
     use keel_sys::file::{c_path, cwd, mknodat};
     use std::io::Write as _;
     use std::os::unix::fs::OpenOptionsExt;
@@ -201,8 +202,8 @@ mod tests {
         }
 
         fn open(&self) -> (Progress, Log) {
-            let log =
-                Log::open(&self.log_path(), Limits { bytes: 1000, files: 100, age: None }, Lost::default());
+            let limits = Limits { bytes: 1000, files: 100, age: None, total: None, compress: false };
+            let log = Log::open(&self.log_path(), false, limits);
             (Progress::open(&self.dir).unwrap(), log)
         }
 

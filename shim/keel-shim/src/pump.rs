@@ -6,25 +6,31 @@ use std::time::SystemTime;
 
 use keel_proto::Stream;
 use keel_sys::file::set_pipe_size;
-use keel_sys::monitor::{Buffer, shed_memory};
+use keel_sys::monitor::{Buffer, Reaped, shed_memory};
 
+use crate::args::{Options, WriterOptions};
 use crate::cri::Formatter;
 use crate::error::{Context, Error};
-use crate::journal::Journal;
-use crate::log::Log;
+use crate::journal::{Fields, Journal};
+use crate::log::{Limits, Log, Lost};
 use crate::progress::Progress;
+use crate::writer::Writer;
 
 /// What the container's pipes hold, and one read: twice the kernel's default. Half as many switches between the container
 /// and its monitor, and both buffers still fit the processor's second cache; a quarter of a megabyte does not, and is slower.
 pub(crate) const INPUT: usize = 128 << 10;
 /// Lines of 80 bytes and more take one write for each read.
-const OUTPUT: usize = 192 << 10;
+pub(crate) const OUTPUT: usize = 192 << 10;
 /// Output is read so often after the end, should it come faster than it can be read.
 const LAST_READS: u32 = 256;
 
 pub(crate) struct Pump {
     pub(crate) log: Option<Log>,
     pub(crate) journal: Option<Box<Journal>>,
+    /// In place of the two where the container does not wait for its log.
+    writer: Option<Box<Writer>>,
+    /// By earlier hold phases.
+    lost: Lost,
     /// Absent where nothing is to be kept safe: no log, or a terminal, which cannot be looked into.
     pub(crate) progress: Option<Progress>,
     pub(crate) input: Buffer,
@@ -60,6 +66,8 @@ impl Pump {
         Ok(Pump {
             log,
             journal: None,
+            writer: None,
+            lost: Lost::default(),
             progress,
             input: Buffer::new(INPUT).doing("map buffer")?,
             output: Buffer::new(OUTPUT).doing("map buffer")?,
@@ -68,14 +76,47 @@ impl Pump {
         })
     }
 
-    pub(crate) fn read(&mut self, output: &mut Output) -> Read<'_> {
+    /// With the logs that `options` ask for.
+    pub(crate) fn of(options: &Options, lost: Lost) -> Result<Pump, Error> {
+        let o = &options.log;
+        if o.any() && o.buffer.is_some() {
+            let (id, dir) = (options.id.clone(), options.dir.clone());
+            let writer = Writer::start(WriterOptions { id, dir, log: o.clone() })?;
+            return Ok(Pump { writer: Some(Box::new(writer)), lost, ..Pump::new(None, None)? });
+        }
+        let log = o.file.as_ref().map(|path| Log::open(path, o.raw, Limits::of(o)));
+        let progress = match log {
+            Some(_) if !options.tty => Progress::open(&options.dir).ok(),
+            _ => None,
+        };
+        let journal = o.journal.then(|| Box::new(Journal::new(&Fields::of(&options.id, o))));
+        Ok(Pump { journal, lost, ..Pump::new(log, progress)? })
+    }
+
+    /// `seen`: somebody beside the logs wants the bytes.
+    pub(crate) fn read(&mut self, output: &mut Output, seen: bool) -> Read<'_> {
+        if !seen
+            && self.journal.is_none()
+            && self.progress.is_some()
+            && let Some(log) = self.log.as_mut().filter(|log| log.raw)
+            && let Some(moved) = log.take_unseen(&output.file, INPUT)
+        {
+            return match moved {
+                Ok(0) => Read::End,
+                Ok(_) => {
+                    self.warm = true;
+                    Read::Some(&[])
+                }
+                Err(_) => Read::Nothing,
+            };
+        }
         let got = match &self.progress {
             Some(progress) => progress.look(&output.file, &mut self.input),
             None => output.file.read(&mut self.input),
         };
-        let bytes = match got {
+        let got = match got {
             Ok(0) => return Read::End,
-            Ok(got) => &self.input[..got],
+            Ok(got) => got,
             Err(e) => {
                 return match e.kind() {
                     io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted => Read::Nothing,
@@ -85,31 +126,79 @@ impl Pump {
             }
         };
         self.warm = true;
-        if let Some(log) = &mut self.log {
-            if let Some(progress) = &self.progress {
-                progress.begin(output.stream, log.position());
-            }
-            output.formatter.set_time(SystemTime::now());
-            let mut rest = bytes;
-            while !rest.is_empty() {
-                let (taken, written) = output.formatter.format(rest, &mut self.output);
-                log.append(&self.output[..written]);
-                rest = &rest[taken..];
-            }
-        }
+        self.keep(output, got);
+        Read::Some(&self.input[..got])
+    }
+
+    /// In the logs; then out of the pipe.
+    fn keep(&mut self, output: &mut Output, got: usize) {
+        let bytes = &self.input[..got];
         if let Some(journal) = &mut self.journal {
             journal.append(output.stream, bytes);
         }
-        if let Some(progress) = &self.progress {
-            progress.take(&output.file, bytes.len());
+        let mut in_pipe = got;
+        match (&mut self.log, &self.progress) {
+            (Some(log), Some(_)) if log.raw => in_pipe = log.take(&output.file, bytes),
+            (Some(log), None) if log.raw => log.append(bytes),
+            (Some(log), progress) => {
+                if let Some(progress) = progress {
+                    progress.begin(output.stream, log.position());
+                }
+                output.formatter.records(bytes, &mut self.output, |records| log.append(records));
+            }
+            (None, _) => {}
         }
-        Read::Some(bytes)
+        if let Some(writer) = &mut self.writer {
+            output.formatter.records(bytes, &mut self.output, |records| writer.append(records));
+        }
+        if let Some(progress) = &self.progress {
+            progress.take(&output.file, in_pipe);
+        }
+        if let Some(log) = &mut self.log {
+            log.compress_some();
+        }
+    }
+
+    pub(crate) fn reopen(&mut self) -> Result<(), Error> {
+        match (&mut self.log, &mut self.writer) {
+            (Some(log), _) => log.reopen(),
+            (None, Some(writer)) => writer.reopen(),
+            (None, None) => Ok(()),
+        }
+    }
+
+    /// Of all logs together.
+    pub(crate) fn lost(&self) -> Lost {
+        let mut lost = self.lost;
+        let log = self.log.as_ref().map(|log| log.lost);
+        let journal = self.journal.as_ref().map(|journal| journal.lost);
+        let writer = self.writer.as_ref().map(|writer| writer.lost());
+        [log, journal, writer].into_iter().flatten().for_each(|more| lost.add(more));
+        lost
+    }
+
+    /// Whether it was a child of a log's that ended.
+    pub(crate) fn reaped(&mut self, reaped: &Reaped) -> bool {
+        let ours = self.log.as_mut().is_some_and(|log| log.reaped(reaped))
+            || self.writer.as_mut().is_some_and(|writer| writer.reaped(reaped));
+        self.warm |= ours;
+        ours
+    }
+
+    /// Everything is read.
+    pub(crate) fn settle(&mut self) {
+        if let Some(log) = &mut self.log {
+            log.settle();
+        }
+        if let Some(writer) = &mut self.writer {
+            writer.finish();
+        }
     }
 
     /// What is left of a stream whose writers are gone, or are to be heard no longer; then its end in the log.
     pub(crate) fn finish(&mut self, mut output: Output, mut each: impl FnMut(Stream, &[u8])) {
         for _ in 0..LAST_READS {
-            match self.read(&mut output) {
+            match self.read(&mut output, true) {
                 Read::Some(bytes) => each(output.stream, bytes),
                 Read::Nothing | Read::End => break,
             }
@@ -119,10 +208,14 @@ impl Pump {
 
     /// A line that was begun is ended in the log.
     pub(crate) fn end(&mut self, mut output: Output) {
-        if let Some(log) = &mut self.log {
-            let mut closing = [0; 64];
-            output.formatter.set_time(SystemTime::now());
-            log.append(output.formatter.close(&mut closing));
+        let mut closing = [0; 64];
+        output.formatter.set_time(SystemTime::now());
+        let closing = output.formatter.close(&mut closing);
+        if let Some(log) = self.log.as_mut().filter(|log| !log.raw) {
+            log.append(closing);
+        }
+        if let Some(writer) = &mut self.writer {
+            writer.append(closing);
         }
         if let Some(journal) = &mut self.journal {
             journal.close(output.stream);

@@ -9,13 +9,14 @@ use keel_proto::{Attach, MAX_DATA, Stream};
 
 use crate::clients::Client;
 use crate::cri::HEADER;
-use crate::log::numbered;
+use crate::rotation::numbered;
 
-/// Sends the last `what.replay_kib` KiB of the log, as far as `text` holds them, without the log's headers. `packed` is
-/// where messages are put together.
+/// Sends the last `what.replay_kib` KiB of the log, as far as `text` holds them, without the log's headers, of which a
+/// `raw` one has none: all of it is sent as standard output. `packed` is where messages are put together.
 pub(crate) fn send(
     client: &mut Client,
     log: &Path,
+    raw: bool,
     what: Attach,
     text: &mut [u8],
     packed: &mut [u8],
@@ -25,7 +26,7 @@ pub(crate) fn send(
     // The current file may just have been rotated.
     let mut start = tail(log, text)?;
     if start > 0 {
-        start = tail(&numbered(log, "1"), &mut text[..start]).unwrap_or(start);
+        start = tail(&numbered(log, 1), &mut text[..start]).unwrap_or(start);
     }
     let text = &text[start..];
     let cut = start == 0;
@@ -33,7 +34,8 @@ pub(crate) fn send(
     let first = if cut { memchr::memchr(b'\n', text).map_or(text.len(), |at| at + 1) } else { 0 };
     let mut pack = Pack { client, bytes: &mut packed[..MAX_DATA], len: 0, stream: Stream::Stdout };
     for record in text[first..].split_inclusive(|b| *b == b'\n') {
-        if let Some((stream, output)) = parse(record) {
+        let parsed = if raw { Some((Stream::Stdout, record)) } else { parse(record) };
+        if let Some((stream, output)) = parsed {
             let wanted = if stream == Stream::Stdout { what.stdout } else { what.stderr };
             if wanted {
                 pack.add(stream, output)?;

@@ -21,7 +21,7 @@ use crate::args::{Inherited, Options};
 use crate::cgroup::Cgroup;
 use crate::error::{Context, Error};
 use crate::hold::{self, now_ms};
-use crate::log::{Limits, Log, Lost};
+use crate::log::{Limits, Log};
 use crate::memory::Memory;
 use crate::notify;
 use crate::process::{Identity, replace};
@@ -149,13 +149,13 @@ fn start(mut options: Options) -> Result<(Memory, Descriptors), Error> {
     fs::DirBuilder::new().recursive(true).mode(0o700).create(&dir).at("create", &dir)?;
     replace(&dir.join(file::SHIM_PID), Identity::current()?.to_line().as_bytes())?;
     for parent in
-        [options.log.as_ref(), Some(&options.exit_file)].into_iter().flatten().filter_map(|p| p.parent())
+        [options.log.file.as_ref(), Some(&options.exit_file)].into_iter().flatten().filter_map(|p| p.parent())
     {
         fs::create_dir_all(parent).at("create", parent)?;
     }
-    if let Some(log) = &options.log {
+    if let Some(log) = &options.log.file {
         // A log that cannot be written is found out before there is a container.
-        Log::open(log, Limits::of(&options), Lost::default()).reopen()?;
+        Log::open(log, options.log.raw, Limits::of(&options.log)).reopen()?;
     }
     let listener =
         seqpacket::listen(&dir, file::CONTROL, BACKLOG).at("listen on", &dir.join(file::CONTROL))?;
@@ -405,7 +405,7 @@ pub(crate) fn make_fifo(dir: &Path, name: &str, mode: u32) -> Result<(), Error> 
 fn make_absolute(options: &mut Options) -> Result<(), Error> {
     let mut paths = vec![&mut options.dir, &mut options.bundle, &mut options.exit_file];
     paths.extend(options.runtime_root.as_mut());
-    paths.extend(options.log.as_mut());
+    paths.extend(options.log.file.as_mut());
     paths.extend(
         [&mut options.restart_lock, &mut options.netns, &mut options.listen_from].into_iter().flatten(),
     );

@@ -26,7 +26,7 @@ use crate::cgroup::Cgroup;
 use crate::error::{Context, Error};
 use crate::hold::exit_numbers;
 use crate::journal::{Fields, Journal};
-use crate::log::{Limits, Log, Lost};
+use crate::log::{Limits, Log};
 use crate::notify;
 use crate::process::leads_group;
 use crate::pump::{Output, Pump, Read};
@@ -193,7 +193,7 @@ impl Hold {
         let _ = close_range_cloexec(3);
         let _ = set_name(c"conmon");
         let drivers = options.drivers()?;
-        let mut log = drivers.file.as_ref().map(|path| Log::open(path, limits(&options), Lost::default()));
+        let mut log = drivers.file.as_ref().map(|path| Log::open(path, false, limits(&options)));
         if let (Some(log), Ok(most @ 1..)) = (&mut log, u64::try_from(options.log_global_size_max)) {
             // What an earlier monitor wrote counts.
             let (_, size) = log.position();
@@ -465,7 +465,7 @@ impl Hold {
 
     fn output(&mut self, index: usize) {
         let Some(output) = &mut self.outputs[index] else { return };
-        match self.pump.read(output) {
+        match self.pump.read(output, true) {
             Read::Some(bytes) => {
                 let stream = if index == 0 { Stream::Stdout } else { Stream::Stderr };
                 self.clients.broadcast(stream, bytes);
@@ -647,5 +647,5 @@ fn written(result: io::Result<usize>, all: usize) -> usize {
 fn limits(options: &Options) -> Limits {
     let bytes = u64::try_from(options.log_size_max).ok().filter(|bytes| *bytes > 0);
     let backups = if options.log_rotate { u32::try_from(options.log_max_files).unwrap_or(0) } else { 0 };
-    Limits { bytes: bytes.unwrap_or(u64::MAX), files: backups + 1, age: None }
+    Limits { bytes: bytes.unwrap_or(u64::MAX), files: backups + 1, age: None, total: None, compress: false }
 }

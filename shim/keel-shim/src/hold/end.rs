@@ -47,7 +47,7 @@ impl Hold {
     }
 
     pub(super) fn lost(&self) -> Lost {
-        self.pump.log.as_ref().map_or(self.memory.lost, |log| log.lost)
+        self.pump.lost()
     }
 
     pub(super) fn start_delete(&mut self) {

@@ -10,7 +10,7 @@ use super::Hold;
 impl Hold {
     pub(super) fn pump(&mut self, index: usize) {
         let Some(output) = &mut self.outputs[index] else { return };
-        match self.pump.read(output) {
+        match self.pump.read(output, self.clients.attachments() > 0) {
             Read::Some(bytes) => {
                 let stream = if index == 0 { Stream::Stdout } else { Stream::Stderr };
                 let blocked = self.stdin.as_ref().is_some_and(|s| !s.pending.is_empty());
@@ -41,8 +41,6 @@ impl Hold {
             });
         }
         self.stdin = None;
-        if let Some(log) = &self.pump.log {
-            log.sync();
-        }
+        self.pump.settle();
     }
 }

@@ -15,7 +15,6 @@ use keel_sys::{seqpacket, tty};
 
 use crate::args::Inherited;
 use crate::error::{Context, Error};
-use crate::log::Log;
 use crate::machine::Event;
 use crate::replay;
 use crate::setup;
@@ -107,7 +106,7 @@ impl Hold {
             Request::Stdin(bytes) => self.take_stdin(index, bytes),
             Request::StdinEof => self.end_stdin(),
             Request::Reopen => {
-                let done = self.pump.log.as_mut().map_or(Ok(()), Log::reopen);
+                let done = self.pump.reopen();
                 self.acknowledge(index, done);
             }
             Request::Wait => self.wait(index),
@@ -175,10 +174,11 @@ impl Hold {
         let Some(client) = self.clients.get(index) else { return };
         client.attach(what);
         if what.replay_kib > 0
-            && let Some(log) = &self.memory.options.log
+            && let Some(log) = &self.memory.options.log.file
         {
             self.pump.warm = true;
-            let _ = replay::send(client, log, what, &mut self.pump.output, &mut self.pump.input);
+            let raw = self.memory.options.log.raw;
+            let _ = replay::send(client, log, raw, what, &mut self.pump.output, &mut self.pump.input);
         }
         if let Some(record) = &self.record {
             let _ = client.send(&Reply::Exited { record });
