@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use keel_manifest::Diagnostic;
-use keel_plan::{Millis, Status};
+use keel_plan::{Millis, PullStatus, Status};
 use serde::{Deserialize, Serialize};
 
 /// Exit codes of `keel`, also carried in [`ControlEvent::Result`].
@@ -93,9 +93,16 @@ pub struct RestartRequest {
 /// daemon when there is one.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "do", rename_all = "camelCase")]
+#[serde(rename_all_fields = "camelCase")]
 pub enum ImageRequest {
     Pull {
         image: String,
+        /// Keeps an index whole, with the images of all platforms.
+        #[serde(default)]
+        all_platforms: bool,
+        /// Fetches packed layers that were given up for space, too.
+        #[serde(default)]
+        packed: bool,
     },
     /// `path` is absolute, on the daemon's host; `name` is how the user called it.
     Import {
@@ -112,6 +119,12 @@ pub enum ImageRequest {
     Tag {
         image: String,
         reference: String,
+    },
+    /// What refers to it in its registry: signatures, lists of contents.
+    Referrers {
+        image: String,
+        #[serde(default)]
+        artifact_type: Option<String>,
     },
     /// `target` is another name to push it by.
     Push {
@@ -177,15 +190,8 @@ pub enum ControlEvent {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         error: Option<ActionFailure>,
     },
-    /// Progress of an image pull.
-    Progress {
-        image: String,
-        done_bytes: u64,
-        /// 0 while unknown.
-        total_bytes: u64,
-        layers_done: u32,
-        layers_total: u32,
-    },
+    /// Progress of an image that is pulled, pushed, imported or saved.
+    Progress(PullStatus),
     /// What a pod waits for has changed.
     PodWaiting {
         pod: String,

@@ -386,8 +386,13 @@ impl Core {
             Input::ActionFinished { ticket, result } => self.take_finished(ticket, result, now),
             Input::Progress { ticket, progress } => {
                 self.flights.progress(ticket, now.mono);
-                let rate = self.pulls.entry(progress.image.clone());
-                rate.or_insert_with(|| PullRate::new(now.mono)).take(progress, now.mono);
+                let image = progress.image.clone();
+                let rate = self.pulls.entry(image.clone()).or_insert_with(|| PullRate::new(now.mono));
+                rate.take(progress, now.mono);
+                if rate.is_news() {
+                    let message = pull_message(rate.status());
+                    self.events.normal(format!("Image/{image}"), "Pulling", message);
+                }
                 self.status_stale = true;
             }
             Input::ProbeFinished { ticket, outcome } => {
@@ -759,7 +764,7 @@ impl Core {
         for waits in facts.waiting.values_mut() {
             waits.dedup();
         }
-        facts.pulls = self.pulls.iter().map(|(image, rate)| (image.clone(), rate.to_string())).collect();
+        facts.pulls = self.pulls.iter().map(|(image, rate)| (image.clone(), rate.status().clone())).collect();
         facts.problems = self.problems();
         facts
     }
@@ -964,6 +969,16 @@ fn object(action: &Action) -> String {
         (Action::Pull { image, .. }, None) => format!("Image/{image}"),
         (_, None) => "Host".into(),
     }
+}
+
+fn pull_message(pull: &keel_plan::PullStatus) -> String {
+    let under_way = pull.layers.iter().filter(|layer| layer.state == keel_plan::LayerState::Fetching);
+    let layers = under_way.map(|layer| {
+        let name = layer.digest.rsplit(':').next().unwrap_or_default().chars().take(12).collect::<String>();
+        let left = layer.seconds_left.map(|left| format!(", {left} s left")).unwrap_or_default();
+        format!("; layer {name}: {} of {} bytes{left}", layer.done_bytes, layer.total_bytes)
+    });
+    format!("pulling image {}: {pull}{}", pull.image, layers.collect::<String>())
 }
 
 fn describe(action: &Action) -> String {

@@ -18,4 +18,5 @@ pub mod ports;
 pub use crate::core::{Convergence, Core, Input, Now, Output, Ticket};
 pub use driver::{Ended, Engine, EventSink, Handle, Report, Standing};
 pub use events::{Event, EventKind};
+pub use rate::PullRate;
 pub use settings::Settings;

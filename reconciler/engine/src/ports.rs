@@ -64,15 +64,8 @@ pub enum Next {
 #[error("{0}")]
 pub struct PortError(pub String);
 
-/// Progress of a pull; the only action that is long enough to have any.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Progress {
-    pub image: String,
-    pub done_bytes: u64,
-    pub total_bytes: u64,
-    pub layers_done: u32,
-    pub layers_total: u32,
-}
+/// Progress of a pull; the only action that is long enough to have any. Speeds are added here, a host leaves them out.
+pub use keel_plan::PullStatus as Progress;
 
 #[derive(Clone, Debug, PartialEq)]
 pub struct ProbeRequest {

@@ -1,9 +1,10 @@
 //! Damaged images: put right from what is here, else from their registry, else set aside with the reason.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use keel_registry::{Client, Platform, PullOptions};
-use keel_store::{Depth, LostImage, Report, Store};
+use keel_store::{Depth, Digest, LostImage, Report, Store};
 
 use crate::error::{HostError, chain};
 use crate::images::{DEMO_IMAGE, make_demo_image};
@@ -59,7 +60,34 @@ pub async fn verify_images(
             Err(error) => verified.lost.push(Lost { image: lost, pull: Some(chain(&*error)) }),
         }
     }
+    if repair {
+        for incomplete in incomplete_indexes(store, &verified.report)? {
+            match pull_again(store, registry, &incomplete).await {
+                Ok(()) => verified.pulled.push(incomplete.reference),
+                Err(error) => verified.lost.push(Lost { image: incomplete, pull: Some(chain(&*error)) }),
+            }
+        }
+    }
     Ok(verified)
+}
+
+/// Images that run, but whose index lost something for another platform.
+fn incomplete_indexes(store: &Store, report: &Report) -> Result<Vec<LostImage>, HostError> {
+    let images = store.images().map_err(|error| HostError::Store(Box::new(error)))?;
+    let removed: BTreeSet<Digest> =
+        report.damage.iter().filter(|damage| damage.repaired).map(|damage| damage.digest).collect();
+    let incomplete = images.into_iter().filter_map(|image| {
+        let index = image.index.as_ref()?;
+        let gone = index.digests().find(|digest| removed.contains(digest) && !store.has_blob(digest))?;
+        Some(LostImage {
+            manifest: image.manifest_digest,
+            index: Some(index.digest),
+            pinned: image.pinned,
+            problem: format!("{gone} of its index was damaged"),
+            reference: image.reference,
+        })
+    });
+    Ok(incomplete.collect())
 }
 
 type Failed = Box<dyn std::error::Error + Send + Sync>;
@@ -70,9 +98,14 @@ async fn pull_again(store: &Arc<Store>, registry: &Client, lost: &LostImage) -> 
         let store = store.clone();
         return Ok(tokio::task::spawn_blocking(move || make_demo_image(&store)).await??);
     }
-    let exact = format!("{}@{}", repository(&lost.reference), lost.manifest);
+    let exact = format!("{}@{}", repository(&lost.reference), lost.index.unwrap_or(lost.manifest));
     let known = store.image(&exact)?.is_some();
-    let options = PullOptions { platform: Platform::host(), pinned: lost.pinned, ..PullOptions::default() };
+    let options = PullOptions {
+        platform: Platform::host(),
+        pinned: lost.pinned,
+        all_platforms: lost.index.is_some(),
+        ..PullOptions::default()
+    };
     let image = registry.pull_with(store, &exact, options, Arc::new(|_| {})).await?;
     if image.reference != lost.reference {
         store.tag_image(&image.reference, &lost.reference)?;

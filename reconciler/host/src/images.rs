@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use keel_engine::ports::{Done, Progress};
 use keel_manifest::model::PullPolicy;
-use keel_plan::PullSecret;
+use keel_plan::{LayerState, LayerStatus, PullSecret, PullStatus};
 use keel_registry::{InlineAuth, PullError, PullOptions};
 use keel_store::{ConfigSpec, Content, FileSpec, Image, LayerSpec, Store};
 
@@ -129,13 +129,7 @@ impl RealHost {
         let sink = latest.clone();
         let name = reference.to_string();
         let on_progress = move |progress: keel_registry::PullProgress| {
-            let seen = Progress {
-                image: name.clone(),
-                done_bytes: progress.done_bytes,
-                total_bytes: progress.total_bytes,
-                layers_done: progress.layers_done,
-                layers_total: progress.layers_total,
-            };
+            let seen = pull_status(&name, progress);
             *sink.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = Some(seen);
         };
         let options = PullOptions { auth: logins(secrets), ..PullOptions::default() };
@@ -172,6 +166,33 @@ impl RealHost {
                 source: Box::new(error),
             }),
         }
+    }
+}
+
+/// The client's report in the words of the views, without speeds.
+pub fn pull_status(image: &str, progress: keel_registry::PullProgress) -> PullStatus {
+    let layer = |layer: keel_registry::LayerProgress| LayerStatus {
+        digest: layer.digest.to_string(),
+        state: match layer.state {
+            keel_registry::LayerState::Queued => LayerState::Queued,
+            keel_registry::LayerState::Fetching => LayerState::Fetching,
+            keel_registry::LayerState::Done => LayerState::Done,
+            keel_registry::LayerState::Present => LayerState::Present,
+        },
+        done_bytes: layer.done_bytes,
+        total_bytes: layer.total_bytes,
+        bytes_per_second: None,
+        seconds_left: None,
+    };
+    PullStatus {
+        image: image.to_owned(),
+        done_bytes: progress.done_bytes,
+        total_bytes: progress.total_bytes,
+        layers_done: progress.layers_done,
+        layers_total: progress.layers_total,
+        layers: progress.layers.into_iter().map(layer).collect(),
+        waiting: progress.waiting.map(|waiting| waiting.reason),
+        ..PullStatus::default()
     }
 }
 

@@ -45,7 +45,7 @@ pub use containers::container_runtime;
 pub use error::HostError;
 pub use events::EventLog;
 pub use heal::{Lost, Verified, verify_images};
-pub use images::{DEMO_IMAGE, Registries, client as registry_client, open_store};
+pub use images::{DEMO_IMAGE, Registries, client as registry_client, open_store, pull_status};
 pub use observe::now;
 pub use paths::{DEFAULT_ROOT, DEFAULT_RUN, Paths};
 pub use pods::purge_network;

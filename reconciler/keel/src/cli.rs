@@ -483,11 +483,27 @@ pub(crate) enum Image {
     Pull {
         #[arg(value_name = "IMAGE", required = true)]
         images: Vec<String>,
-        /// json: one event a line
+        /// Keep the images of all platforms, packed, and the index over them: for push and save
+        #[arg(short, long)]
+        all_platforms: bool,
+        /// Also fetch packed layers that were given up for space: push and save need them
+        #[arg(long)]
+        packed: bool,
+        /// json: one event a line, with bytes, speed and time left of each layer
         #[arg(short, long, value_name = "FORM", default_value = "text")]
         output: TextOrJson,
     },
-    /// Send to a registry; blobs that are there already are not sent again
+    /// List what refers to an image in its registry: signatures, lists of contents
+    Referrers {
+        #[arg(value_name = "IMAGE")]
+        image: String,
+        /// Only of this artifact type
+        #[arg(long = "type", value_name = "TYPE")]
+        artifact_type: Option<String>,
+        #[arg(short, long, value_name = "FORM", default_value = "text")]
+        output: TextOrJson,
+    },
+    /// Send to a registry, with all platforms that are kept; blobs that are there already are not sent again
     Push {
         #[arg(value_name = "IMAGE")]
         image: String,
@@ -507,6 +523,8 @@ pub(crate) enum Image {
         no_headers: bool,
     },
     /// Take in an OCI archive, OCI layout directory or docker archive; - is standard input
+    ///
+    /// An index is kept with all its platforms when the archive has them.
     #[command(visible_alias = "load")]
     Import {
         #[arg(value_name = "FILE|DIR|-", required = true, value_hint = ValueHint::AnyPath)]
@@ -548,6 +566,9 @@ pub(crate) enum Image {
         output: PathBuf,
         #[arg(long, value_name = "FORMAT", default_value = "oci-archive")]
         format: SaveAs,
+        /// json: one event a line on standard output
+        #[arg(long, value_name = "FORM", default_value = "text")]
+        progress: TextOrJson,
     },
     /// How an image was built, newest step first
     History {

@@ -7,10 +7,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use keel_api::{ControlError, ControlEvent, ErrorCode, EventSender, ImageRequest, SaveFormat, Status, exit};
+use keel_engine::PullRate;
 use keel_manifest::{Kind, Object};
-use keel_plan::{ContainerStatus, PodStatus};
-use keel_registry::{Client, OnProgress, Platform, PullProgress};
-use keel_store::{Depth, Image, ImportOptions, Roots, Store, Transfer};
+use keel_plan::{ContainerStatus, PodStatus, PullStatus};
+use keel_registry::{Client, OnProgress, PullError, PullOptions, PullProgress};
+use keel_store::{Depth, Digest, Image, ImportOptions, Roots, Store, Transfer};
 use serde_json::{Value, json};
 
 use crate::failure::chain;
@@ -31,7 +32,13 @@ pub(crate) async fn run(
         ));
     }
     let message = match request {
-        ImageRequest::Pull { image } => pull(store, registry, &image, events).await?,
+        ImageRequest::Pull { image, all_platforms, packed } => {
+            let options = PullOptions { all_platforms, packed, ..PullOptions::default() };
+            pull(store, registry, &image, options, events).await?
+        }
+        ImageRequest::Referrers { image, artifact_type } => {
+            referrers(registry, &image, artifact_type.as_deref(), events).await?
+        }
         ImageRequest::Push { image, target } => {
             push(store, registry, &image, target.as_deref().unwrap_or(&image), events).await?
         }
@@ -59,15 +66,40 @@ async fn pull(
     store: &Arc<Store>,
     registry: &Client,
     image: &str,
+    options: PullOptions,
     events: &EventSender,
 ) -> Result<String, ControlError> {
     let reference = keel_store::canonical_reference(image).map_err(|error| invalid(&error))?;
     let report = reporter(&reference, events);
-    let pulled = registry.pull(store, &reference, Platform::host(), report).await.map_err(|error| {
+    let pulled = registry.pull_with(store, &reference, options, report).await.map_err(|error| {
         let refused = ControlError::new(ErrorCode::Internal, chain(&error));
         error.hint().into_iter().fold(refused, ControlError::hint)
     })?;
-    Ok(format!("{} {}", pulled.reference, pulled.manifest_digest))
+    let _ = events.send(ControlEvent::Data { value: summary(&pulled) }).await;
+    Ok(format!("{} {}", pulled.reference, pushed_digest(&pulled)))
+}
+
+/// What its name means in a registry.
+fn pushed_digest(image: &Image) -> Digest {
+    image.index.as_ref().map_or(image.manifest_digest, |index| index.digest)
+}
+
+async fn referrers(
+    registry: &Client,
+    image: &str,
+    artifact_type: Option<&str>,
+    events: &EventSender,
+) -> Result<String, ControlError> {
+    let reference = keel_store::canonical_reference(image).map_err(|error| invalid(&error))?;
+    let found = registry.referrers(&reference, artifact_type, &[]).await.map_err(|error| {
+        let code = match error {
+            PullError::NotFound { .. } => ErrorCode::NotFound,
+            _ => ErrorCode::Internal,
+        };
+        error.hint().into_iter().fold(ControlError::new(code, chain(&error)), ControlError::hint)
+    })?;
+    let _ = events.send(ControlEvent::Data { value: json!(found) }).await;
+    Ok(String::new())
 }
 
 async fn push(
@@ -84,20 +116,20 @@ async fn push(
         let refused = ControlError::new(ErrorCode::Internal, chain(&error));
         error.hint().into_iter().fold(refused, ControlError::hint)
     })?;
+    let value = json!({ "reference": target, "digest": digest });
+    let _ = events.send(ControlEvent::Data { value }).await;
     Ok(format!("{target} {digest}"))
 }
 
 fn reporter(reference: &str, events: &EventSender) -> OnProgress {
-    let (sender, shown) = (events.clone(), reference.to_owned());
+    let (sender, shown, begin) = (events.clone(), reference.to_owned(), Instant::now());
+    let rate = Mutex::new(PullRate::new(0));
     Arc::new(move |progress: PullProgress| {
+        let now_ms = u64::try_from(begin.elapsed().as_millis()).unwrap_or(u64::MAX);
+        let mut rate = rate.lock().unwrap_or_else(PoisonError::into_inner);
+        rate.take(keel_host::pull_status(&shown, progress), now_ms);
         // Progress that finds no room is superseded by the next one.
-        let _ = sender.try_send(ControlEvent::Progress {
-            image: shown.clone(),
-            done_bytes: progress.done_bytes,
-            total_bytes: progress.total_bytes,
-            layers_done: progress.layers_done,
-            layers_total: progress.layers_total,
-        });
+        let _ = sender.try_send(ControlEvent::Progress(rate.status().clone()));
     })
 }
 
@@ -150,7 +182,10 @@ fn blocking(
     events: &EventSender,
 ) -> Result<String, ControlError> {
     match request {
-        ImageRequest::Pull { .. } | ImageRequest::Push { .. } | ImageRequest::Verify { .. } => {
+        ImageRequest::Pull { .. }
+        | ImageRequest::Push { .. }
+        | ImageRequest::Referrers { .. }
+        | ImageRequest::Verify { .. } => {
             Err(ControlError::new(ErrorCode::Internal, "what asks registries is not a blocking operation"))
         }
         ImageRequest::List => {
@@ -183,6 +218,7 @@ fn blocking(
                         "reference": image.reference,
                         "uniqueBytes": image.unique_bytes,
                         "sharedBytes": image.shared_bytes,
+                        "otherPlatformsBytes": image.index_bytes,
                     })).collect::<Vec<_>>(),
                     "layersBytes": usage.layers_bytes,
                     "blobsBytes": usage.blobs_bytes,
@@ -199,6 +235,7 @@ fn blocking(
                 ControlError::new(ErrorCode::Internal, format!("write {}: {error}", path.display()))
             };
             save(store, &images, &path, format, &transfers(events), &fail)?;
+            data(events, json!({ "path": path, "images": images }));
             Ok(format!("saved {} to {}", crate::text::count(images.len(), "image"), path.display()))
         }
         ImageRequest::Prune => {
@@ -221,8 +258,9 @@ fn blocking(
                 )
             })?;
             for image in &images {
-                note(events, format!("imported {} {}", image.reference, image.manifest_digest));
+                note(events, format!("imported {} {}", image.reference, pushed_digest(image)));
             }
+            data(events, images.iter().map(summary).collect());
             Ok(crate::text::count(images.len(), "image"))
         }
     }
@@ -238,13 +276,14 @@ fn transfers(events: &EventSender) -> impl Fn(Transfer) + Sync {
         }
         *told = (Instant::now(), transfer.layers_done);
         // Progress that finds no room is superseded by the next one.
-        let _ = events.try_send(ControlEvent::Progress {
+        let _ = events.try_send(ControlEvent::Progress(PullStatus {
             image: transfer.reference,
             done_bytes: transfer.done_bytes,
             total_bytes: transfer.total_bytes,
             layers_done: transfer.layers_done,
             layers_total: transfer.layers_total,
-        });
+            ..PullStatus::default()
+        }));
     }
 }
 
@@ -321,14 +360,19 @@ pub(crate) fn declared<'a>(objects: impl IntoIterator<Item = &'a Object>) -> BTr
 }
 
 fn summary(image: &Image) -> Value {
-    json!({
+    let mut summary = json!({
         "reference": image.reference,
         "digest": image.manifest_digest.to_string(),
         "sizeBytes": image.size_bytes,
         "layers": image.layers.len(),
         "pulledAtMs": image.pulled_at_ms,
         "pinned": image.pinned,
-    })
+    });
+    if let Some(index) = &image.index {
+        summary["index"] = json!(index.digest);
+        summary["platforms"] = json!(index.platforms());
+    }
+    summary
 }
 
 fn detail(image: &Image) -> Value {
@@ -336,6 +380,9 @@ fn detail(image: &Image) -> Value {
     whole["layers"] = json!(image.layers);
     whole["configDigest"] = json!(image.config_digest.to_string());
     whole["config"] = json!(image.config);
+    if let Some(index) = &image.index {
+        whole["index"] = json!(index);
+    }
     whole
 }
 

@@ -13,6 +13,7 @@ mod lower;
 mod phase;
 mod planner;
 mod preview;
+mod pull;
 mod reason;
 mod status;
 mod time;
@@ -33,6 +34,7 @@ pub use planner::{Plan, Planned, Settings, container_of, plan, pull_secrets};
 #[cfg(test)]
 pub(crate) use preview::follow as preview_follow;
 pub use preview::{mark_refreshed, preview};
+pub use pull::{LayerState, LayerStatus, PullStatus};
 pub use reason::Reason;
 pub use status::{
     Condition, ContainerFacts, ContainerStatus, DeploymentStatus, Facts, PodStatus, State, Status,

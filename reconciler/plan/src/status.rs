@@ -12,6 +12,7 @@ use crate::model::{
     Memory, Millis, Observed, ObservedPod, Origin, Owner, PodId, PodKey, Role, Waiting,
 };
 use crate::phase::{Phase, phase};
+use crate::pull::PullStatus;
 use crate::time::timestamp;
 
 /// Everything there is to see about pods and their owners.
@@ -56,6 +57,9 @@ pub struct PodStatus {
     /// What it waits for, typed.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub waiting: Vec<Waiting>,
+    /// Images of it that are on their way.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub pull: Vec<PullStatus>,
     /// True when the pod is what its manifest says: nothing to do and nothing waited for.
     pub up_to_date: bool,
 }
@@ -146,8 +150,8 @@ pub struct Facts {
     pub waiting: BTreeMap<PodKey, Vec<Waiting>>,
     /// Pods with planned or running actions.
     pub busy: std::collections::BTreeSet<PodKey>,
-    /// Progress of pulls by image, in words.
-    pub pulls: BTreeMap<String, String>,
+    /// Pulls under way, by image.
+    pub pulls: BTreeMap<String, PullStatus>,
     pub problems: Vec<String>,
 }
 
@@ -301,6 +305,18 @@ struct PodView<'a> {
 }
 
 impl PodView<'_> {
+    /// Each image once, in the order of the containers.
+    fn pulls(&self, pod: Option<&Arc<DesiredPod>>) -> Vec<PullStatus> {
+        let images = pod.into_iter().flat_map(|pod| &pod.containers).map(|container| &container.image);
+        let mut pulls: Vec<PullStatus> = Vec::new();
+        for pull in images.filter_map(|image| self.facts.pulls.get(image)) {
+            if pulls.iter().all(|other| other.image != pull.image) {
+                pulls.push(pull.clone());
+            }
+        }
+        pulls
+    }
+
     fn status(&self) -> PodStatus {
         let wanted = self.desired.pods.get(self.key);
         let seen = self.observed.pods.get(self.key);
@@ -347,6 +363,7 @@ impl PodView<'_> {
             start_time: seen.map(|seen| seen.created_at),
             init_container_statuses: init,
             container_statuses: main,
+            pull: self.pulls(pod),
             up_to_date: declared && waiting.is_empty() && !self.facts.busy.contains(self.key),
             waiting,
         }
@@ -442,7 +459,7 @@ impl PodView<'_> {
         match found {
             Some(Waiting::ImagePull { image }) => State::Waiting {
                 reason: "Pulling".into(),
-                message: self.facts.pulls.get(image).cloned().unwrap_or_default(),
+                message: self.facts.pulls.get(image).map(PullStatus::to_string).unwrap_or_default(),
             },
             Some(waiting) => State::Waiting { reason: waiting.reason().into(), message: waiting.message() },
             None if seen.is_some() || container.role == Role::Main => {

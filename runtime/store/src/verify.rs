@@ -35,6 +35,8 @@ pub struct LostImage {
     pub reference: String,
     /// What has to be pulled to have the same image again.
     pub manifest: Digest,
+    /// The index that was kept with it.
+    pub index: Option<Digest>,
     pub pinned: bool,
     pub problem: String,
 }
@@ -203,6 +205,7 @@ impl LostImage {
         LostImage {
             pinned: record.pinned,
             manifest: record.manifest.digest,
+            index: record.index.map(|index| index.digest),
             reference: record.reference,
             problem,
         }

@@ -14,7 +14,7 @@ use crate::cli::{Apply, Plan, TextOrJson};
 use crate::context::Context;
 use crate::failure::{Failure, Outcome};
 use crate::input::Input;
-use crate::render::progress::{Amount, Progress};
+use crate::render::progress::Progress;
 use crate::render::report;
 use crate::term::Term;
 
@@ -270,15 +270,7 @@ impl Reporter {
                 self.progress.aside(|| say_diagnostics(self.term, diagnostics));
             }
             ControlEvent::Note { message } => self.progress.aside(|| self.term.note(&format!("{message}\n"))),
-            ControlEvent::Progress { image, done_bytes, total_bytes, layers_done, layers_total } => {
-                let amount = Amount {
-                    done_bytes: *done_bytes,
-                    total_bytes: *total_bytes,
-                    layers_done: *layers_done,
-                    layers_total: *layers_total,
-                };
-                self.progress.update(image, amount);
-            }
+            ControlEvent::Progress(pull) => self.progress.update(pull),
             _ => {
                 if let ControlEvent::ActionFinished { object, .. } = event {
                     self.progress.finish(object.strip_prefix("image/").unwrap_or(object));

@@ -20,17 +20,29 @@ const SHORT_DIGEST: usize = "sha256:".len() + 12;
 
 pub(crate) fn image(context: &Context, command: &Image) -> Outcome {
     match command {
-        Image::Pull { images, output } => {
-            each(images, |image| act(context, *output, ImageRequest::Pull { image: image.clone() }).map(drop))
+        Image::Pull { images, all_platforms, packed, output } => each(context, images, "pulled", |image| {
+            let (all_platforms, packed) = (*all_platforms, *packed);
+            let request = ImageRequest::Pull { image: image.clone(), all_platforms, packed };
+            act(context, *output, request).map(drop)
+        }),
+        Image::Referrers { image, artifact_type, output } => {
+            let (image, artifact_type) = (image.clone(), artifact_type.clone());
+            let found = ask(context, ImageRequest::Referrers { image, artifact_type })?;
+            Ok(context.term.print(&match output {
+                TextOrJson::Json => as_data(Form::Json, &found),
+                TextOrJson::Text => render_referrers(&found),
+            })?)
         }
         Image::Push { image, target, output } => {
             let request = ImageRequest::Push { image: image.clone(), target: target.clone() };
             act(context, *output, request).map(drop)
         }
-        Image::Import { files, output } => each(files, |file| import(context, *output, file)),
+        Image::Import { files, output } => {
+            each(context, files, "imported", |file| import(context, *output, file))
+        }
         Image::Rm { images, force, ignore_not_found, output } => {
             let request = |image: &String| ImageRequest::Remove { image: image.clone(), force: *force };
-            each(images, |image| match act(context, *output, request(image)) {
+            each(context, images, "removed", |image| match act(context, *output, request(image)) {
                 Err(failure) if failure.code == exit::NOT_FOUND && *ignore_not_found => Ok(()),
                 other => other.map(drop),
             })
@@ -39,7 +51,7 @@ pub(crate) fn image(context: &Context, command: &Image) -> Outcome {
             let (image, reference) = (image.clone(), reference.clone());
             act(context, *output, ImageRequest::Tag { image, reference }).map(drop)
         }
-        Image::Save { images, output, format } => save(context, images, output, *format),
+        Image::Save { images, output, format, progress } => save(context, images, output, *format, *progress),
         Image::History { image, output } => {
             let found = ask(context, ImageRequest::Inspect { image: image.clone() })?;
             let steps = history(&found);
@@ -80,15 +92,38 @@ pub(crate) fn image(context: &Context, command: &Image) -> Outcome {
             };
             Ok(context.term.print(&text)?)
         }
-        Image::Inspect { images, output } => each(images, |image| {
+        Image::Inspect { images, output } => each(context, images, "found", |image| {
             let found = ask(context, ImageRequest::Inspect { image: image.clone() })?;
             Ok(context.term.print(&as_data(*output, &found))?)
         }),
     }
 }
 
-fn each<T>(items: &[T], run: impl FnMut(&T) -> Outcome) -> Outcome {
-    items.iter().try_for_each(run)
+/// One that fails keeps no other from its turn.
+fn each<T>(context: &Context, items: &[T], done: &str, mut run: impl FnMut(&T) -> Outcome) -> Outcome {
+    if let [one] = items {
+        return run(one);
+    }
+    let mut codes = Vec::new();
+    for item in items {
+        match run(item) {
+            Ok(()) => {}
+            // Nobody reads, or nobody answers: the others would fare no better.
+            Err(failure) if matches!(failure.code, exit::DONE | exit::UNAVAILABLE) => return Err(failure),
+            Err(failure) => {
+                codes.push(failure.code);
+                context.term.say(&failure.render(context.term.color_err));
+            }
+        }
+    }
+    let good = items.len() - codes.len();
+    match codes.first() {
+        None => Ok(()),
+        Some(first) => {
+            let code = if good > 0 { exit::PARTIAL } else { *first };
+            Err(Failure::new(code, format!("{good} of {} {done}", items.len())))
+        }
+    }
 }
 
 /// What the operation gave back.
@@ -101,6 +136,7 @@ fn act(context: &Context, form: TextOrJson, request: ImageRequest) -> Outcome<Op
     let doing = match &request {
         ImageRequest::Push { .. } => "pushing",
         ImageRequest::Import { .. } => "importing",
+        ImageRequest::Save { .. } => "saving",
         _ => "pulling",
     };
     let mut reporter = Reporter::new(context.term, form, false).doing(doing);
@@ -130,7 +166,13 @@ fn import(context: &Context, form: TextOrJson, file: &Path) -> Outcome {
         .map(drop)
 }
 
-fn save(context: &Context, images: &[String], output: &Path, format: SaveAs) -> Outcome {
+fn save(
+    context: &Context,
+    images: &[String],
+    output: &Path,
+    format: SaveAs,
+    progress: TextOrJson,
+) -> Outcome {
     let format = match format {
         SaveAs::OciArchive => SaveFormat::OciArchive,
         SaveAs::OciDir => SaveFormat::OciDirectory,
@@ -140,7 +182,10 @@ fn save(context: &Context, images: &[String], output: &Path, format: SaveAs) -> 
     if output != Path::new("-") {
         let path = std::path::absolute(output)
             .map_err(|error| Failure::io("write", output.display(), &error).code(exit::INVALID))?;
-        return act(context, TextOrJson::Text, ImageRequest::Save { images, path, format }).map(drop);
+        return act(context, progress, ImageRequest::Save { images, path, format }).map(drop);
+    }
+    if progress == TextOrJson::Json {
+        return Err(Failure::new(exit::INVALID, "standard output cannot have both the archive and events"));
     }
     if format == SaveFormat::OciDirectory {
         return Err(Failure::new(exit::INVALID, "a directory cannot be written to standard output"));
@@ -219,13 +264,23 @@ fn render_history(steps: &[Value]) -> String {
     table.render(0)
 }
 
+fn render_referrers(found: &Value) -> String {
+    let mut table = Table::with_header(&["DIGEST", "TYPE", "SIZE"], true);
+    for entry in found["referrers"].as_array().into_iter().flatten() {
+        let kind = text(entry, "artifactType");
+        let kind = if kind.is_empty() { text(entry, "mediaType") } else { kind };
+        let bytes = size(entry["size"].as_u64().unwrap_or_default());
+        table.row(vec![text(entry, "digest").to_owned(), kind.to_owned(), bytes]);
+    }
+    table.render(0)
+}
+
 fn render_usage(usage: &Value) -> String {
     let number = |value: &Value, field: &str| size(value[field].as_u64().unwrap_or_default());
-    let mut table = Table::with_header(&["IMAGE", "OWN", "SHARED"], true);
+    let mut table = Table::with_header(&["IMAGE", "OWN", "SHARED", "OTHER PLATFORMS"], true);
     for image in usage["images"].as_array().into_iter().flatten() {
-        let row =
-            [text(image, "reference").to_owned(), number(image, "uniqueBytes"), number(image, "sharedBytes")];
-        table.row(row.to_vec());
+        let sizes = ["uniqueBytes", "sharedBytes", "otherPlatformsBytes"].map(|field| number(image, field));
+        table.row([text(image, "reference").to_owned()].into_iter().chain(sizes).collect());
     }
     format!(
         "{}\nunpacked layers {}, blobs {}, unfinished {}\n",
@@ -239,7 +294,7 @@ fn render_usage(usage: &Value) -> String {
 fn render_images(images: &[Value], headers: bool, wide: bool, now: u64) -> String {
     let mut names = vec!["IMAGE", "DIGEST", "SIZE", "AGE"];
     if wide {
-        names.extend(["LAYERS", "PINNED"]);
+        names.extend(["LAYERS", "PINNED", "PLATFORMS"]);
     }
     let mut table = Table::with_header(&names, headers);
     for image in images {
@@ -256,6 +311,7 @@ fn render_images(images: &[Value], headers: bool, wide: bool, now: u64) -> Strin
             row.extend([
                 number("layers").to_string(),
                 image["pinned"].as_bool().unwrap_or(false).to_string(),
+                image["platforms"].as_array().map_or(1, Vec::len).to_string(),
             ]);
         }
         table.row(row);

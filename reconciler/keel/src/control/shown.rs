@@ -79,13 +79,7 @@ impl Shown {
                 Some(ControlEvent::ActionFinished { verb: verb.into(), object, duration_ms, error })
             }
             Report::Progress(progress) if self.images.contains(&progress.image) => {
-                Some(ControlEvent::Progress {
-                    image: progress.image,
-                    done_bytes: progress.done_bytes,
-                    total_bytes: progress.total_bytes,
-                    layers_done: progress.layers_done,
-                    layers_total: progress.layers_total,
-                })
+                Some(ControlEvent::Progress(progress))
             }
             _ => None,
         }

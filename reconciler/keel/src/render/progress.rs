@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 
+use keel_plan::PullStatus;
+
 use crate::term::Term;
 use crate::text::size;
 
@@ -11,14 +13,6 @@ use crate::text::size;
 const REDRAWS: u8 = 10;
 /// Without a terminal a pull says a line whenever this much of it is done.
 const STEP_PERCENT: u64 = 25;
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Amount {
-    pub(crate) done_bytes: u64,
-    pub(crate) total_bytes: u64,
-    pub(crate) layers_done: u32,
-    pub(crate) layers_total: u32,
-}
 
 /// Shows any number of pulls at once.
 pub(crate) struct Progress {
@@ -49,7 +43,8 @@ impl Progress {
         }
     }
 
-    pub(crate) fn update(&mut self, image: &str, amount: Amount) {
+    pub(crate) fn update(&mut self, amount: &PullStatus) {
+        let image = amount.image.as_str();
         let pull = self
             .pulls
             .entry(image.to_owned())
@@ -64,7 +59,7 @@ impl Progress {
         let step = percent - percent % STEP_PERCENT;
         if step > pull.said_percent {
             pull.said_percent = step;
-            self.term.note(&render_line(self.word, image, amount));
+            self.term.note(&render_line(self.word, amount));
         }
     }
 
@@ -96,14 +91,15 @@ fn bar(image: &str) -> ProgressBar {
     ProgressBar::new(0).with_style(style).with_prefix(image.to_owned())
 }
 
-fn layers(amount: Amount) -> String {
+fn layers(amount: &PullStatus) -> String {
     match amount.layers_total {
         0 => String::new(),
         total => format!("{}/{total} layers", amount.layers_done),
     }
 }
 
-pub(crate) fn render_line(word: &str, image: &str, amount: Amount) -> String {
+pub(crate) fn render_line(word: &str, amount: &PullStatus) -> String {
+    let image = &amount.image;
     let percent = (amount.done_bytes * 100).checked_div(amount.total_bytes).unwrap_or(0);
     let (done, total) = (size(amount.done_bytes), size(amount.total_bytes));
     format!("{word} {image}: {percent}% ({done} of {total}, {})\n", layers(amount))
@@ -115,10 +111,14 @@ mod tests {
 
     #[test]
     fn plain_progress_is_one_line() {
-        let amount = Amount { done_bytes: 512, total_bytes: 2048, layers_done: 1, layers_total: 3 };
-        assert_eq!(
-            render_line("pulling", "x:1", amount),
-            "pulling x:1: 25% (512 B of 2.0 KiB, 1/3 layers)\n"
-        );
+        let amount = PullStatus {
+            image: "x:1".into(),
+            done_bytes: 512,
+            total_bytes: 2048,
+            layers_done: 1,
+            layers_total: 3,
+            ..PullStatus::default()
+        };
+        assert_eq!(render_line("pulling", &amount), "pulling x:1: 25% (512 B of 2.0 KiB, 1/3 layers)\n");
     }
 }
