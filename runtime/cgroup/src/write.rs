@@ -199,8 +199,9 @@ fn rdma(r: &Resources, out: &mut Vec<Setting>) {
     }
 }
 
+/// 0 is a limit too. systemd knows none below 1, and for a container, whose process is there already, it is the same.
 fn pids_limit(limit: i64) -> String {
-    if limit <= 0 { "max".to_owned() } else { limit.to_string() }
+    if limit < 0 { "max".to_owned() } else { limit.max(1).to_string() }
 }
 
 fn max_or(value: i64) -> String {

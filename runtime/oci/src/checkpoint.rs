@@ -165,6 +165,7 @@ impl Runtime {
         let request = Request {
             id: options.id.clone(),
             rootfs: rootfs.to_string_lossy().into_owned(),
+            bundle: bundle.to_string_lossy().into_owned(),
             cgroup: cgroup_path.clone(),
             ..Request::default()
         };

@@ -11,6 +11,7 @@ use keel_sys::{cred, errno, process, seccomp, socket, tty};
 use std::ffi::{CStr, c_char};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::time::{Duration, Instant};
 
 /// Descriptors that the parent opened for the child.
 #[derive(Default)]
@@ -42,6 +43,7 @@ pub(crate) enum Word {
     WantHooks = 3,
     Ready = 4,
     WantCgroup = 5,
+    WantSource = 6,
 }
 
 /// Size of one message: word, operation, step, errno, detail.
@@ -70,6 +72,7 @@ pub(crate) fn decode(bytes: &[u8]) -> Option<(Word, u32, Failure)> {
         3 => Word::WantHooks,
         4 => Word::Ready,
         5 => Word::WantCgroup,
+        6 => Word::WantSource,
         _ => return None,
     };
     let failure =
@@ -83,6 +86,36 @@ pub(crate) struct StateText {
     pub(crate) after_pid: Vec<u8>,
     /// For the seccomp listener: the process's pid, as the runtime sees it, goes between the parts.
     pub(crate) notify: Vec<Vec<u8>>,
+}
+
+/// Room after the record: for the operation's description and what a hook said.
+pub(crate) const TEXT_BYTES: usize = 1024;
+/// As much as is kept of what a hook writes to its standard error; the last lines tell why it failed.
+const SAID_BYTES: usize = 400;
+
+/// The end of what a hook wrote.
+pub(crate) struct Said {
+    bytes: [u8; SAID_BYTES],
+    len: usize,
+}
+
+impl Said {
+    pub(crate) fn new() -> Said {
+        Said { bytes: [0; SAID_BYTES], len: 0 }
+    }
+
+    pub(crate) fn text(&self) -> &[u8] {
+        self.bytes[..self.len].trim_ascii()
+    }
+
+    fn add(&mut self, more: &[u8]) {
+        let more = &more[more.len().saturating_sub(SAID_BYTES)..];
+        let over = (self.len + more.len()).saturating_sub(SAID_BYTES);
+        self.bytes.copy_within(over..self.len, 0);
+        self.len -= over;
+        self.bytes[self.len..self.len + more.len()].copy_from_slice(more);
+        self.len += more.len();
+    }
 }
 
 type Done = Result<(), Failure>;
@@ -101,6 +134,10 @@ fn fail(step: Step, errno: i32) -> Failure {
     Failure { step, errno, detail: 0 }
 }
 
+/// More CPUs than any kernel is built for: what a cgroup does not allow is masked out by the kernel, and comes back when
+/// the cgroup's set grows.
+static ALL_CPUS: [u64; 1024] = [u64::MAX; 1024];
+
 /// Longest path that the child puts together on its stack.
 const PATH_BYTES: usize = 4096;
 
@@ -116,8 +153,11 @@ struct Machine<'a> {
     starter: Option<OwnedFd>,
     home: [u8; PATH_BYTES],
     listen_pid: [u8; 24],
+    said: Said,
     /// This process in the runtime's own pid namespace.
     host_pid: i64,
+    /// Of the operation at hand.
+    index: usize,
     executable: [u8; PATH_BYTES],
 }
 
@@ -133,7 +173,9 @@ pub(crate) fn run(ops: &[Op], texts: &[Vec<u8>], fds: &Fds, state: &StateText) -
         starter: None,
         home: [0; PATH_BYTES],
         listen_pid: [0; 24],
+        said: Said::new(),
         host_pid: 0,
+        index: 0,
         executable: [0; PATH_BYTES],
     };
     process::reset_signals();
@@ -146,6 +188,7 @@ pub(crate) fn run(ops: &[Op], texts: &[Vec<u8>], fds: &Fds, state: &StateText) -
         machine.host_pid = host_pid();
     }
     for (index, op) in ops.iter().enumerate() {
+        machine.index = index;
         if let Err(failure) = machine.step(op) {
             machine.report(index, failure, texts.get(index));
             process::exit_now(1);
@@ -157,19 +200,31 @@ pub(crate) fn run(ops: &[Op], texts: &[Vec<u8>], fds: &Fds, state: &StateText) -
 impl Machine<'_> {
     fn report(&self, index: usize, failure: Failure, text: Option<&Vec<u8>>) {
         let record = encode(Word::Failed, index as u32, failure);
-        let Some(starter) = &self.starter else {
-            if let Some(sync) = &self.fds.sync {
-                let _ = socket::send(sync, &record);
-            }
-            return;
+        // Record, text, NUL and what a hook said in one message, on the stack.
+        let mut message = [0u8; MESSAGE_BYTES + TEXT_BYTES];
+        let mut len = 0;
+        let mut add = |part: &[u8]| {
+            let fits = part.len().min(message.len() - len);
+            message[len..len + fits].copy_from_slice(&part[..fits]);
+            len += fits;
         };
-        // Record and text in one message, on the stack.
-        let mut message = [0u8; MESSAGE_BYTES + 512];
-        message[..MESSAGE_BYTES].copy_from_slice(&record);
-        let text = text.map_or(&[][..], |t| t.as_slice());
-        let len = text.len().min(512);
-        message[MESSAGE_BYTES..MESSAGE_BYTES + len].copy_from_slice(&text[..len]);
-        let _ = socket::send(starter, &message[..MESSAGE_BYTES + len]);
+        add(&record);
+        let receiver = match &self.starter {
+            Some(starter) => {
+                let text = text.map_or(&[][..], |t| t.as_slice());
+                add(&text[..text.len().min(TEXT_BYTES - SAID_BYTES - 1)]);
+                starter
+            }
+            None => match &self.fds.sync {
+                Some(sync) => sync,
+                None => return,
+            },
+        };
+        if failure.step == Step::ExitCode {
+            add(b"\0");
+            add(self.said.text());
+        }
+        let _ = socket::send(receiver, &message[..len]);
     }
 
     /// Tells the parent a word and waits for its answer.
@@ -181,6 +236,18 @@ impl Machine<'_> {
             // The parent has gone or refuses; it knows why.
             0 => process::exit_now(1),
             _ => Ok(()),
+        }
+    }
+
+    /// Lets the parent clone the mount that the present operation begins with.
+    fn ask_for_source(&self) -> Result<OwnedFd, Failure> {
+        let sync = self.fds.sync.as_ref().ok_or(fail(Step::Whole, libc::EBADF))?;
+        socket::send(sync, &encode(Word::WantSource, self.index as u32, fail(Step::Whole, 0)))
+            .at(Step::Send)?;
+        match socket::recv_fd(sync, &mut [0u8; 4]).at(Step::OpenSource)? {
+            (_, Some(tree)) => Ok(tree),
+            // The parent has gone or refuses; it knows why.
+            _ => process::exit_now(1),
         }
     }
 
@@ -253,7 +320,13 @@ impl Machine<'_> {
                 self.console(*bind, tty::Size { rows: *rows, columns: *columns }, *uid, *gid)
             }
             Op::RuntimeHooks => self.ask(Word::WantHooks),
-            Op::Hook { program, .. } => run_hook(program, self.state, process::getpid()),
+            Op::Hook { program, .. } => {
+                if let Some(uid) = program.home_of {
+                    home(uid, &mut self.home);
+                    program.env.fill_spare(self.home.as_ptr().cast());
+                }
+                run_hook(program, self.state, process::getpid(), &mut self.said)
+            }
             Op::Mask { path, label } => self.mask(path.as_c_str(), label.as_deref()),
             Op::ReadOnly { path } => self.read_only(path.as_c_str()),
             Op::ReadOnlyRoot => {
@@ -261,7 +334,7 @@ impl Machine<'_> {
                 mount::set_attr(self.root()?, &attr, false).at(Step::SetAttr)
             }
             Op::PivotRoot => self.pivot_root(),
-            Op::MoveRoot => self.move_root(),
+            Op::MoveRoot { path } => self.move_root(path),
             Op::ChangeRoot => {
                 file::fchdir(self.root()?).at(Step::Open)?;
                 mount::chroot(c".").at(Step::Whole)?;
@@ -282,6 +355,11 @@ impl Machine<'_> {
             Op::Scheduler { attr } => process::sched_setattr(attr).at(Step::Whole),
             Op::MemoryPolicy { mode, nodes } => process::set_mempolicy(*mode, nodes).at(Step::Whole),
             Op::Affinity { mask } => process::set_affinity(mask).at(Step::Whole),
+            Op::ResetAffinity => {
+                // A sandbox that forbids it leaves the runtime's CPUs, which is what there was without this.
+                let _ = process::set_affinity(&ALL_CPUS);
+                Ok(())
+            }
             Op::Personality { value } => process::personality(*value).at(Step::Whole),
             Op::ExecLabel { file, label } => self.write_self(file, label.as_bytes()),
             Op::OwnStdio { uid } => {
@@ -424,12 +502,7 @@ impl Machine<'_> {
         if directory {
             make_dirs(self.root()?, path, 0o755)?;
         } else {
-            let (parent, name) = split(path);
-            let parent = make_dirs_bytes(self.root()?, parent, 0o755)?;
-            with_c_str(name, |name| {
-                let flags = libc::O_CREAT | libc::O_EXCL | libc::O_NOFOLLOW | libc::O_WRONLY;
-                file::openat(&parent, name, flags, 0o755).map(drop).at(Step::OpenTarget)
-            })?;
+            make_file(self.root()?, path.to_bytes(), LINKS)?;
         }
         open_in(self.root()?, path, target.real)
     }
@@ -446,19 +519,26 @@ impl Machine<'_> {
             propagate_tree,
             only_procfs,
             idmap,
+            outside,
         } = op
         else {
             return Ok(());
         };
-        let tree = mount::clone_tree(file::cwd(), source, *recursive, *follow).at(Step::OpenSource)?;
+        let cloned = match outside {
+            true => Err(io::Error::from_raw_os_error(libc::EACCES)),
+            false => mount::clone_tree(file::cwd(), source, *recursive, *follow),
+        };
+        let (tree, mapped) = match cloned {
+            // What the root of a user namespace may not reach, whoever made the container may.
+            Err(e) if errno(&e) == libc::EACCES => (self.ask_for_source()?, true),
+            other => (other.at(Step::OpenSource)?, false),
+        };
         if *only_procfs && file::fs_type(&tree).at(Step::Verify)? != file::PROC_SUPER_MAGIC {
             return Err(fail(Step::Verify, libc::EINVAL));
         }
-        if let Some((slot, recursive)) = idmap {
-            let userns = self.fds.idmaps.get(*slot).ok_or(fail(Step::SetAttr, libc::EBADF))?;
-            let attr =
-                Attr { set: mount::ATTR_IDMAP, userns_fd: userns.as_raw_fd() as u64, ..Attr::default() };
-            mount::set_attr(&tree, &attr, *recursive).at(Step::SetAttr)?;
+        if let Some((slot, recursive)) = idmap.filter(|_| !mapped) {
+            let userns = self.fds.idmaps.get(slot).ok_or(fail(Step::SetAttr, libc::EBADF))?;
+            mount::set_attr(&tree, &Attr::idmap(userns), recursive).at(Step::SetAttr)?;
         }
         set_attributes(&tree, attr, false)?;
         set_attributes(&tree, tree_attr, true)?;
@@ -612,11 +692,68 @@ impl Machine<'_> {
         file::chdir(c"/").at(Step::Whole)
     }
 
-    fn move_root(&self) -> Done {
+    fn move_root(&self, root: &CStr) -> Done {
+        // The mount that a detachment happens on must not pass it on to its peers outside.
+        self.each_other_mount(root, |place, _| {
+            let attr = Attr { propagation: libc::MS_SLAVE, ..Attr::default() };
+            match mount::set_attr_at(file::cwd(), place, &attr, false) {
+                // Below one that is covered by another.
+                Err(e) if matches!(errno(&e), libc::EINVAL | libc::ENOENT | libc::ENOTDIR) => Ok(()),
+                other => other.at(Step::SetPropagation),
+            }
+        })?;
+        self.each_other_mount(root, |place, kind| {
+            if is_above(place.to_bytes(), root.to_bytes()) {
+                return Ok(());
+            }
+            match mount::umount(place, libc::MNT_DETACH) {
+                // Gone with one above it, or covered by it.
+                Ok(()) => Ok(()),
+                Err(e) if matches!(errno(&e), libc::ENOENT | libc::ENOTDIR) => Ok(()),
+                // In a user namespace what the host mounted stays; what shows the host is covered.
+                Err(_) if matches!(kind, b"proc" | b"sysfs") => {
+                    let cover =
+                        mount::fsopen(c"tmpfs").and_then(|fs| mount::fsmount(&fs, mount::ATTR_RDONLY));
+                    let over = file::openat(file::cwd(), place, libc::O_PATH | libc::O_DIRECTORY, 0);
+                    mount::attach(&cover.at(Step::Create)?, &over.at(Step::OpenTarget)?).at(Step::Attach)
+                }
+                Err(_) => Ok(()),
+            }
+        })?;
         file::fchdir(self.root()?).at(Step::Open)?;
         mount::mount(c".", c"/", c"", libc::MS_MOVE, None).at(Step::Attach)?;
         mount::chroot(c".").at(Step::Whole)?;
         file::chdir(c"/").at(Step::Whole)
+    }
+
+    /// Calls with place and type of every mount that is not within the container's root.
+    fn each_other_mount(&self, root: &CStr, mut call: impl FnMut(&CStr, &[u8]) -> Done) -> Done {
+        let procfs = self.procfs.as_ref().ok_or(fail(Step::Open, libc::EBADF))?;
+        let list = file::openat(procfs, c"self/mountinfo", libc::O_RDONLY, 0).at(Step::Open)?;
+        let mut text = [0u8; 4 * PATH_BYTES];
+        let mut have = 0;
+        loop {
+            let n = file::read(&list, &mut text[have..]).at(Step::Open)?;
+            have += n;
+            let mut start = 0;
+            while let Some(end) = text[start..have].iter().position(|b| *b == b'\n') {
+                let mut place = [0u8; PATH_BYTES];
+                let (place, kind) = mount_line(&text[start..start + end], &mut place)
+                    .ok_or(fail(Step::Verify, libc::EINVAL))?;
+                if !is_above(root.to_bytes(), place.to_bytes()) {
+                    call(place, kind)?;
+                }
+                start += end + 1;
+            }
+            if n == 0 {
+                return Ok(());
+            }
+            text.copy_within(start..have, 0);
+            have -= start;
+            if have == text.len() {
+                return Err(fail(Step::Verify, libc::ENAMETOOLONG));
+            }
+        }
     }
 
     // --- terminal -----------------------------------------------------------------------------------------------
@@ -803,20 +940,80 @@ fn make_dirs(root: BorrowedFd<'_>, path: &CStr, mode: u32) -> Result<OwnedFd, Fa
     make_dirs_bytes(root, path.to_bytes(), mode)
 }
 
+/// As many links as the kernel follows.
+const LINKS: u32 = 40;
+
+/// Makes an empty file below the root, and the directories on the way. A link that leads nowhere is followed: what it
+/// names is made.
+fn make_file(root: BorrowedFd<'_>, path: &[u8], links: u32) -> Done {
+    let (dir, name) = split_bytes(path);
+    let parent = make_dirs_within(root, dir, 0o755, links)?;
+    let made = with_c_str(name, |name| {
+        let flags = libc::O_CREAT | libc::O_EXCL | libc::O_NOFOLLOW | libc::O_WRONLY;
+        Ok(file::openat(&parent, name, flags, 0o755).map(drop))
+    })?;
+    match made {
+        Err(e) if errno(&e) == libc::EEXIST => {
+            let mut buffer = [0u8; PATH_BYTES];
+            match followed(&parent, dir, name, &mut buffer)? {
+                Some(path) if links > 0 => make_file(root, path, links - 1),
+                Some(_) => Err(fail(Step::OpenTarget, libc::ELOOP)),
+                None => Ok(()),
+            }
+        }
+        other => other.at(Step::OpenTarget),
+    }
+}
+
+/// Where the link `dir/name` leads, as a path below the root; `None` when it is no link.
+fn followed<'b>(
+    parent: &OwnedFd,
+    dir: &[u8],
+    name: &[u8],
+    buffer: &'b mut [u8; PATH_BYTES],
+) -> Result<Option<&'b [u8]>, Failure> {
+    let mut link = [0u8; PATH_BYTES];
+    let read = with_c_str(name, |name| Ok(file::readlinkat(parent, name, &mut link).map(|l| l.len())))?;
+    let len = match read {
+        Err(e) if errno(&e) == libc::EINVAL => return Ok(None),
+        other => other.at(Step::OpenTarget)?,
+    };
+    let link = &link[..len];
+    let from = if link.first() == Some(&b'/') { &[][..] } else { dir };
+    let path = join(from, link, buffer).ok_or(fail(Step::OpenTarget, libc::ENAMETOOLONG))?;
+    Ok(Some(path.to_bytes()))
+}
+
 /// Opens a directory below the root, making what is missing. Each existing part is resolved within the root, each new
 /// one is made in the directory just opened, so a link exchanged meanwhile can never lead outside.
 fn make_dirs_bytes(root: BorrowedFd<'_>, path: &[u8], mode: u32) -> Result<OwnedFd, Failure> {
+    make_dirs_within(root, path, mode, LINKS)
+}
+
+fn make_dirs_within(root: BorrowedFd<'_>, path: &[u8], mode: u32, links: u32) -> Result<OwnedFd, Failure> {
+    let path = path.strip_suffix(b"/").unwrap_or(path);
     match open_bytes_in(root, path, false) {
         Err(f) if f.errno == libc::ENOENT => {}
         other => return other,
     }
-    let (parent, name) = split_bytes(path);
-    let parent = make_dirs_bytes(root, parent, mode)?;
-    with_c_str(name, |name| {
-        match file::mkdirat(&parent, name, mode) {
-            Err(e) if errno(&e) == libc::EEXIST => {}
-            other => other.at(Step::OpenTarget)?,
+    let (dir, name) = split_bytes(path);
+    let parent = make_dirs_within(root, dir, mode, links)?;
+    if matches!(name, b"" | b"." | b"..") {
+        return open_bytes_in(root, path, false);
+    }
+    let made = with_c_str(name, |name| Ok(file::mkdirat(&parent, name, mode)))?;
+    match made {
+        Err(e) if errno(&e) == libc::EEXIST => {
+            let mut buffer = [0u8; PATH_BYTES];
+            match followed(&parent, dir, name, &mut buffer)? {
+                Some(path) if links > 0 => return make_dirs_within(root, path, mode, links - 1),
+                Some(_) => return Err(fail(Step::OpenTarget, libc::ELOOP)),
+                None => {}
+            }
         }
+        other => other.at(Step::OpenTarget)?,
+    }
+    with_c_str(name, |name| {
         let flags = libc::O_PATH | libc::O_DIRECTORY | libc::O_NOFOLLOW;
         file::openat(&parent, name, flags, 0).at(Step::OpenTarget)
     })
@@ -858,6 +1055,34 @@ fn join<'b>(dir: &[u8], name: &[u8], buffer: &'b mut [u8; PATH_BYTES]) -> Option
     buffer[dir.len() + 1..len].copy_from_slice(name);
     buffer[len] = 0;
     CStr::from_bytes_until_nul(buffer).ok()
+}
+
+/// Whether a path is the other or leads to it.
+fn is_above(path: &[u8], other: &[u8]) -> bool {
+    let path = path.strip_suffix(b"/").unwrap_or(path);
+    other.strip_prefix(path).is_some_and(|rest| rest.is_empty() || rest[0] == b'/')
+}
+
+/// Place and type of a line of mountinfo; the kernel writes blanks within the place as octal numbers.
+fn mount_line<'a>(line: &'a [u8], place: &'a mut [u8; PATH_BYTES]) -> Option<(&'a CStr, &'a [u8])> {
+    let mut fields = line.split(|b| *b == b' ');
+    let mut written = fields.nth(4)?;
+    let kind = fields.skip_while(|f| *f != b"-").nth(1)?;
+    let mut len = 0;
+    while let Some((&first, rest)) = written.split_first() {
+        let octal = |b: u8| (b'0'..=b'7').contains(&b).then(|| b - b'0');
+        let (byte, rest) = match (first, rest) {
+            (b'\\', [a, b, c, rest @ ..]) => {
+                (octal(*a)?.checked_mul(64)? + octal(*b)? * 8 + octal(*c)?, rest)
+            }
+            _ => (first, rest),
+        };
+        *place.get_mut(len)? = byte;
+        written = rest;
+        len += 1;
+    }
+    *place.get_mut(len)? = 0;
+    Some((CStr::from_bytes_until_nul(&place[..]).ok()?, kind))
 }
 
 fn is_executable(path: &CStr) -> bool {
@@ -1072,17 +1297,22 @@ fn decimal(value: i64, buffer: &mut [u8; 12]) -> &[u8] {
     &buffer[at..]
 }
 
-/// Runs one hook with the state on its standard input, and waits for it.
-pub(crate) fn run_hook(program: &HookProgram, state: &StateText, pid: i32) -> Done {
+/// Runs one hook with the state on its standard input, and waits for it. What it writes to its standard error is kept for
+/// the message of its failure.
+pub(crate) fn run_hook(program: &HookProgram, state: &StateText, pid: i32, said: &mut Said) -> Done {
     let (read, write) = file::pipe().at(Step::Spawn)?;
+    let (heard, says) = file::pipe().at(Step::Spawn)?;
+    said.len = 0;
     // SAFETY: one thread; the child makes only the calls below before it executes or exits.
     let child = match unsafe { process::clone(0, None) }.at(Step::Spawn)? {
         process::Cloned::Child => {
-            drop(write);
+            drop((write, heard));
             let _ = process::set_dumpable(true);
             process::reset_signals();
             process::umask(0o022);
-            let ready = file::dup2(&read, 0).is_ok() && process::close_range_cloexec(3).is_ok();
+            let ready = file::dup2(&read, 0).is_ok()
+                && file::dup2(&says, 2).is_ok()
+                && process::close_range_cloexec(3).is_ok();
             if ready {
                 // SAFETY: both arrays were made from C strings that outlive this call.
                 unsafe { process::execve(&program.path, pointers(&program.args), pointers(&program.env)) };
@@ -1091,7 +1321,7 @@ pub(crate) fn run_hook(program: &HookProgram, state: &StateText, pid: i32) -> Do
         }
         process::Cloned::Parent { pid, pidfd } => (pid, pidfd),
     };
-    drop(read);
+    drop((read, says));
     let mut digits = [0u8; 12];
     let pid_text = decimal(i64::from(pid), &mut digits);
     for part in [&state.before_pid[..], pid_text, &state.after_pid[..]] {
@@ -1101,7 +1331,7 @@ pub(crate) fn run_hook(program: &HookProgram, state: &StateText, pid: i32) -> Do
         }
     }
     drop(write);
-    if !file::wait_readable(&child.1, program.timeout_ms).at(Step::Whole)? {
+    if !listen_until_end(&child.1, &heard, program.timeout_ms, said)? {
         let _ = process::pidfd_send_signal(&child.1, libc::SIGKILL);
         let _ = process::wait_pid(child.0);
         return Err(fail(Step::Timeout, libc::ETIMEDOUT));
@@ -1110,6 +1340,33 @@ pub(crate) fn run_hook(program: &HookProgram, state: &StateText, pid: i32) -> Do
         process::Exit::Code(0) => Ok(()),
         process::Exit::Code(code) => Err(Failure { step: Step::ExitCode, errno: 0, detail: code as u32 }),
         process::Exit::Signal(signal) => Err(Failure { step: Step::Killed, errno: 0, detail: signal as u32 }),
+    }
+}
+
+/// Reads until the process has ended; a process that it left behind may hold the pipe for ever. `false` when the time is
+/// over.
+fn listen_until_end(
+    pidfd: &OwnedFd,
+    heard: &OwnedFd,
+    timeout_ms: Option<i32>,
+    said: &mut Said,
+) -> Result<bool, Failure> {
+    let end = timeout_ms.map(|ms| Instant::now() + Duration::from_millis(ms.max(0) as u64));
+    let mut open = true;
+    loop {
+        let left = end.map(|end| end.saturating_duration_since(Instant::now()).as_millis() as i32);
+        let sources = [Some(pidfd.as_fd()), open.then_some(heard.as_fd())];
+        let [ended, readable] = file::poll_readable_within(&sources, left).at(Step::Whole)?;
+        if readable {
+            let mut chunk = [0u8; 1024];
+            let n = file::read(heard, &mut chunk).at(Step::Whole)?;
+            said.add(&chunk[..n]);
+            open = n > 0;
+        } else if ended {
+            return Ok(true);
+        } else if left == Some(0) {
+            return Ok(false);
+        }
     }
 }
 
@@ -1130,6 +1387,34 @@ mod tests {
         for n in [0, 7, 10, 4_194_304, -1, -1000, i64::from(i32::MAX)] {
             assert_eq!(decimal(n, &mut [0; 12]), n.to_string().as_bytes());
         }
+    }
+
+    #[test]
+    fn the_end_of_what_was_said_is_kept() {
+        let mut said = Said::new();
+        said.add(b"first ");
+        said.add(b"second\n");
+        assert_eq!(said.text(), b"first second");
+        said.add(&[b'x'; SAID_BYTES - 3]);
+        assert_eq!((said.text().len(), &said.text()[..3]), (SAID_BYTES - 1, &b"d\nx"[..]));
+        said.add(&[b'y'; 2 * SAID_BYTES]);
+        assert_eq!(said.text(), [b'y'; SAID_BYTES]);
+    }
+
+    #[test]
+    fn mountinfo_lines() {
+        let mut place = [0; PATH_BYTES];
+        let line =
+            b"36 35 98:0 /mnt1 /a\\040b/\\134c rw,noatime master:1 - ext3 /dev/root rw,errors=continue";
+        assert_eq!(mount_line(line, &mut place), Some((c"/a b/\\c", &b"ext3"[..])));
+        assert_eq!(mount_line(b"1 2 0:3 / / rw - proc proc rw", &mut place), Some((c"/", &b"proc"[..])));
+        assert_eq!(mount_line(b"1 2 0:3 / /", &mut place), None);
+    }
+
+    #[test]
+    fn a_path_is_above_what_it_leads_to() {
+        assert!(is_above(b"/", b"/a") && is_above(b"/a", b"/a") && is_above(b"/a", b"/a/b"));
+        assert!(!is_above(b"/a", b"/ab") && !is_above(b"/a/b", b"/a"));
     }
 
     #[test]

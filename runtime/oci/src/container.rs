@@ -1,11 +1,11 @@
 //! The life of a container: create, start, kill, delete and what lies between.
 
 use crate::activation::{self, Notify};
-use crate::child::{Fds, StateText, Word, run_hook};
+use crate::child::{Fds, Said, StateText, Word, run_hook};
 use crate::error::{RuntimeError, io_error, sys_error};
 use crate::host;
 use crate::launch::{self, Heard, Launch, Launched};
-use crate::lower::{self, HostFacts, Lowered, Request, lower_hook};
+use crate::lower::{self, HostFacts, Idmap, Lowered, Request, lower_hook};
 use crate::netdev;
 use crate::op::NsKind;
 use crate::rdt;
@@ -143,6 +143,7 @@ impl Runtime {
         let request = Request {
             id: options.id.clone(),
             rootfs: rootfs.to_string_lossy().into_owned(),
+            bundle: bundle.to_string_lossy().into_owned(),
             no_pivot: options.no_pivot,
             no_new_keyring: options.no_new_keyring,
             preserve_fds: options.preserve_fds,
@@ -170,7 +171,7 @@ impl Runtime {
             Ok(pids) if pids.is_empty() && cgroup.is_frozen()? => {
                 dir.remove()?;
                 return Err(RuntimeError::Usage(format!(
-                    "container's cgroup unexpectedly paused: {cgroup_path:?}"
+                    "container's cgroup unexpectedly frozen: {cgroup_path:?}"
                 )));
             }
             Ok(pids) if pids.is_empty() => {}
@@ -248,8 +249,11 @@ impl Runtime {
             Some(path) => Some(open_namespace(NsKind::User, path)?),
             None => None,
         };
-        for (uids, gids) in &lowered.idmaps {
-            fds.idmaps.push(make_user_namespace(uids, gids)?);
+        for idmap in &lowered.idmaps {
+            fds.idmaps.push(match idmap {
+                Idmap::Own(uids, gids) => make_user_namespace(uids, gids)?,
+                Idmap::Joined(path) => open_namespace(NsKind::User, path)?,
+            });
         }
         if wait {
             let listener = socket::listen_at(&dir.open_fd()?, c"start.sock", libc::SOCK_SEQPACKET);
@@ -335,7 +339,11 @@ impl Runtime {
                     }
                     launch::answer(&launched.sync)?;
                 }
-                Heard::Word(Word::Failed) | Heard::Closed => {
+                Heard::Source(op) => match lowered.ops.get(op) {
+                    Some(op) => launch::send_source(launched, op)?,
+                    None => return Err(RuntimeError::ChildDied("unreadable message".to_owned())),
+                },
+                Heard::Word(Word::Failed | Word::WantSource) | Heard::Closed => {
                     return Err(RuntimeError::ChildDied(launch::obituary(launched.pid)));
                 }
             }
@@ -500,7 +508,7 @@ impl Created {
         launch::answer(&self.launched.sync)?;
         match launch::hear(&self.launched.sync, &self.lowered.ops)? {
             Heard::Closed => {}
-            Heard::Word(_) => return Err(RuntimeError::Child("unexpected message at the start".to_owned())),
+            _ => return Err(RuntimeError::Child("unexpected message at the start".to_owned())),
         }
         poststart(&self.spec, &self.state)
     }
@@ -792,9 +800,12 @@ fn run_hooks(kind: &'static str, hooks: &[Hook], state: &State, status: &str) ->
         .collect();
     for (i, hook) in hooks.iter().enumerate() {
         let program = lower_hook(&format!("hooks.{kind}[{i}]"), hook, &own)?;
-        if let Err(failure) = run_hook(&program, &text, state.pid) {
+        let mut said = Said::new();
+        if let Err(failure) = run_hook(&program, &text, state.pid, &mut said) {
             let op = crate::op::Op::Hook { program, kind, number: i };
-            return Err(RuntimeError::Hook(op.explain(failure)));
+            let said = String::from_utf8_lossy(said.text());
+            let said = if said.is_empty() { String::new() } else { format!(": {said}") };
+            return Err(RuntimeError::Hook(op.explain(failure) + &said));
         }
     }
     Ok(())

@@ -174,7 +174,7 @@ fn finish(
     launch::answer(&launched.sync)?;
     match launch::hear(&launched.sync, ops)? {
         Heard::Closed => Ok(()),
-        Heard::Word(_) => Err(RuntimeError::Child("unexpected message at the start".to_owned())),
+        _ => Err(RuntimeError::Child("unexpected message at the start".to_owned())),
     }
 }
 
@@ -191,8 +191,12 @@ fn exec_ops(
     if let Some(affinity) = &process.exec_cpu_affinity {
         ops.extend(lower_affinity("process.execCPUAffinity.initial", affinity.initial.as_deref())?);
     }
+    ops.push(Op::JoinCgroup);
+    if process.exec_cpu_affinity.as_ref().is_none_or(|a| a.initial.is_none() && a.last.is_none()) {
+        ops.push(Op::ResetAffinity);
+    }
     // The pid namespace was joined before the clone: it takes effect only for children.
-    ops.extend([Op::JoinCgroup, Op::EnterProcess { flags: flags & !libc::CLONE_NEWPID }]);
+    ops.extend([Op::EnterProcess { flags: flags & !libc::CLONE_NEWPID }]);
     if user_namespace {
         ops.push(Op::BecomeRoot);
     }
@@ -304,8 +308,12 @@ fn move_below(cgroup: &mut Cgroup, subs: &[(Vec<&str>, String)]) -> Result<(), R
 fn exec_process(spec: &Spec, options: &ExecOptions) -> Result<Process, RuntimeError> {
     if let Some(path) = &options.process {
         let text = fs::read(path).map_err(io_error("read", path))?;
-        return serde_json::from_slice(&text)
-            .map_err(|source| RuntimeError::Json { path: path.clone(), source });
+        let mut process: Process = serde_json::from_slice(&text)
+            .map_err(|source| RuntimeError::Json { path: path.clone(), source })?;
+        if process.exec_cpu_affinity.is_none() {
+            process.exec_cpu_affinity = spec.process.as_ref().and_then(|p| p.exec_cpu_affinity.clone());
+        }
+        return Ok(process);
     }
     let mut process = spec.process.clone().unwrap_or_default();
     if options.args.is_empty() {

@@ -1,10 +1,10 @@
 //! The parent's side of the clone: namespaces that must be joined before it, and the conversation until the child is
 //! ready. Used for a container's first process and for those of `exec`.
 
-use crate::child::{self, Fds, MESSAGE_BYTES, StateText, Word};
+use crate::child::{self, Fds, MESSAGE_BYTES, StateText, TEXT_BYTES, Word};
 use crate::error::{RuntimeError, sys_error};
-use crate::op::{NsKind, Op};
-use keel_sys::{file, process, socket};
+use crate::op::{Failure, NsKind, Op, Step};
+use keel_sys::{file, mount, process, socket};
 use std::fs;
 use std::os::fd::{AsFd, OwnedFd};
 
@@ -26,6 +26,8 @@ pub(crate) struct Launched {
     pub(crate) pid: i32,
     pub(crate) pidfd: OwnedFd,
     pub(crate) sync: OwnedFd,
+    /// Of the user namespaces whose maps are lent to mounts.
+    idmaps: Vec<OwnedFd>,
 }
 
 /// Clones the child, which begins with its operations at once.
@@ -35,7 +37,9 @@ pub(crate) fn launch(mut launch: Launch<'_>) -> Result<Launched, RuntimeError> {
     launch.fds.sync = Some(theirs);
     let texts = texts_after_ready(launch.ops);
     if let Some(user) = &launch.user_join {
-        return launch_within(&launch, user, &texts, ours);
+        let mut launched = launch_within(&launch, user, &texts, ours)?;
+        launched.idmaps = std::mem::take(&mut launch.fds.idmaps);
+        return Ok(launched);
     }
     let back = enter(&launch)?;
     // SAFETY: the runtime has one thread, and the child runs `child::run`, which does not return.
@@ -49,7 +53,9 @@ pub(crate) fn launch(mut launch: Launch<'_>) -> Result<Launched, RuntimeError> {
         process::setns(&fd, kind.flag()).map_err(sys_error("return to the own namespace"))?;
     }
     match cloned.map_err(sys_error("clone"))? {
-        process::Cloned::Parent { pid, pidfd } => Ok(Launched { pid, pidfd, sync: ours }),
+        process::Cloned::Parent { pid, pidfd } => {
+            Ok(Launched { pid, pidfd, sync: ours, idmaps: std::mem::take(&mut launch.fds.idmaps) })
+        }
         process::Cloned::Child => process::exit_now(1),
     }
 }
@@ -83,7 +89,7 @@ fn launch_within(
             }
             // It is our child and not waited for, so the number is still its own.
             let pidfd = process::pidfd_open(number).map_err(sys_error("open the container's process"))?;
-            Ok(Launched { pid: number, pidfd, sync: ours })
+            Ok(Launched { pid: number, pidfd, sync: ours, idmaps: Vec::new() })
         }
         process::Cloned::Child => {
             drop((answer, ours));
@@ -157,12 +163,14 @@ fn texts_after_ready(ops: &[Op]) -> Vec<Vec<u8>> {
 /// One message of the child.
 pub(crate) enum Heard {
     Word(Word),
+    /// The source of this operation is wanted.
+    Source(usize),
     /// The socket was closed: by the exec or by the process's death.
     Closed,
 }
 
 pub(crate) fn hear(sync: &OwnedFd, ops: &[Op]) -> Result<Heard, RuntimeError> {
-    let mut buffer = [0u8; MESSAGE_BYTES + 512];
+    let mut buffer = [0u8; MESSAGE_BYTES + TEXT_BYTES];
     let n = match socket::recv(sync, &mut buffer) {
         Err(e) if e.raw_os_error() == Some(libc::ECONNRESET) => 0,
         other => other.map_err(sys_error("read from the container's process"))?,
@@ -173,27 +181,89 @@ pub(crate) fn hear(sync: &OwnedFd, ops: &[Op]) -> Result<Heard, RuntimeError> {
     match child::decode(&buffer[..n]) {
         Some((Word::Failed, op, failure)) => {
             let text = ops.get(op as usize).map(|op| op.explain(failure));
-            Err(RuntimeError::Child(text.unwrap_or_else(|| keel_sys::errno_text(failure.errno))))
+            let text = text.unwrap_or_else(|| keel_sys::errno_text(failure.errno));
+            Err(RuntimeError::Child(text + &hook_said(&buffer[MESSAGE_BYTES..n]).1))
         }
+        Some((Word::WantSource, op, _)) => Ok(Heard::Source(op as usize)),
         Some((word, _, _)) => Ok(Heard::Word(word)),
         None => Err(RuntimeError::Child("unreadable message from the container's process".to_owned())),
     }
 }
 
+/// Clones a mount that the child may not: in its mount namespace, with the rights of this process.
+#[expect(unsafe_code, reason = "clone")]
+pub(crate) fn send_source(launched: &Launched, op: &Op) -> Result<(), RuntimeError> {
+    let Op::Bind { source, recursive, follow, idmap, .. } = op else {
+        return Err(RuntimeError::Child("unreadable message from the container's process".to_owned()));
+    };
+    let path = format!("/proc/{}/ns/mnt", launched.pid);
+    let failed = |step: Step, errno: i32| RuntimeError::Child(op.explain(Failure { step, errno, detail: 0 }));
+    let open = || file::openat(file::cwd(), &file::c_path(&path)?, libc::O_RDONLY, 0);
+    // Without the right to it this process cannot do more than the child, which was refused.
+    let namespace = open().map_err(|_| failed(Step::OpenSource, libc::EACCES))?;
+    let (answer, tell) = file::pipe().map_err(sys_error("make a pipe"))?;
+    // SAFETY: one thread; the child makes only the calls below and exits.
+    match unsafe { process::clone(0, None) }.map_err(sys_error("clone"))? {
+        process::Cloned::Parent { pid, .. } => {
+            drop(tell);
+            let mut told = [0u8; 8];
+            let read = file::read(&answer, &mut told);
+            let _ = process::wait_pid(pid);
+            let [a, b, c, d, e, f, g, h] = told;
+            match (
+                read.map_err(sys_error("read from the process in between"))?,
+                i32::from_ne_bytes([a, b, c, d]),
+            ) {
+                (8, 0) => Ok(()),
+                (8, errno) => Err(failed(Step::from_number(u32::from_ne_bytes([e, f, g, h])), errno)),
+                _ => Err(failed(Step::OpenSource, libc::EIO)),
+            }
+        }
+        process::Cloned::Child => {
+            let mut step = Step::OpenSource;
+            let mut go = || {
+                process::setns(&namespace, NsKind::Mount.flag())?;
+                let tree = mount::clone_tree(file::cwd(), source, *recursive, *follow)?;
+                if let Some((slot, recursive)) = idmap {
+                    step = Step::SetAttr;
+                    let maps = launched.idmaps.get(*slot).ok_or(std::io::ErrorKind::NotFound)?;
+                    mount::set_attr(&tree, &mount::Attr::idmap(maps), *recursive)?;
+                }
+                step = Step::Send;
+                socket::send_fd(&launched.sync, b"go", &tree)
+            };
+            let errno = go().map_or_else(|e| keel_sys::errno(&e), |()| 0);
+            let mut told = [0u8; 8];
+            told[..4].copy_from_slice(&errno.to_ne_bytes());
+            told[4..].copy_from_slice(&(step as u32).to_ne_bytes());
+            let _ = file::write_once(&tell, &told);
+            process::exit_now(0)
+        }
+    }
+}
+
 /// The answer of a child to a `start` command: `None` when the program runs.
 pub(crate) fn hear_start(socket: &OwnedFd) -> Result<Option<String>, RuntimeError> {
-    let mut buffer = [0u8; MESSAGE_BYTES + 512];
+    let mut buffer = [0u8; MESSAGE_BYTES + TEXT_BYTES];
     // A reset instead of an end: the process never took the word, another `start` was first.
     let n = socket::recv(socket, &mut buffer).map_err(sys_error("read from the container's process"))?;
     let Some((Word::Failed, _, failure)) = child::decode(&buffer[..n]) else { return Ok(None) };
-    let what = String::from_utf8_lossy(&buffer[MESSAGE_BYTES..n]).into_owned();
+    let (what, said) = hook_said(&buffer[MESSAGE_BYTES..n]);
     Ok(Some(match failure.step {
-        crate::op::Step::ExitCode => format!("{what}: exit status {}", failure.detail),
+        crate::op::Step::ExitCode => format!("{what}: exit status {}{said}", failure.detail),
         crate::op::Step::Killed => format!("{what}: killed by signal {}", failure.detail),
         crate::op::Step::Timeout => format!("{what}: timed out"),
         crate::op::Step::NotFound => format!("{what}: executable file not found in $PATH"),
         _ => format!("{what}: {}", keel_sys::errno_text(failure.errno)),
     }))
+}
+
+/// A description, and what a hook said as the end of a message.
+fn hook_said(text: &[u8]) -> (String, String) {
+    let mut parts = text.splitn(2, |b| *b == 0).map(String::from_utf8_lossy);
+    let what = parts.next().unwrap_or_default().into_owned();
+    let said = parts.next().filter(|s| !s.is_empty()).map(|s| format!(": {s}"));
+    (what, said.unwrap_or_default())
 }
 
 pub(crate) fn answer(sync: &OwnedFd) -> Result<(), RuntimeError> {

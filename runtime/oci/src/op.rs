@@ -173,6 +173,8 @@ pub struct HookProgram {
     pub path: CString,
     pub args: StringArray,
     pub env: StringArray,
+    /// The environment gets the `HOME` of this user, whom only the container's root knows.
+    pub home_of: Option<u32>,
     pub timeout_ms: Option<i32>,
 }
 
@@ -239,6 +241,8 @@ pub enum Op {
         only_procfs: bool,
         /// Descriptor of a user namespace that the parent opened, for an idmapped mount.
         idmap: Option<(usize, bool)>,
+        /// Made by the parent: the root of a user namespace may not map what belongs to the host.
+        outside: bool,
     },
     FileSystem {
         kind: CString,
@@ -304,8 +308,11 @@ pub enum Op {
     },
     ReadOnlyRoot,
     PivotRoot,
-    /// The root moved over `/` and changed to, where pivot_root is not possible.
-    MoveRoot,
+    /// The root moved over `/` and changed to, where pivot_root is not possible. What is mounted elsewhere goes first: it
+    /// would stay reachable below.
+    MoveRoot {
+        path: CString,
+    },
     ChangeRoot,
     RootPropagation {
         flag: u64,
@@ -341,6 +348,8 @@ pub enum Op {
     Affinity {
         mask: Vec<u64>,
     },
+    /// Every CPU that the cgroup allows, now and later, instead of those that the runtime happens to run on.
+    ResetAffinity,
     Personality {
         value: u64,
     },
@@ -567,7 +576,7 @@ impl Op {
             Op::ReadOnly { path } => format!("make {path:?} read-only"),
             Op::ReadOnlyRoot => "make the root read-only".into(),
             Op::PivotRoot => "pivot_root".into(),
-            Op::MoveRoot => "move the root".into(),
+            Op::MoveRoot { .. } => "move the root".into(),
             Op::ChangeRoot => "chroot".into(),
             Op::RootPropagation { .. } => "set rootfsPropagation".into(),
             Op::Hostname { name } => format!("set hostname {name:?}"),
@@ -578,6 +587,7 @@ impl Op {
             Op::Scheduler { .. } => "set the scheduler".into(),
             Op::MemoryPolicy { .. } => "set the memory policy".into(),
             Op::Affinity { .. } => "set the CPU affinity".into(),
+            Op::ResetAffinity => "reset the CPU affinity".into(),
             Op::Personality { .. } => "set the personality".into(),
             Op::ExecLabel { file, label } => format!("write label {label:?} to {}", c(file)),
             Op::OwnStdio { .. } => "give the standard streams to the user".into(),

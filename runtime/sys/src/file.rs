@@ -415,6 +415,14 @@ pub fn standard(number: i32) -> BorrowedFd<'static> {
 
 /// Waits until at least one of the descriptors is readable or hung up; absent ones never are.
 pub fn poll_readable<const N: usize>(fds: &[Option<BorrowedFd<'_>>; N]) -> io::Result<[bool; N]> {
+    poll_readable_within(fds, None)
+}
+
+/// As [`poll_readable`]; after the time none is ready.
+pub fn poll_readable_within<const N: usize>(
+    fds: &[Option<BorrowedFd<'_>>; N],
+    timeout_ms: Option<i32>,
+) -> io::Result<[bool; N]> {
     let mut polls = fds.map(|fd| libc::pollfd {
         fd: fd.map_or(-1, |fd| fd.as_raw_fd()),
         events: libc::POLLIN,
@@ -422,7 +430,9 @@ pub fn poll_readable<const N: usize>(fds: &[Option<BorrowedFd<'_>>; N]) -> io::R
     });
     loop {
         // SAFETY: N entries are passed.
-        match check(i64::from(unsafe { libc::poll(polls.as_mut_ptr(), N as libc::nfds_t, -1) })) {
+        match check(i64::from(unsafe {
+            libc::poll(polls.as_mut_ptr(), N as libc::nfds_t, timeout_ms.unwrap_or(-1))
+        })) {
             Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
             Err(e) => return Err(e),
             Ok(_) => return Ok(polls.map(|p| p.revents != 0)),

@@ -39,6 +39,13 @@ pub struct Attr {
     pub userns_fd: u64,
 }
 
+impl Attr {
+    /// Owners are shown as this user namespace maps them.
+    pub fn idmap(userns: impl AsFd) -> Attr {
+        Attr { set: ATTR_IDMAP, userns_fd: userns.as_fd().as_raw_fd() as u64, ..Attr::default() }
+    }
+}
+
 /// A detached copy of the mount at `path` (of the tree below it, with `recursive`).
 pub fn clone_tree(dir: impl AsFd, path: &CStr, recursive: bool, follow: bool) -> io::Result<OwnedFd> {
     let mut flags = OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC | libc::AT_EMPTY_PATH as u32;

@@ -50,7 +50,7 @@ pub fn limits(
         cpu_properties(cpu, mode, version, &mut out)?;
     }
     if let Some(limit) = resources.pids.as_ref().and_then(|p| p.limit) {
-        let limit = if limit > 0 { limit as u64 } else { u64::MAX };
+        let limit = if limit < 0 { u64::MAX } else { limit.max(1) as u64 };
         out.push(property("TasksMax", limit));
     }
     if let (false, Some(weight)) = (mode == Mode::V2, resources.block_io.as_ref().and_then(|b| b.weight))

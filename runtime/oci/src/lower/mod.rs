@@ -36,6 +36,8 @@ pub struct Request {
     pub id: String,
     /// Absolute.
     pub rootfs: String,
+    /// Absolute; where relative sources of mounts begin.
+    pub bundle: String,
     pub no_pivot: bool,
     pub no_new_keyring: bool,
     /// Descriptors after the standard three that the container keeps.
@@ -68,7 +70,7 @@ pub struct Lowered {
     /// A new user namespace with these maps.
     pub id_maps: Option<(Vec<IdMapping>, Vec<IdMapping>)>,
     /// Descriptors of user namespaces for idmapped mounts, in the order of their slots.
-    pub idmaps: Vec<(Vec<IdMapping>, Vec<IdMapping>)>,
+    pub idmaps: Vec<Idmap>,
     pub net_devices: Vec<NetDevice>,
     pub rdt: Option<Rdt>,
     /// Device rules, with those for the default devices.
@@ -77,6 +79,14 @@ pub struct Lowered {
     pub own_pid_namespace: bool,
     /// What was asked for and is not given, where the specification wants no failure.
     pub warnings: Vec<String>,
+}
+
+/// Whose maps an idmapped mount has.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Idmap {
+    Own(Vec<IdMapping>, Vec<IdMapping>),
+    /// Those of the user namespace at this path.
+    Joined(String),
 }
 
 /// A field that cannot be carried out.
@@ -331,6 +341,7 @@ fn early(
         ops.push(Op::WaitCgroup);
     }
     ops.push(Op::JoinCgroup);
+    ops.push(Op::ResetAffinity);
     for (slot, (kind, _)) in out.child_joins.iter().enumerate() {
         ops.push(Op::Join { kind: *kind, slot });
     }
@@ -476,6 +487,7 @@ pub(crate) fn lower_hook(field: &str, hook: &Hook, inherited: &[String]) -> Resu
         path: c_string(field, &hook.path)?,
         args: StringArray::new(&args).ok_or_else(nul)?,
         env: StringArray::new(hook.env.as_deref().unwrap_or(inherited)).ok_or_else(nul)?,
+        home_of: None,
         timeout_ms: hook.timeout.map(|t| t.saturating_mul(1000).min(i64::from(i32::MAX)) as i32),
     })
 }

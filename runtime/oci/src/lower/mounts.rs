@@ -1,7 +1,8 @@
 //! Everything about the container's file system.
 
 use super::{
-    HostFacts, Lowered, Namespaces, Request, SpecError, c_string, invalid, lower_hook, rel, unsupported,
+    HostFacts, Idmap, Lowered, Namespaces, Request, SpecError, c_string, invalid, lower_hook, rel,
+    unsupported,
 };
 use crate::op::{FsOption, NsKind, Op, Rel, Target};
 use crate::spec::{Device, Linux, Mount, Root, Spec};
@@ -19,6 +20,7 @@ pub(super) fn lower_rootfs(
 ) -> Result<(), SpecError> {
     let root = spec.root.as_ref().ok_or_else(|| invalid("root", "is missing"))?;
     let path = c_string("root.path", &request.rootfs)?;
+    let root_path = path.clone();
     if !namespaces.has(NsKind::Mount) {
         refuse_without_mounts(spec, linux, root)?;
         out.ops.push(Op::OpenRoot { path });
@@ -74,7 +76,7 @@ pub(super) fn lower_rootfs(
     if root.readonly {
         out.ops.push(Op::ReadOnlyRoot);
     }
-    out.ops.push(if request.no_pivot { Op::MoveRoot } else { Op::PivotRoot });
+    out.ops.push(if request.no_pivot { Op::MoveRoot { path: root_path } } else { Op::PivotRoot });
     if let Some(flag) = wanted {
         out.ops.push(Op::RootPropagation { flag });
     }
@@ -128,6 +130,12 @@ fn hooks(spec: &Spec, out: &mut Lowered) -> Result<(), SpecError> {
         out.ops.push(Op::Hook { program, kind: "createContainer", number: i });
     }
     Ok(())
+}
+
+/// Callers may give a destination as the host sees it.
+fn below_root<'a>(path: &'a str, rootfs: &str) -> &'a str {
+    let below = path.strip_prefix(rootfs).filter(|rest| rest.is_empty() || rest.starts_with('/'));
+    below.filter(|_| rootfs.len() > 1).unwrap_or(path)
 }
 
 fn clean(path: &str) -> String {
@@ -276,7 +284,7 @@ fn lower_mount(
 ) -> Result<(), SpecError> {
     let field = format!("mounts[{index}] ({})", mount.destination);
     let options = parse_options(&field, mount)?;
-    let path = rel(&field, &mount.destination)?;
+    let path = rel(&field, below_root(&mount.destination, &request.rootfs))?;
     let kind = mount.kind.as_deref().unwrap_or("none");
     check_proc(&field, mount, kind, &path)?;
     let real =
@@ -294,7 +302,7 @@ fn lower_mount(
         return Ok(());
     }
     if is_bind(mount) {
-        return lower_bind(&field, mount, &options, target, out);
+        return lower_bind(&field, mount, &options, target, namespaces, request, out);
     }
     if options.idmap.is_some() || !mount.uid_mappings.is_empty() || !mount.gid_mappings.is_empty() {
         return Err(unsupported(field, "id mappings are for bind mounts"));
@@ -351,10 +359,13 @@ fn lower_bind(
     mount: &Mount,
     options: &Options,
     target: Target,
+    namespaces: &Namespaces,
+    request: &Request,
     out: &mut Lowered,
 ) -> Result<(), SpecError> {
     let source = mount.source.as_deref().filter(|s| !s.is_empty());
     let source = source.ok_or_else(|| invalid(field, "a bind mount needs a source"))?;
+    let source = std::path::Path::new(&request.bundle).join(source);
     for word in &options.data {
         // Callers keep those of a tmpfs in their templates. Any other word may be a slip, such as for "ro".
         let known = word.split_once('=').is_some_and(|(key, _)| TMPFS_PARAMETERS.contains(&key));
@@ -370,19 +381,20 @@ fn lower_bind(
     let idmap = match (options.idmap, mount.uid_mappings.is_empty() && mount.gid_mappings.is_empty()) {
         (None, true) => None,
         (recursive, false) => {
-            out.idmaps.push((mount.uid_mappings.clone(), mount.gid_mappings.clone()));
+            out.idmaps.push(Idmap::Own(mount.uid_mappings.clone(), mount.gid_mappings.clone()));
             Some((out.idmaps.len() - 1, recursive.unwrap_or(false)))
         }
         (Some(recursive), true) => {
             // Without mappings of its own the mount takes those of the container's user namespace.
-            let maps = out.id_maps.clone();
+            let own = out.id_maps.clone().map(|(uids, gids)| Idmap::Own(uids, gids));
+            let maps = own.or_else(|| out.user_join.clone().map(Idmap::Joined));
             out.idmaps.push(maps.ok_or_else(|| invalid(field, "idmap needs mappings"))?);
             Some((out.idmaps.len() - 1, recursive))
         }
     };
     let only_procfs = target.path.as_str() == "proc";
     out.ops.push(Op::Bind {
-        source: c_string(field, source)?,
+        source: c_string(field, &source.to_string_lossy())?,
         target,
         recursive: options.recursive,
         follow: options.follow_source,
@@ -392,6 +404,7 @@ fn lower_bind(
         propagate_tree: options.propagation & libc::MS_REC != 0,
         only_procfs,
         idmap,
+        outside: idmap.is_some() && namespaces.has(NsKind::User),
     });
     Ok(())
 }
@@ -513,6 +526,7 @@ fn lower_cgroup(
                     propagate_tree: false,
                     only_procfs: false,
                     idmap: None,
+                    outside: false,
                 })
             }
         };

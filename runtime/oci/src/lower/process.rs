@@ -38,7 +38,9 @@ pub fn lower_process(
     ops.push(Op::CloseUnneeded { first: 3 + context.preserve_fds });
     ops.push(Op::Ready);
     for (i, hook) in context.hooks.iter().enumerate() {
-        let program = lower_hook(&format!("hooks.startContainer[{i}]"), hook, &process.env)?;
+        let mut program = lower_hook(&format!("hooks.startContainer[{i}]"), hook, &process.env)?;
+        let has_home = process.env.iter().any(|e| e.starts_with("HOME="));
+        program.home_of = (hook.env.is_none() && !has_home).then_some(process.user.uid);
         ops.push(Op::Hook { program, kind: "startContainer", number: i });
     }
     privileges(process, context, warnings, &mut ops)?;
@@ -160,18 +162,31 @@ fn lower_memory_policy(p: &MemoryPolicy) -> Result<Op, SpecError> {
         "MPOL_LOCAL" => 4,
         "MPOL_PREFERRED_MANY" => 5,
         "MPOL_WEIGHTED_INTERLEAVE" => 6,
-        other => return Err(invalid("linux.memoryPolicy.mode", format!("unknown mode {other:?}"))),
+        other => {
+            return Err(invalid("linux.memoryPolicy.mode", format!("invalid memory policy mode {other:?}")));
+        }
     };
     for flag in &p.flags {
         mode |= match flag.as_str() {
             "MPOL_F_STATIC_NODES" => 1 << 15,
             "MPOL_F_RELATIVE_NODES" => 1 << 14,
             "MPOL_F_NUMA_BALANCING" => 1 << 13,
-            other => return Err(invalid("linux.memoryPolicy.flags", format!("unknown flag {other:?}"))),
+            other => {
+                return Err(invalid(
+                    "linux.memoryPolicy.flags",
+                    format!("invalid memory policy flag {other:?}"),
+                ));
+            }
         };
     }
-    let nodes = names::number_list(&p.nodes)
-        .ok_or_else(|| invalid("linux.memoryPolicy.nodes", format!("{:?} is not a list", p.nodes)))?;
+    let nodes = names::number_list(&p.nodes).ok_or_else(|| {
+        invalid("linux.memoryPolicy.nodes", format!("invalid memory policy node list {:?}", p.nodes))
+    })?;
+    let count: u32 = nodes.iter().map(|word| word.count_ones()).sum();
+    if matches!(mode, 0 | 4) && count != 0 {
+        let problem = format!("mode requires 0 nodes but got {count}");
+        return Err(invalid("linux.memoryPolicy.nodes", problem));
+    }
     Ok(Op::MemoryPolicy { mode, nodes })
 }
 
@@ -265,8 +280,9 @@ fn exec(process: &Process, path: Option<CString>, listen_fds: Option<u32>) -> Re
         }
     }
     let mut env = last_of_each(&process.env);
+    // An empty one is as good as none.
+    env.retain(|e| e != "HOME=");
     let has_home = env.iter().any(|e| e.starts_with("HOME="));
-
     if let Some(count) = listen_fds {
         env.retain(|e| !e.starts_with("LISTEN_FDS=") && !e.starts_with("LISTEN_PID="));
         env.push(format!("LISTEN_FDS={count}"));
