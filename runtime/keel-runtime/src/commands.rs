@@ -4,6 +4,7 @@ use crate::args::{Globals, Options};
 use crate::log::Log;
 use crate::{checkpoint, root, update};
 use keel_oci::foreground::{self, OwnConsole, Signals};
+use keel_oci::lower::affinity_mask;
 use keel_oci::{CreateOptions, ExecOptions, Runtime, RuntimeError, names, parse_user};
 use std::fs;
 use std::io::{self, Write};
@@ -217,6 +218,10 @@ fn exec(runtime: &Runtime, options: &Options, positional: &[String], log: &Log) 
         (false, Some(_)) => return Err(usage("cannot use console socket without a tty")),
         _ => (None, None),
     };
+    let initial = process.exec_cpu_affinity.as_ref().and_then(|a| affinity_mask(a.initial.as_deref()?));
+    if let Some(mask) = initial {
+        log.debug(&format!("initial CPU affinity: {mask}"));
+    }
     let signals = if exec.detach { None } else { Some(Signals::block()?) };
     let executed = runtime.exec(&exec, &process, console)?;
     executed.warnings.iter().for_each(|w| log.warning(w));

@@ -36,7 +36,7 @@ impl Log {
     /// Twice, as other runtimes do, unless the caller says that it reads the log: then standard error is the container's.
     pub(crate) fn error(&self, message: &str) {
         if self.file.is_none() || std::env::var_os(LOG_IS_READ).is_none() {
-            eprintln!("keel-runtime: {message}");
+            eprintln!("keel-runtime: error: {message}");
         }
         self.write("error", message);
     }

@@ -17,14 +17,14 @@ fn main() -> ExitCode {
     // Not in the help: this program starts itself with it.
     let mut words = std::env::args().skip(1);
     if words.next().as_deref() == Some(HELPER) {
-        eprintln!("keel-runtime: {}", helper(&words.collect::<Vec<_>>()).chain());
+        eprintln!("keel-runtime: error: {}", helper(&words.collect::<Vec<_>>()).chain());
         return ExitCode::from(1);
     }
     let parsed = args::parse(std::env::args_os().skip(1));
     let (globals, command) = match parsed {
         Ok(parsed) => parsed,
         Err(e) => {
-            eprintln!("keel-runtime: {e}");
+            eprintln!("keel-runtime: error: {e}");
             return ExitCode::from(1);
         }
     };
@@ -41,7 +41,7 @@ fn main() -> ExitCode {
             let log = match Log::open(&globals) {
                 Ok(log) => log,
                 Err(e) => {
-                    eprintln!("keel-runtime: {e}");
+                    eprintln!("keel-runtime: error: {e}");
                     return ExitCode::from(1);
                 }
             };

@@ -9,7 +9,7 @@ use keel_sys::file::{self, RESOLVE_IN_ROOT, RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SY
 use keel_sys::mount::{self, Attr};
 use keel_sys::{cred, errno, process, seccomp, socket, tty};
 use std::ffi::{CStr, c_char};
-use std::io;
+use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
@@ -846,14 +846,11 @@ impl Machine<'_> {
     fn send_listener(&self, notify: &OwnedFd, listener: &OwnedFd) -> Done {
         let mut digits = [0u8; 12];
         let pid = decimal(self.host_pid, &mut digits);
-        let mut parts = self.state.notify.iter();
-        // The descriptor goes with the first piece of the document.
-        let first = parts.next().ok_or(fail(Step::Send, libc::EINVAL))?;
-        socket::send_fd(notify, first, listener).at(Step::Send)?;
-        for part in parts {
-            socket::send(notify, pid).at(Step::Send)?;
-            socket::send(notify, part).at(Step::Send)?;
-        }
+        // In one piece: receivers exist that read once. The pid goes between the parts of the document.
+        let part = |n: usize| self.state.notify.get(n).map_or(&[][..], |p| p.as_slice());
+        let between = |n: usize| if part(n).is_empty() { &[][..] } else { pid };
+        let parts = [part(0), between(1), part(1), between(2), part(2)].map(IoSlice::new);
+        socket::send_parts_with_fd(notify, &parts, listener).at(Step::Send)?;
         // The receiver reads to the end. Should the filter, which is in force now, forbid this, the exec closes.
         let _ = socket::shut_down_writing(notify);
         Ok(())

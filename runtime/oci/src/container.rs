@@ -683,9 +683,7 @@ pub(crate) fn open_namespace(kind: NsKind, path: &str) -> Result<OwnedFd, Runtim
 }
 
 pub(crate) fn notify_path(spec: &Spec) -> Option<&str> {
-    let seccomp = spec.linux.as_ref()?.seccomp.as_ref()?;
-    let used = seccomp.syscalls.iter().any(|s| s.action == "SCMP_ACT_NOTIFY");
-    seccomp.listener_path.as_deref().filter(|p| used && !p.is_empty())
+    spec.linux.as_ref()?.seccomp.as_ref()?.listener()
 }
 
 /// The document for the seccomp listener, cut where the process's pid goes. `init` is the container's own process when

@@ -282,6 +282,14 @@ pub struct Seccomp {
     pub syscalls: Vec<Syscall>,
 }
 
+impl Seccomp {
+    /// Where the descriptor for notifications goes, when a rule makes any.
+    pub(crate) fn listener(&self) -> Option<&str> {
+        let used = self.syscalls.iter().any(|s| s.action == "SCMP_ACT_NOTIFY");
+        self.listener_path.as_deref().filter(|p| used && !p.is_empty())
+    }
+}
+
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default, rename_all = "camelCase")]
 pub struct Syscall {

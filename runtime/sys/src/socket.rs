@@ -2,7 +2,7 @@
 
 use crate::{check, check_fd, file};
 use std::ffi::{CStr, CString};
-use std::io;
+use std::io::{self, IoSlice};
 use std::mem::{MaybeUninit, zeroed};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::path::Path;
@@ -140,12 +140,17 @@ struct Control([u8; 64]);
 
 /// Sends a record together with one descriptor.
 pub fn send_fd(socket: impl AsFd, data: &[u8], fd: impl AsFd) -> io::Result<()> {
+    send_parts_with_fd(socket, &[IoSlice::new(data)], fd)
+}
+
+/// As [`send_fd`]; the parts go as one record, which a stream waits for room for.
+pub fn send_parts_with_fd(socket: impl AsFd, parts: &[IoSlice<'_>], fd: impl AsFd) -> io::Result<()> {
     let mut control = Control([0; 64]);
-    let mut iov = libc::iovec { iov_base: data.as_ptr() as *mut _, iov_len: data.len() };
     // SAFETY: all-zero is a valid message header; its pointers are set below and live for the call.
     let mut msg: libc::msghdr = unsafe { zeroed() };
-    msg.msg_iov = &mut iov;
-    msg.msg_iovlen = 1;
+    // An `IoSlice` is an `iovec` by its documentation.
+    msg.msg_iov = parts.as_ptr() as *mut _;
+    msg.msg_iovlen = parts.len();
     msg.msg_control = control.0.as_mut_ptr().cast();
     // SAFETY: the control buffer has room for one descriptor (CMSG_SPACE(4) is 24 bytes).
     unsafe {
@@ -162,7 +167,8 @@ pub fn send_fd(socket: impl AsFd, data: &[u8], fd: impl AsFd) -> io::Result<()> 
         match check(ret as i64) {
             Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
             Err(e) => return Err(e),
-            Ok(_) => return Ok(()),
+            Ok(n) if n as usize == parts.iter().map(|p| p.len()).sum::<usize>() => return Ok(()),
+            Ok(_) => return Err(io::Error::from_raw_os_error(libc::EMSGSIZE)),
         }
     }
 }

@@ -486,3 +486,60 @@ fn a_prestart_hook_is_told_that_the_container_is_created() {
         assert_eq!(state["status"], status, "{kind}");
     }
 }
+
+#[test]
+fn a_seccomp_listener_learns_of_a_container_that_is_only_created() {
+    require!();
+    let case = Case::new("mkdir /data/x; sleep 1000");
+    let socket = case.path("agent.sock");
+    let case = notifying(case, &socket).with("/process/user", json!({"uid": 1000, "gid": 1000}));
+    let listener = UnixListener::bind(&socket).unwrap();
+    case.create(&[]).unwrap();
+    // In one piece: agents exist that read once.
+    let (said, fd) = receive(&listener, false);
+    let state: Value = serde_json::from_str(&said).unwrap();
+    assert_eq!(state["pid"], case.pid());
+    case.ok(&["start", &case.id]);
+    answer_with(&fd, libc::EXDEV);
+    wait_for("the answer", || fs::read_to_string(case.path("err")).unwrap().contains("ross-device"));
+}
+
+#[test]
+fn inheritable_capabilities_beyond_the_bounding_set_fail_the_create() {
+    require!();
+    let list = json!(["CAP_SYS_ADMIN"]);
+    let caps = json!({"effective": list, "permitted": list, "inheritable": list});
+    let case = Case::new("true").with("/process/capabilities", caps);
+    let error = case.create(&[]).unwrap_err();
+    assert!(error.contains("operation not permitted"), "{error}");
+}
+
+#[test]
+fn capabilities_that_nobody_knows_are_named_in_one_warning() {
+    require!();
+    let case = Case::new("true");
+    let caps = json!({"bounding": ["CAP_KILL", "CAP_NOPE"], "permitted": ["CAP_NOPE", "CAP_ALSO_NOT"]});
+    let output = case.with("/process/capabilities", caps).run();
+    assert!(output.status.success());
+    let said = text(&output.stderr);
+    assert!(said.contains("ignoring unknown or unavailable capabilities: [CAP_ALSO_NOT CAP_NOPE]"), "{said}");
+}
+
+#[test]
+fn the_debug_log_of_exec_has_the_initial_affinity() {
+    require!(ours);
+    let affinity = json!({"initial": "0", "final": "0"});
+    let case = Case::new("sleep 1000").with("/process/execCPUAffinity", affinity);
+    case.start();
+    let output = case.call(&["--debug", "exec", &case.id, "true"]);
+    let said = text(&output.stderr);
+    assert!(output.status.success() && said.contains("affinity: 0x1\n"), "{said}");
+}
+
+/// Callers that only look at the words must see that something went wrong.
+#[test]
+fn an_error_says_that_it_is_one() {
+    require!();
+    let said = Case::new("true").fails(&["kill", "nobody", "KILL"]);
+    assert!(said.contains("error"), "{said}");
+}

@@ -5,7 +5,7 @@ mod process;
 
 pub(crate) use mounts::is_bind;
 pub(crate) use process::lower_affinity;
-pub use process::{ProcessContext, lower_process};
+pub use process::{ProcessContext, affinity_mask, lower_process};
 
 use crate::names;
 use crate::netdev::{self, NetDevice};
@@ -13,6 +13,7 @@ use crate::op::{HookProgram, NsKind, Op, Rel, StringArray};
 use crate::rdt::{Rdt, lower_rdt};
 use crate::spec::{Hook, IdMapping, Linux, Spec};
 use keel_cgroup::{DeviceSpec, Layout};
+use std::collections::BTreeSet;
 use std::ffi::CString;
 
 /// What the lowering needs to know about the host.
@@ -492,8 +493,13 @@ pub(crate) fn lower_hook(field: &str, hook: &Hook, inherited: &[String]) -> Resu
     })
 }
 
-/// A set of capabilities, reduced to what can be given; the rest becomes warnings.
-pub(crate) fn capability_set(names: &[String], facts: &HostFacts, warnings: &mut Vec<String>) -> u64 {
+/// A set of capabilities, reduced to what can be given. Unknown names are collected, the rest becomes warnings.
+pub(crate) fn capability_set(
+    names: &[String],
+    facts: &HostFacts,
+    unknown: &mut BTreeSet<String>,
+    warnings: &mut Vec<String>,
+) -> u64 {
     let mut set = 0;
     for name in names {
         match names::capability(name) {
@@ -504,7 +510,9 @@ pub(crate) fn capability_set(names: &[String], facts: &HostFacts, warnings: &mut
                     warnings.push(warning);
                 }
             }
-            None => warnings.push(format!("ignoring unknown or unavailable capability {name}")),
+            None => {
+                unknown.insert(name.clone());
+            }
         }
     }
     set

@@ -7,7 +7,7 @@ use crate::seccomp;
 use crate::spec::{Hook, IoPriority, Linux, MemoryPolicy, Personality, Process, Scheduler};
 use keel_sys::cred::Capabilities;
 use keel_sys::process::SchedAttr;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::CString;
 
 /// What a process is started into.
@@ -36,6 +36,14 @@ pub fn lower_process(
     ops.push(Op::FindExecutable { name: c_string("process.args", name)?, path: path.clone() });
     labels(process, context, &mut ops)?;
     ops.push(Op::CloseUnneeded { first: 3 + context.preserve_fds });
+    let mut descent = Vec::new();
+    privileges(process, context, warnings, &mut descent)?;
+    // A listener learns of the container with its creation, so its filter comes then.
+    let listener = context.linux.and_then(|l| l.seccomp.as_ref()).is_some_and(|s| s.listener().is_some());
+    let early = listener && !context.exec;
+    if early {
+        ops.append(&mut descent);
+    }
     ops.push(Op::Ready);
     for (i, hook) in context.hooks.iter().enumerate() {
         let mut program = lower_hook(&format!("hooks.startContainer[{i}]"), hook, &process.env)?;
@@ -43,7 +51,7 @@ pub fn lower_process(
         program.home_of = (hook.env.is_none() && !has_home).then_some(process.user.uid);
         ops.push(Op::Hook { program, kind: "startContainer", number: i });
     }
-    privileges(process, context, warnings, &mut ops)?;
+    ops.append(&mut descent);
     ops.push(exec(process, path, context.listen_fds)?);
     Ok(ops)
 }
@@ -83,6 +91,13 @@ fn limits(process: &Process, context: &ProcessContext<'_>, ops: &mut Vec<Op>) ->
         ops.extend(lower_affinity("process.execCPUAffinity.final", affinity.last.as_deref())?);
     }
     Ok(())
+}
+
+/// The mask of a list of CPUs, as programs for it take it.
+pub fn affinity_mask(list: &str) -> Option<String> {
+    let mask = names::number_list(list).filter(|m| !m.is_empty())?;
+    let hex: String = mask.iter().rev().map(|word| format!("{word:016x}")).collect();
+    Some(format!("0x{}", hex.trim_start_matches('0')))
 }
 
 pub(crate) fn lower_affinity(field: &str, list: Option<&str>) -> Result<Option<Op>, SpecError> {
@@ -224,12 +239,24 @@ fn privileges(
         ops.push(Op::NoNewPrivileges);
     }
     let caps = process.capabilities.clone().unwrap_or_default();
-    let mut set = |names: &[String]| capability_set(names, context.facts, warnings);
+    let mut unknown = BTreeSet::new();
+    let mut set = |names: &[String]| capability_set(names, context.facts, &mut unknown, warnings);
     let bounding = set(&caps.bounding);
     let permitted = set(&caps.permitted);
     let effective = set(&caps.effective);
     let inheritable = set(&caps.inheritable);
     let ambient = set(&caps.ambient);
+    let unknown: Vec<String> = unknown.into_iter().collect();
+    let ignored = format!("ignoring unknown or unavailable capabilities: [{}]", unknown.join(" "));
+    if inheritable & !bounding != 0 {
+        // The kernel says so too, but only when the container is started.
+        let problem = "operation not permitted: holds more than process.capabilities.bounding";
+        let cause = if unknown.is_empty() { String::new() } else { format!(" ({ignored})") };
+        return Err(invalid("process.capabilities.inheritable", format!("{problem}{cause}")));
+    }
+    if !unknown.is_empty() {
+        warnings.push(ignored);
+    }
     for name in &caps.ambient {
         let bit = names::capability(name).map_or(0, |n| 1 << n);
         if ambient & bit & !(permitted & inheritable) != 0 {
