@@ -299,7 +299,7 @@ fn a_shim_that_is_killed_while_it_starts_a_container_is_replaced() {
 }
 
 /// What a power cut does: every process is gone at once, and with them mounts, namespaces, links and the run directory.
-fn power_cut(instance: &mut Instance) {
+pub(crate) fn power_cut(instance: &mut Instance) {
     instance.kill_daemon();
     for entry in fs::read_dir(instance.run_dir().join("containers")).unwrap().flatten() {
         if let Some(shim) = shim_of(instance, &entry.file_name().to_string_lossy()) {

@@ -195,6 +195,65 @@ fn what_cannot_be_healed_is_set_aside_with_the_reason_and_what_runs_runs_on() {
     instance.keel(&["image", "verify", "-o", "json"]).expect_code(0);
 }
 
+/// What a container has run well from is noted: the digest of this image.
+fn await_noted(instance: &Instance, image: &str) {
+    let seen = instance.keel(&["image", "inspect", image, "-o", "json"]).expect_code(0).json();
+    let digest = seen["digest"].as_str().unwrap_or_else(|| panic!("{seen:#}")).to_owned();
+    eventually_or(
+        || format!("{image} ({digest}) among what was noted"),
+        || {
+            // A look at the host is what notes it.
+            instance.keel(&["reconcile"]);
+            let notes = fs::read_dir(instance.root().join("good")).unwrap().flatten();
+            notes
+                .into_iter()
+                .any(|note| fs::read_to_string(note.path()).is_ok_and(|text| text.contains(&digest)))
+                .then_some(())
+        },
+    );
+}
+
+#[test]
+fn after_a_power_cut_a_damaged_image_gives_way_to_the_last_good_one_until_it_is_whole() {
+    let mut registry = Registry::start();
+    let image = registry.push_layout(&version("one"), "v", "app/v:1");
+    let mut instance = Instance::new();
+    instance.write("web.yaml", &of("web", &image));
+    instance.start_daemon();
+    instance.await_ready("web");
+    await_noted(&instance, &image);
+    // The same tag, another image; then a collection that would take the first one, and a damage of the second one.
+    registry.push_layout(&version("two"), "v", "app/v:1");
+    instance.keel(&["image", "pull", &image]).expect_code(0);
+    instance.keel(&["image", "prune"]).expect_code(0);
+    let file = version_file(&instance, &image);
+    for blob in blobs_of(&instance, &image) {
+        fs::remove_file(blob).unwrap();
+    }
+    registry.stop();
+    crate::crash::power_cut(&mut instance);
+    fs::write(&file, "").unwrap();
+    start_the_machine_again(&instance);
+    instance.start_daemon();
+    await_event(&instance, &["LastGoodImage", "container main of pod default/web", &image]);
+    let version = || instance.keel(&["exec", "web", "--", "cat", "/version"]).stdout;
+    instance.await_ready("web");
+    assert_eq!(version(), "one");
+    registry.resume();
+    instance.keel(&["image", "pull", &image]).expect_code(0);
+    eventually_or(|| format!("the declared image, now {}", version()), || (version() == "two").then_some(()));
+    // Who is not declared any more holds no image.
+    fs::remove_file(instance.manifests().join("web.yaml")).unwrap();
+    let notes = instance.root().join("good");
+    eventually_or(
+        || format!("no note is left: {}", instance.daemon_log()),
+        || {
+            instance.keel(&["reconcile", "--accept-removals"]);
+            fs::read_dir(&notes).unwrap().next().is_none().then_some(())
+        },
+    );
+}
+
 #[test]
 fn verification_heals_from_the_kept_blob_without_a_registry() {
     let registry = Registry::start();

@@ -360,6 +360,7 @@ mod tests {
                 attempt,
                 state: ContainerState::Running { pid: 1, started_at: self.now.wall },
                 image_digest: String::new(),
+                stand_in: false,
             };
             let seen = ObservedPod {
                 pod: pod.clone(),

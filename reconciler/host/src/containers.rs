@@ -82,7 +82,7 @@ impl RealHost {
         id: &ContainerId,
         attempt: u32,
     ) -> Result<(), HostError> {
-        let image = self.image(&desired.image)?;
+        let (image, stand_in) = self.image_to_run(pod, desired)?;
         let dir = self.paths.container(id);
         private_dir(&dir)?;
         let defaults = image_defaults(&image.config);
@@ -97,6 +97,7 @@ impl RealHost {
             attempt,
             created_at: observe::now(),
             image_digest: image.manifest_digest.to_string(),
+            stand_in,
             stop_signal: stop_signal(container, &defaults),
             runtime: Some(self.config.runtime.clone()),
         };

@@ -108,13 +108,15 @@ impl RealHost {
             }
             return Ok(Done::Done);
         }
-        match self.fetch(&reference, secrets, report) {
+        let pulled = match self.fetch(&reference, secrets, report) {
             // Once: if what went is not enough, the next try is the engine's.
             Err(error) if keel_store::is_no_space(&error) && self.make_room() => {
                 self.fetch(&reference, secrets, report)
             }
             other => other,
-        }
+        };
+        self.good.pulled(&reference, pulled.is_err());
+        pulled
     }
 
     fn fetch(

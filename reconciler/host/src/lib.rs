@@ -9,6 +9,7 @@ mod error;
 pub mod events;
 mod execprobe;
 mod facts;
+mod good;
 mod heal;
 mod images;
 mod observe;
@@ -80,6 +81,7 @@ pub struct RealHost {
     store: Arc<keel_store::Store>,
     registry: keel_registry::Client,
     pulls: images::Pulls,
+    good: good::Known,
     cgroups: keel_cgroup::Layout,
     net: once::OnceLock<keel_net::Net>,
     /// Written by whoever measures, see [`UsageWatch`].
@@ -121,6 +123,7 @@ impl RealHost {
             store,
             registry,
             pulls: images::Pulls::default(),
+            good: good::Known::default(),
             cgroups,
             net: once::OnceLock::new(),
             over_limit: usage::OverLimit::default(),
@@ -155,7 +158,15 @@ impl Host for RealHost {
         self.shims.adopt_later(&orphans);
         self.keep_lost(&pods);
         self.follow_shims(&pods);
-        Ok(Observed { pods, images: self.image_digests()?, network: self.observed_network()? })
+        self.note_good(&pods);
+        let mut observed = Observed {
+            pods,
+            images: self.image_digests()?,
+            network: self.observed_network()?,
+            ..Observed::default()
+        };
+        self.add_stand_ins(&mut observed)?;
+        Ok(observed)
     }
 
     fn perform(&self, action: &Action, report: &(dyn Fn(Progress) + Sync)) -> Result<Done, ActionError> {

@@ -72,6 +72,7 @@ pub(crate) fn pods(paths: &Paths) -> Result<(BTreeMap<PodKey, ObservedPod>, Vec<
                 attempt: record.attempt,
                 state,
                 image_digest: record.image_digest,
+                stand_in: record.stand_in,
             });
         }
     }

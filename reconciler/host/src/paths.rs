@@ -119,6 +119,11 @@ impl Paths {
         self.root.join("pods")
     }
 
+    /// The store's notes of what pods ran well from, by pod.
+    pub fn good_images(&self) -> PathBuf {
+        self.root.join("good")
+    }
+
     /// Counts and back-off of this boot, newer than what is on disk.
     pub fn pod_run_memory(&self, id: &PodId) -> PathBuf {
         self.memories().join(format!("{id}.json"))

@@ -489,6 +489,7 @@ impl RealHost {
             None => {
                 remove_tree(&self.paths.pod_state(id))?;
                 remove_tree(&self.paths.pod_logs(id))?;
+                self.forget_good(id)?;
             }
         }
         Ok(())

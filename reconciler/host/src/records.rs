@@ -39,6 +39,9 @@ pub(crate) struct ContainerRecord {
     pub(crate) created_at: Millis,
     #[serde(default)]
     pub(crate) image_digest: String,
+    /// See [`keel_plan::ObservedContainer::stand_in`].
+    #[serde(default)]
+    pub(crate) stand_in: bool,
     /// Number of the signal that asks for the end.
     #[serde(default)]
     pub(crate) stop_signal: i32,

@@ -66,6 +66,10 @@ impl RealHost {
         }
     }
 
+    pub(crate) fn tell_storage(&self, reason: &str, message: &str) {
+        Relief::of(self, false).tell(reason, message);
+    }
+
     /// After a pull has found the disk full: whether something was freed.
     pub(crate) fn make_room(&self) -> bool {
         Relief::of(self, true).run()

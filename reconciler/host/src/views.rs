@@ -156,6 +156,12 @@ pub(crate) fn memory(paths: &Paths) -> Result<Memory, PathError> {
             all.pods.insert(id, memory);
         }
     }
+    // Nothing to count, but something to forget once it is not declared any more.
+    for name in names(&paths.good_images())? {
+        if let Some(id) = name.strip_suffix(".json") {
+            all.pods.entry(keel_plan::PodId(id.to_owned())).or_default();
+        }
+    }
     for name in names(&paths.memories())? {
         if let Some(id) = name.strip_suffix(".json")
             && let Some(memory) = read_json(&paths.memories().join(&name))?

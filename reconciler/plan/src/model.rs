@@ -243,6 +243,11 @@ pub struct Observed {
     pub pods: BTreeMap<PodKey, ObservedPod>,
     /// Canonical image references in the store, with manifest digest.
     pub images: BTreeMap<String, String>,
+    /// References of images that were in the store, are damaged and set aside; and whether pulling one again has failed.
+    pub damaged: BTreeMap<String, bool>,
+    /// Containers that could run from an image that they ran well from before, with its manifest digest. Looked for only
+    /// when something is damaged.
+    pub last_good: BTreeMap<(PodId, ContainerName), String>,
     /// Hash of the endpoint list that the packet filter and hosts files were last made from.
     pub network: Option<SpecHash>,
 }
@@ -295,6 +300,9 @@ pub struct ObservedContainer {
     /// Manifest digest of the image it runs.
     #[serde(default)]
     pub image_digest: String,
+    /// That image is the last good one, in the place of the declared one, which is damaged.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub stand_in: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

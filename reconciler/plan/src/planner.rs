@@ -329,7 +329,12 @@ impl<'a> Planner<'a> {
         let live = runs.iter().rev().find(|run| run.is_running()).copied();
         self.tidy_runs(pod, &runs, live);
         match live {
-            Some(run) if run.hash == container.hash => {}
+            Some(run) if run.hash == container.hash && !run.stand_in => {}
+            Some(run) if run.hash == container.hash => {
+                if self.images(pod, Some(seen), std::iter::once(container)) {
+                    self.stop_or_remove(pod, run, Reason::ImageBack);
+                }
+            }
             Some(run) => {
                 if self.images(pod, Some(seen), std::iter::once(container)) {
                     let reason = Reason::Changed { changes: changes.to_vec() };
@@ -383,6 +388,9 @@ impl<'a> Planner<'a> {
             // Removed first; the next observation decides on.
             Some(ObservedContainer { state: ContainerState::Partial, .. }) => return,
             Some(run) if run.hash != container.hash => Reason::Replaced,
+            Some(run) if run.stand_in && self.observed.images.contains_key(&container.image) => {
+                Reason::ImageBack
+            }
             Some(run) => {
                 let Some(exit) = exit_of(run) else { return };
                 if !wants_restart(container.restart, &exit) {
@@ -401,7 +409,8 @@ impl<'a> Planner<'a> {
             }
         };
         let attempt = self.next_attempt(pod, seen, container);
-        if self.images(pod, Some(seen), std::iter::once(container)) && self.old_pods_gone(pod) {
+        let present = self.images(pod, Some(seen), std::iter::once(container));
+        if (present || self.has_stand_in(pod, container)) && self.old_pods_gone(pod) {
             let start = Action::StartContainer {
                 pod: pod.clone(),
                 incarnation: seen.incarnation,
@@ -462,6 +471,13 @@ impl<'a> Planner<'a> {
             }
         }
         all_present
+    }
+
+    /// The declared image is damaged and cannot be had again for now, and the last good one is here.
+    fn has_stand_in(&self, pod: &DesiredPod, container: &DesiredContainer) -> bool {
+        let gone = |failed: &bool| *failed || container.pull_policy == PullPolicy::Never;
+        self.observed.damaged.get(&container.image).is_some_and(gone)
+            && self.observed.last_good.contains_key(&(pod.id.clone(), container.name.clone()))
     }
 
     /// A moving tag is looked up once for each new pod and each changed spec. A restart after a crash runs what ran

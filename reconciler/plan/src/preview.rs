@@ -91,6 +91,7 @@ pub(crate) fn follow(
                 attempt: *attempt,
                 state,
                 image_digest: String::new(),
+                stand_in: false,
             });
         }
         Action::StopContainer { pod, id, .. } => {

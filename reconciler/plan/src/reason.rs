@@ -22,6 +22,8 @@ pub enum Reason {
     Changed { changes: Vec<FieldChange> },
     /// The run before it had another spec and is gone.
     Replaced,
+    /// The run before it had the last good image; the declared one is whole again.
+    ImageBack,
     /// The run ended and the restart policy wants another.
     Ended { code: i32, oom: bool, restart: u32 },
     /// Its monitor died with it.
@@ -67,6 +69,7 @@ impl fmt::Display for Reason {
                 write_changes(f, changes)
             }
             Reason::Replaced => f.write_str("the old run is gone"),
+            Reason::ImageBack => f.write_str("the declared image is whole again"),
             Reason::Ended { code, oom, restart } => {
                 let how = if *oom { ", out of memory" } else { "" };
                 write!(f, "not running: exited {code}{how}, restart {restart}")

@@ -34,6 +34,40 @@ fn pod(name: &str, rest: &str) -> String {
 
 const MAIN: &str = "  containers: [{name: c, image: \"app:1\"}]";
 
+/// The image went, and what ran before the host went down went with it.
+#[test]
+fn a_damaged_image_gives_way_to_the_last_good_one_once_it_cannot_be_pulled_and_only_until_it_can() {
+    let mut paper = Paper::new(&pod("p", MAIN));
+    let image = "docker.io/library/app:1".to_owned();
+    let id = paper.desired.pods.values().next().unwrap().id.clone();
+    let reason =
+        |paper: &mut Paper| paper.plan().actions.iter().map(|p| p.reason.to_string()).collect::<Vec<_>>();
+    let starts = |paper: &mut Paper| {
+        paper.plan().actions.iter().any(|p| matches!(p.action, Action::StartContainer { .. }))
+    };
+    let create = paper.plan().actions[1].action.clone();
+    paper.follow(&create, &BTreeMap::new());
+    paper.observed.images.clear();
+    assert!(!starts(&mut paper));
+    paper.observed.damaged.insert(image.clone(), false);
+    paper.observed.last_good.insert((id, ContainerName("c".into())), "sha256:1".into());
+    assert!(!starts(&mut paper), "the pull comes first");
+    paper.observed.damaged.insert(image.clone(), true);
+    assert!(starts(&mut paper));
+    let start = paper.plan().actions.into_iter().map(|p| p.action);
+    for action in start.filter(|action| matches!(action, Action::StartContainer { .. })) {
+        paper.follow(&action, &BTreeMap::new());
+    }
+    let run = |paper: &mut Paper| {
+        paper.observed.pods.values_mut().next().unwrap().containers.last_mut().unwrap().stand_in = true;
+    };
+    run(&mut paper);
+    assert_eq!(reason(&mut paper), ["image is not in the store"], "it is asked for while the other one runs");
+    paper.observed.damaged.clear();
+    paper.observed.images.insert(image, "sha256:2".into());
+    assert_eq!(reason(&mut paper), ["the declared image is whole again"]);
+}
+
 impl Paper {
     fn new(yaml: &str) -> Paper {
         Paper {

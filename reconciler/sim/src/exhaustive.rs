@@ -67,6 +67,7 @@ fn run(pod: &DesiredPod, name: &str, attempt: u32, state: &ContainerState) -> Ob
         attempt,
         state: state.clone(),
         image_digest: String::new(),
+        stand_in: false,
     }
 }
 

@@ -63,7 +63,12 @@ pub(crate) type StepResult = Result<Done, ActionError>;
 
 impl World {
     pub fn observe(&self) -> Observed {
-        Observed { pods: self.pods.clone(), images: self.images.clone(), network: self.network.clone() }
+        Observed {
+            pods: self.pods.clone(),
+            images: self.images.clone(),
+            network: self.network.clone(),
+            ..Observed::default()
+        }
     }
 
     pub(crate) fn apply(&mut self, action: &Action, step: Step, now: Millis) -> StepResult {
@@ -211,6 +216,7 @@ impl World {
                 attempt,
                 state: ContainerState::Partial,
                 image_digest: image.clone().unwrap_or_default(),
+                stand_in: false,
             });
             return Ok(Done::Done);
         }

@@ -26,6 +26,12 @@ pub enum BlobError {
     TooLong { digest: Digest, size: u64 },
     #[error("blob {digest} ends after {got} of {size} bytes")]
     TooShort { digest: Digest, size: u64, got: u64 },
+    #[error("blob {digest} is damaged")]
+    Unreadable {
+        digest: Digest,
+        #[source]
+        source: FsError,
+    },
     #[error("blob {digest} has the wrong content: its digest is {actual}")]
     WrongDigest { digest: Digest, actual: Digest },
 }

@@ -181,7 +181,7 @@ impl Store {
             needed.extend(record.layers.iter().map(|layer| layer.diff_id));
             needed.extend(record.fixup);
         }
-        for manifest in running {
+        for manifest in running.union(&self.good_manifests()?) {
             needed.insert(*manifest);
             // Damage here must not stop the collection; what is mounted is kept below in any case.
             let Ok(Some(bytes)) = self.read_blob(manifest, MAX_MANIFEST) else { continue };

@@ -30,6 +30,11 @@ pub fn is_no_space(error: &(dyn std::error::Error + 'static)) -> bool {
     false
 }
 
+/// Whether the disk has lost what was written: it says so, or the file system finds its own structures wrong.
+pub(crate) fn is_damage(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EIO | libc::EUCLEAN | libc::EBADMSG))
+}
+
 /// Names the operation and the path of an io error.
 pub(crate) trait At<T> {
     fn at(self, op: &'static str, path: &Path) -> Result<T, FsError>;

@@ -173,6 +173,11 @@ impl Store {
         self.refresh_index()
     }
 
+    /// References whose images were here, are damaged and have not come back.
+    pub fn set_aside(&self) -> Result<Vec<String>, ImageError> {
+        Ok(self.records_aside()?.into_iter().map(|(_, record)| record.reference).collect())
+    }
+
     /// Records that were set aside and still read, of images that are not there: by file.
     pub(crate) fn records_aside(&self) -> Result<Vec<(PathBuf, ImageRecord)>, ImageError> {
         let dir = self.inner.images_dir();

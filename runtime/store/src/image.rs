@@ -251,7 +251,13 @@ impl Store {
 
     /// `None` when there is none or when it is damaged, which sets it aside.
     pub(crate) fn read_record(&self, path: &Path) -> Result<Option<ImageRecord>, FsError> {
-        let Some(bytes) = fsio::read_small(path, MAX_RECORD)? else { return Ok(None) };
+        let bytes = match fsio::read_small(path, MAX_RECORD) {
+            Err(e) if fsio::is_damage(&e.source) => Vec::new(),
+            other => match other? {
+                Some(bytes) => bytes,
+                None => return Ok(None),
+            },
+        };
         match serde_json::from_slice(&bytes) {
             Ok(record) => Ok(Some(record)),
             Err(_) => {
@@ -266,7 +272,7 @@ impl Store {
         let config = match self.read_blob(&record.config, MAX_CONFIG) {
             Ok(Some(bytes)) => serde_json::from_slice(&bytes).ok(),
             Ok(None) | Err(BlobError::WrongDigest { .. }) => None,
-            Err(BlobError::Fs(e)) => return Err(e),
+            Err(BlobError::Fs(e)) if !fsio::is_damage(&e.source) => return Err(e),
             Err(_) => None,
         };
         match config {

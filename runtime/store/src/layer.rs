@@ -345,7 +345,12 @@ impl Inner {
             (Some(e), Ok(actual)) if actual == *blob => Err(e),
             (_, actual) => {
                 fsio::remove_file(&path)?;
-                Err(BlobError::WrongDigest { digest: *blob, actual: actual? }.into())
+                let digest = *blob;
+                Err(match actual {
+                    Ok(actual) => BlobError::WrongDigest { digest, actual },
+                    Err(source) => BlobError::Unreadable { digest, source },
+                }
+                .into())
             }
         }
     }

@@ -7,6 +7,7 @@
 //! R/oci-layout, R/index.json, R/blobs/sha256/<hex>   an OCI image layout, readable by other tools; index.json is derived
 //! R/partial/<hex>/{data,state}                       blobs that are still arriving, and how far their hash has come
 //! R/layers/<diff id>/{fs/,layer.json}                one directory per layer, shared by all images
+//! R/good/<owner>.json                                 what containers have run well from
 //! R/images/<name>.json                               one record per reference: the truth about what images there are
 //! ```
 //!
@@ -21,6 +22,7 @@ mod collect;
 mod digest;
 mod fixup;
 mod fsio;
+mod good;
 mod heal;
 mod image;
 mod import;

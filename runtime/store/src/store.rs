@@ -167,9 +167,14 @@ impl Store {
     fn sweep(&self) -> Result<(), FsError> {
         let inner = &self.inner;
         let unfinished = |name: &OsStr| name.as_encoded_bytes().starts_with(TEMPORARY.as_bytes());
-        for dir in
-            [&inner.root, &inner.layers_dir(), &inner.images_dir(), &inner.partial_dir(), &inner.blobs_dir()]
-        {
+        for dir in [
+            &inner.root,
+            &inner.layers_dir(),
+            &inner.images_dir(),
+            &inner.good_dir(),
+            &inner.partial_dir(),
+            &inner.blobs_dir(),
+        ] {
             for name in fsio::list(dir)? {
                 if unfinished(&name) {
                     fsio::remove_tree(&dir.join(name))?;
@@ -199,6 +204,10 @@ impl Inner {
 
     pub(crate) fn layer_dir(&self, diff_id: &Digest) -> PathBuf {
         self.layers_dir().join(diff_id.hex())
+    }
+
+    pub(crate) fn good_dir(&self) -> PathBuf {
+        self.root.join("good")
     }
 
     pub(crate) fn images_dir(&self) -> PathBuf {
@@ -297,7 +306,7 @@ impl Drop for Lease {
 
 fn make_dirs(root: &Path) -> Result<(), FsError> {
     make_dir(root, 0o711)?;
-    for dir in ["blobs", "blobs/sha256", "images"] {
+    for dir in ["blobs", "blobs/sha256", "good", "images"] {
         make_dir(&root.join(dir), 0o755)?;
     }
     // What is in images is nobody's business but root's: set-user-id files of all of them lie in there.

@@ -121,6 +121,7 @@ fn observed_pod(pod: &std::sync::Arc<keel_plan::DesiredPod>) -> keel_plan::Obser
         attempt: 0,
         state: keel_plan::ContainerState::Running { pid: 1, started_at: NOW - 1000 },
         image_digest: "sha256:0".into(),
+        stand_in: false,
     });
     keel_plan::ObservedPod {
         containers: containers.collect(),

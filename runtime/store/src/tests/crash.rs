@@ -191,7 +191,7 @@ fn ext4(dir: &Path) -> Option<Mounted> {
 
 /// Runs the test again in a mount namespace of its own, where nobody's new namespace can take a copy of its mounts and
 /// keep their file systems alive. `true` in there.
-fn in_private_namespace(test: &str) -> bool {
+pub(crate) fn in_private_namespace(test: &str) -> bool {
     if std::env::var_os("KEEL_STORE_PRIVATE").is_some() {
         return true;
     }

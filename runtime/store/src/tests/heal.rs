@@ -1,8 +1,10 @@
 //! Damage that is met while the store is in use.
 
-use super::{Bench, Tar, ingest, listing};
-use crate::{BlobError, Depth, Digest, Image, LayerError, MountError, Roots};
+use super::import::run;
+use super::{Bench, Tar, ingest, listing, manifest};
+use crate::{BlobError, Depth, Digest, Image, LayerError, MountError, Roots, Store};
 use std::path::PathBuf;
+use std::process::Command;
 
 fn layer(name: &str) -> Vec<u8> {
     Tar::default().dir("./", 0o755).file(name, name).end()
@@ -136,4 +138,203 @@ fn a_damaged_blob_is_given_up_when_it_is_needed() {
     ingest(&bench.store, &layer("a"), &Digest::of(&layer("a"))).unwrap();
     bench.store.settle().unwrap();
     assert_eq!(bench.store.verify(Depth::Full, false).unwrap().damage, []);
+}
+
+#[test]
+fn what_a_container_ran_well_from_stays_and_the_newest_whole_one_takes_its_place() {
+    let mut bench = Bench::new();
+    let notes = bench.store.root().join("good/pod.json");
+    let images: Vec<Image> = ["one", "two", "three"].map(|name| bench.image("a", &[layer(name)])).into();
+    for image in &images {
+        bench.store.note_good("pod", "c", "a", &image.manifest_digest).unwrap();
+    }
+    let good = |bench: &Bench| bench.store.last_good("pod", "c").unwrap().map(|image| image.manifest_digest);
+    let collect = |bench: &Bench| {
+        bench.store.collect_garbage(&Roots::default()).unwrap();
+        bench.store.evict_images(&Roots::default(), &|| false).unwrap();
+    };
+    collect(&bench);
+    assert!(bench.store.images().unwrap().is_empty());
+    assert_eq!(good(&bench), Some(images[2].manifest_digest));
+    assert!(!bench.store.has_layer(&images[0].layers[0].diff_id), "two are enough");
+
+    // Damage of the newest one is found when it is used, and the one before it is what is left.
+    bench.store.drop_unpacked_blobs(&|| false).unwrap();
+    std::fs::write(fs_of(&bench, &images[2], 0).join("three"), "").unwrap();
+    std::fs::remove_file(bench.store.inner.blob_path(&images[2].layers[0].blob_digest)).unwrap();
+    restart(&mut bench);
+    let newest = bench.store.last_good("pod", "c").unwrap().unwrap();
+    assert!(matches!(shown(&bench, &newest), Err(MountError::Damaged { .. })));
+    let older = bench.store.last_good("pod", "c").unwrap().unwrap();
+    assert_eq!(shown(&bench, &older).unwrap(), "two: file 644 \"two\"");
+
+    // Going back to an older one makes it the newest.
+    bench.store.note_good("pod", "c", "a", &images[1].manifest_digest).unwrap();
+    let text = std::fs::read_to_string(&notes).unwrap();
+    let place = |image: &Image| text.find(&image.manifest_digest.to_string()).unwrap();
+    assert!(place(&images[1]) < place(&images[2]));
+
+    // A note that does not read is set aside; a pod that is gone holds nothing.
+    std::fs::write(&notes, "{").unwrap();
+    assert_eq!(good(&bench), None);
+    assert!(notes.with_extension("json.damaged").exists());
+    bench.store.note_good("pod", "c", "a", &images[1].manifest_digest).unwrap();
+    assert_eq!(bench.store.good_owners().unwrap(), ["pod"]);
+    bench.store.forget_good("pod").unwrap();
+    collect(&bench);
+    assert!(!bench.store.has_layer(&images[1].layers[0].diff_id));
+    assert!(bench.store.note_good("../x", "c", "a", &images[1].manifest_digest).is_err());
+}
+
+/// A disk whose second half fails: an ext4 on a file that ends before its file system does. Reads there end with an I/O
+/// error of the device.
+struct FailingDisk {
+    dir: PathBuf,
+    device: String,
+}
+
+const GOOD_HALF: u64 = 24 << 20;
+
+impl FailingDisk {
+    /// `None`, said aloud, where loop devices cannot be had. Its first half only, for now.
+    fn new(dir: &std::path::Path) -> Option<FailingDisk> {
+        std::fs::File::create(dir.join("disk")).unwrap().set_len(GOOD_HALF).unwrap();
+        run(Command::new("mkfs.ext4").args(["-q", "-E", "lazy_itable_init=0"]).arg(dir.join("disk")));
+        std::fs::create_dir(dir.join("mnt")).unwrap();
+        let out = Command::new("losetup").args(["-f", "--show"]).arg(dir.join("disk")).output().unwrap();
+        if !out.status.success() {
+            eprintln!("SKIPPED: no loop device: {}", String::from_utf8_lossy(&out.stderr));
+            return None;
+        }
+        let device = String::from_utf8(out.stdout).unwrap().trim().to_owned();
+        let disk = FailingDisk { dir: dir.to_owned(), device };
+        disk.mount();
+        Some(disk)
+    }
+
+    fn root(&self) -> PathBuf {
+        self.dir.join("mnt/root")
+    }
+
+    fn mount(&self) {
+        run(Command::new("mount").arg(&self.device).arg(self.dir.join("mnt")));
+    }
+
+    fn unmount(&self) {
+        run(Command::new("umount").arg(self.dir.join("mnt")));
+    }
+
+    /// Whatever is written from now on is in the second half.
+    fn fill_first_half(&self) {
+        let filler = std::fs::File::create(self.dir.join("mnt/filler")).unwrap();
+        let piece = vec![1; 64 << 10];
+        while std::io::Write::write_all(&mut &filler, &piece).is_ok() {}
+        drop(filler);
+        self.unmount();
+        let file = std::fs::File::options().write(true).open(self.dir.join("disk")).unwrap();
+        file.set_len(3 * GOOD_HALF).unwrap();
+        run(Command::new("losetup").arg("-c").arg(&self.device));
+        run(Command::new("e2fsck").args(["-fp"]).arg(&self.device));
+        run(Command::new("resize2fs").arg(&self.device));
+        self.mount();
+    }
+
+    fn fail(&self) {
+        self.unmount();
+        run(Command::new("blockdev").arg("--flushbufs").arg(&self.device));
+        let file = std::fs::File::options().write(true).open(self.dir.join("disk")).unwrap();
+        file.set_len(GOOD_HALF).unwrap();
+        self.mount();
+    }
+}
+
+impl Drop for FailingDisk {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("-l").arg(self.dir.join("mnt")).output();
+        let _ = Command::new("losetup").arg("-d").arg(&self.device).output();
+    }
+}
+
+#[test]
+fn what_a_failing_disk_has_lost_is_healed_from_the_blob_or_set_aside_with_the_error() {
+    if !super::crash::in_private_namespace(
+        "tests::heal::what_a_failing_disk_has_lost_is_healed_from_the_blob_or_set_aside_with_the_error",
+    ) {
+        return;
+    }
+    let tar = Tar::default().dir("./", 0o755).file("f", &"0123456789abcdef".repeat(16 << 10)).end();
+    let id = Digest::of(&tar);
+    #[derive(Clone, Copy, Debug, PartialEq)]
+    enum Lost {
+        Content,
+        Layer,
+        LayerAndBlob,
+    }
+    for lost in [Lost::Content, Lost::Layer, Lost::LayerAndBlob] {
+        let dir = tempfile::Builder::new().prefix("keel-store-").tempdir().unwrap();
+        let Some(disk) = FailingDisk::new(dir.path()) else { return };
+        let target = dir.path().join("target");
+        std::fs::create_dir(&target).unwrap();
+        let shown = |store: &Store| {
+            let image = store.image("a").unwrap().unwrap();
+            store.mount_rootfs(&image, None, &target)?;
+            let shown = std::fs::read(target.join("f"));
+            store.unmount_rootfs(&target).unwrap();
+            Ok::<_, MountError>(shown)
+        };
+        let commit = |store: &Store| {
+            ingest(store, &tar, &id).unwrap();
+            let blobs = [(id, tar.len() as u64)];
+            let (manifest, config) = manifest(&blobs, &[id], "application/vnd.oci.image.layer.v1.tar");
+            store.commit_image("a", &manifest, crate::image::OCI_MANIFEST, &config, false).unwrap();
+        };
+        commit(&Store::open(&disk.root()).unwrap());
+        disk.fill_first_half();
+        {
+            // The same bytes once more, in the other half.
+            let store = Store::open(&disk.root()).unwrap();
+            match lost {
+                Lost::Content => {
+                    let file = store.inner.layer_dir(&id).join("fs/f");
+                    let copy = file.with_file_name("copy");
+                    std::fs::copy(&file, &copy).unwrap();
+                    std::fs::rename(&copy, &file).unwrap();
+                }
+                Lost::Layer => {
+                    store.inner.set_layer_aside(&id).unwrap();
+                    store.unpack_blob(&id, &id).unwrap();
+                    store.settle().unwrap();
+                }
+                Lost::LayerAndBlob => {
+                    store.drop_unpacked_blobs(&|| false).unwrap();
+                    store.inner.set_layer_aside(&id).unwrap();
+                    ingest(&store, &tar, &id).unwrap();
+                    store.settle().unwrap();
+                }
+            }
+        }
+        disk.fail();
+        let _ = std::fs::remove_file(disk.root().join("verified"));
+        let store = Store::open(&disk.root()).unwrap();
+        match lost {
+            Lost::Content => {
+                let read = shown(&store).unwrap().map(|_| "readable").unwrap_err();
+                assert_eq!(read.raw_os_error(), Some(libc::EIO), "it is the device that fails");
+                let healed = store.verify(Depth::Full, true).unwrap();
+                assert!(healed.damage[0].problem.contains("Input/output error"), "{healed:?}");
+                assert!(healed.damage[0].repaired && healed.lost_images.is_empty(), "{healed:?}");
+            }
+            Lost::Layer => {}
+            Lost::LayerAndBlob => {
+                let refused = shown(&store).unwrap_err();
+                assert!(matches!(refused, MountError::Damaged { .. }), "{refused:?}");
+                assert!(refused.to_string().contains("Input/output error"), "{refused}");
+                assert_eq!(store.set_aside().unwrap(), ["docker.io/library/a:latest"]);
+                commit(&store);
+            }
+        }
+        let whole = shown(&store).unwrap().unwrap() == tar[1024..1024 + (256 << 10)];
+        assert!(whole, "{lost:?}");
+        assert_eq!(store.verify(Depth::Full, false).unwrap().damage, []);
+    }
 }
