@@ -1,5 +1,6 @@
 //! The one integration-test binary: real binaries, real kernel, real registry.
 
+mod activation;
 mod apply;
 mod badinput;
 mod callers;

@@ -12,6 +12,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use keel_manifest::extension::{STARTED_BY_NOTIFY, notifies};
 use keel_manifest::model::{Container, Probe};
 use keel_plan::{
     ContainerFacts, ContainerId, ContainerState, Desired, DesiredPod, Observed, ObservedContainer,
@@ -108,7 +109,9 @@ impl Prober {
         now: Now,
     ) {
         let Some(container) = pod.container(&run.name) else { return };
-        let Some(probe) = pod.container_spec(container).and_then(|spec| probe_of(spec, kind)) else { return };
+        let Some(probe) = pod.container_spec(container).and_then(|spec| probe_of(pod, spec, kind)) else {
+            return;
+        };
         let key = (run.id.clone(), kind);
         let worker = match self.workers.remove(&key) {
             Some(worker) => Worker { pod: pod.clone(), index: container.index, ip: seen.ip, ..worker },
@@ -232,7 +235,7 @@ impl Prober {
 
 impl Worker {
     fn probe(&self, kind: ProbeKind) -> Option<&Probe> {
-        probe_of(self.pod.spec.containers.get(self.index)?, kind)
+        probe_of(&self.pod, self.pod.spec.containers.get(self.index)?, kind)
     }
 
     fn request(&self, key: &(ContainerId, ProbeKind)) -> Option<ProbeRequest> {
@@ -298,8 +301,9 @@ impl Worker {
     }
 }
 
-fn probe_of(container: &Container, kind: ProbeKind) -> Option<&Probe> {
+fn probe_of<'a>(pod: &DesiredPod, container: &'a Container, kind: ProbeKind) -> Option<&'a Probe> {
     match kind {
+        ProbeKind::Startup if notifies(&pod.annotations, container) => Some(&STARTED_BY_NOTIFY),
         ProbeKind::Startup => container.startup_probe.as_ref(),
         ProbeKind::Liveness => container.liveness_probe.as_ref(),
         ProbeKind::Readiness => container.readiness_probe.as_ref(),

@@ -1,6 +1,7 @@
 //! Start, stop and removal of one run of a container. Everything happens through processes: the shim, and the runtime
 //! that the shim calls.
 
+use std::ffi::OsString;
 use std::fs;
 use std::io;
 use std::os::unix::fs::DirBuilderExt;
@@ -11,6 +12,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use keel_engine::ports::Done;
+use keel_manifest::extension::{held_ports, notifies};
 use keel_manifest::model::{Container, RestartPolicy};
 use keel_plan::{ContainerId, ContainerName, ContainerState, DesiredContainer, DesiredPod, Role};
 use nix::sys::signal::Signal;
@@ -38,6 +40,8 @@ const SHIM_TIMEOUT: Duration = Duration::from_secs(5);
 const RECORD_TIMEOUT: Duration = Duration::from_secs(2);
 /// How often a stop looks whether the container is gone when there is no shim to ask.
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
+/// Runs before this one whose shim may still hold sockets; a start that failed has used up a number too.
+const RUNS_BACK: usize = 16;
 const DEFAULT_STOP_SIGNAL: Signal = Signal::SIGTERM;
 
 impl RealHost {
@@ -123,6 +127,7 @@ impl RealHost {
             namespaces: &self.paths.pod_namespaces(&pod.id),
             pid_namespace: self.shared_pid_namespace(pod)?,
             volume_mounts: volumes::bind_mounts(&self.paths, pod, container, id)?,
+            notify: notifies(&pod.annotations, container).then(|| dir.join(keel_proto::file::NOTIFY)),
             shm: if pod.spec.host_ipc { PathBuf::from("/dev/shm") } else { self.paths.pod_shm(&pod.id) },
             hosts: self.paths.pod_file(&pod.id, "hosts"),
             resolv_conf: self.paths.pod_file(&pod.id, "resolv.conf"),
@@ -138,9 +143,38 @@ impl RealHost {
         write_json(&self.paths.container_record(id), &made, Keep::Boot)?;
         // What follows an init container that has succeeded is to be seen to as well.
         let restart = if desired.role == Role::Init { RestartPolicy::Always } else { desired.restart };
-        self.shims.start(id, &log, container.tty, container.stdin, restart)?;
+        let mut more = self.shims.restarts(id, restart);
+        more.extend(self.sockets(pod, container, attempt));
+        if notifies(&pod.annotations, container) {
+            more.push("--notify".into());
+        }
+        more.extend(container.tty.then(|| "--tty".into()));
+        more.extend(container.stdin.then(|| "--stdin".into()));
+        self.shims.start(id, &log, &more)?;
         self.dismiss_earlier(pod, desired, attempt);
         Ok(())
+    }
+
+    /// The shim is told what to hold, and who held it before.
+    fn sockets(&self, pod: &DesiredPod, container: &Container, attempt: u32) -> Vec<OsString> {
+        let mut words: Vec<OsString> = Vec::new();
+        for (name, port) in held_ports(&pod.annotations, container) {
+            let protocol = port.protocol.unwrap_or_default().as_str().to_ascii_lowercase();
+            words.push("--listen".into());
+            words.push(format!("{name}={protocol}:0.0.0.0:{}", port.container_port).into());
+        }
+        if words.is_empty() {
+            return words;
+        }
+        if !pod.spec.host_network {
+            words.extend(["--netns".into(), self.paths.pod_namespaces(&pod.id).join("net").into()]);
+        }
+        let name = ContainerName(container.name.clone());
+        let before = (0..attempt).rev().map(|n| self.paths.container(&ContainerId::of(&pod.id, &name, n)));
+        // Of older ones nothing is left.
+        let before = before.take(RUNS_BACK).find(|dir| dir.join(keel_proto::file::CONTROL).exists());
+        words.extend(before.into_iter().flat_map(|dir| ["--listen-from".into(), dir.into()]));
+        words
     }
 
     /// Shims of what ran before this need not see to what follows any more.

@@ -7,7 +7,6 @@ use std::fs;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use keel_manifest::model::RestartPolicy;
 use keel_plan::{ContainerId, DesiredPod, PodId};
 use serde_json::json;
 
@@ -56,7 +55,7 @@ impl RealHost {
         if let Some(parent) = log.parent() {
             private_dir(parent)?;
         }
-        self.shims.start(&id, &log, false, false, RestartPolicy::Never)
+        self.shims.start(&id, &log, &[])
     }
 
     pub(crate) fn remove_pod_init(&self, pod: &PodId) -> Result<(), HostError> {

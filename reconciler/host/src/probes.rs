@@ -38,6 +38,12 @@ pub(crate) struct Target {
 
 /// One try. Connection errors and time-outs are failures; errors are what says nothing about the container.
 pub(crate) async fn run(target: &Target, request: &ProbeRequest) -> ProbeOutcome {
+    if request.kind == ProbeKind::Startup && notifies(request) {
+        return match target.dir.join(keel_proto::file::READY).exists() {
+            true => ProbeOutcome::Success,
+            false => ProbeOutcome::Failure("it has not said READY=1 yet".into()),
+        };
+    }
     let Some((container, probe)) = find(request) else {
         return ProbeOutcome::Error("the probe is no longer declared".into());
     };
@@ -64,6 +70,11 @@ pub(crate) async fn run(target: &Target, request: &ProbeRequest) -> ProbeOutcome
         Ok(outcome) => outcome,
         Err(_) => ProbeOutcome::Failure(format!("no answer within {:?}", request.timeout)),
     }
+}
+
+fn notifies(request: &ProbeRequest) -> bool {
+    let container = request.pod.spec.containers.get(request.container_index);
+    container.is_some_and(|c| keel_manifest::extension::notifies(&request.pod.annotations, c))
 }
 
 fn find(request: &ProbeRequest) -> Option<(&Container, &Probe)> {

@@ -57,33 +57,25 @@ impl Shims {
         let _ = self.hint.set(hint);
     }
 
-    pub(crate) fn start(
-        &self,
-        id: &ContainerId,
-        log: &Path,
-        tty: bool,
-        stdin: bool,
-        restart: RestartPolicy,
-    ) -> Result<(), HostError> {
-        let mut more: Vec<OsString> = Vec::new();
-        if tty {
-            more.push("--tty".into());
-        }
-        if stdin {
-            more.push("--stdin".into());
-        }
+    pub(crate) fn start(&self, id: &ContainerId, log: &Path, more: &[OsString]) -> Result<(), HostError> {
+        self.run("run", id, log, &self.config.runtime, more)
+    }
+
+    /// What has a shim see to the next run when nobody else is there to do it.
+    pub(crate) fn restarts(&self, id: &ContainerId, restart: RestartPolicy) -> Vec<OsString> {
         let policy = match restart {
-            RestartPolicy::Always => Some("always"),
-            RestartPolicy::OnFailure => Some("on-failure"),
-            RestartPolicy::Never => None,
+            RestartPolicy::Always => "always",
+            RestartPolicy::OnFailure => "on-failure",
+            RestartPolicy::Never => return Vec::new(),
         };
-        if let Some(policy) = policy.filter(|_| !self.config.restart_command.is_empty()) {
-            more.extend(["--restart".into(), policy.into()]);
-            more.extend(["--restart-lock".into(), self.paths.lock().into()]);
-            let words = self.config.restart_command.iter().cloned().chain([id.0.clone().into()]);
-            more.extend(words.flat_map(|word| ["--restart-command".into(), word]));
+        if self.config.restart_command.is_empty() {
+            return Vec::new();
         }
-        self.run("run", id, log, &self.config.runtime, &more)
+        let mut words: Vec<OsString> =
+            vec!["--restart".into(), policy.into(), "--restart-lock".into(), self.paths.lock().into()];
+        let command = self.config.restart_command.iter().cloned().chain([id.0.clone().into()]);
+        words.extend(command.flat_map(|word| ["--restart-command".into(), word]));
+        words
     }
 
     /// Gives a container whose shim was killed a new one. One that is being adopted already is waited for.

@@ -52,6 +52,9 @@ const MASKED_PATHS: &[&str] = &[
     "/sys/firmware",
 ];
 
+/// Where a container finds the socket that takes sd_notify messages.
+const NOTIFY: &str = "/run/notify";
+
 const READONLY_PATHS: &[&str] = &["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
 
 /// What the lowering must know besides the manifest.
@@ -81,6 +84,8 @@ pub(crate) struct Context<'a> {
     pub(crate) hosts: PathBuf,
     pub(crate) resolv_conf: PathBuf,
     pub(crate) hostname_file: PathBuf,
+    /// Directory with the socket that takes sd_notify messages.
+    pub(crate) notify: Option<PathBuf>,
     /// Hard limit of open files that the host lets us give.
     pub(crate) nofile: u64,
     /// Device nodes of the host, for privileged containers: (path, type, major, minor, mode).
@@ -264,6 +269,14 @@ fn environment(context: &Context<'_>) -> Environment {
     for (name, value) in &declared {
         set(name, value.clone());
     }
+    let held = keel_manifest::extension::held_ports(&context.pod.annotations, context.container);
+    let held: Vec<&str> = held.map(|(name, _)| name).collect();
+    if !held.is_empty() {
+        set("LISTEN_FDNAMES", held.join(":"));
+    }
+    if context.notify.is_some() {
+        set("NOTIFY_SOCKET", format!("{NOTIFY}/notify.sock"));
+    }
     if !env.iter().any(|(name, _)| name == "HOME") {
         env.push(("HOME".into(), context.user.home.clone().unwrap_or_else(|| "/".into())));
     }
@@ -442,6 +455,9 @@ fn lower_mounts(context: &Context<'_>, privileged: bool) -> Vec<Value> {
         if !taken.contains(target) {
             mounts.push(bind(source, target, options));
         }
+    }
+    if let Some(notify) = &context.notify {
+        mounts.push(bind(notify, NOTIFY, READ_ONLY));
     }
     // Parents before children, whatever the order in the manifest.
     let mut volumes: Vec<&BindMount> = context.volume_mounts.iter().collect();

@@ -81,7 +81,10 @@ pub fn offline_status(paths: &Paths, declared: Desired) -> Result<Status, HostEr
                     verdict(before.get(key).copied(), &run.id, || {
                         let probed = pod.pod.containers.iter().find(|c| c.name == run.name);
                         let container = probed.and_then(|c| pod.pod.spec.containers.get(c.index));
-                        container.is_some_and(|c| c.readiness_probe.is_none() && c.startup_probe.is_none())
+                        container.is_some_and(|c| {
+                            let notifies = keel_manifest::extension::notifies(&pod.pod.annotations, c);
+                            c.readiness_probe.is_none() && c.startup_probe.is_none() && !notifies
+                        })
                     }),
                 );
             }

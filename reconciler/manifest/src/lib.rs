@@ -11,6 +11,7 @@ mod capability;
 mod check;
 mod diagnostic;
 mod effective;
+pub mod extension;
 mod known;
 mod object;
 mod parse;

@@ -209,6 +209,45 @@ fn checks_between_objects_name_both_places() {
     );
 }
 
+#[test]
+fn own_annotations_are_checked_against_the_pod() {
+    let check = |annotation: &str, expected: &str| {
+        let text = format!(
+            "apiVersion: v1\nkind: Pod\nmetadata: {{name: p, annotations: {{{annotation}}}}}\nspec:\n  containers:\n  \
+             - {{name: web, image: x, ports: [{{name: http, containerPort: 1}}, {{name: s, containerPort: 2, protocol: SCTP}}]}}\n  \
+             - {{name: db, image: x, startupProbe: {{tcpSocket: {{port: 1}}}}, ports: [{{name: sql, containerPort: 3}}]}}\n"
+        );
+        let found = parse("f.yaml", text.as_bytes()).diagnostics;
+        let found: Vec<String> = found
+            .iter()
+            .map(|d| d.one_line() + &d.help.as_ref().map(|help| format!(" | {help}")).unwrap_or_default())
+            .collect();
+        assert_eq!(found.join("\n"), expected, "{annotation}");
+    };
+    check("evenkeel.dev/held-ports: 'http, sql', evenkeel.dev/notify: web", "");
+    check("evenkeel.dev/declared-in: x", "");
+    check(
+        "evenkeel.dev/held-ports: htp",
+        "f.yaml:3:60: error: no container has a port named \"htp\" (metadata.annotations[\"evenkeel.dev/held-ports\"]) | did you mean \"http\"?",
+    );
+    check(
+        "evenkeel.dev/held-ports: s",
+        "f.yaml:3:60: error: the port \"s\" is SCTP; TCP and UDP sockets can be held (metadata.annotations[\"evenkeel.dev/held-ports\"])",
+    );
+    check(
+        "evenkeel.dev/notify: db",
+        "f.yaml:3:56: error: container \"db\" has a startupProbe (metadata.annotations[\"evenkeel.dev/notify\"]) | one of them says when it has started: remove the other",
+    );
+    check(
+        "evenkeel.dev/notify: wib",
+        "f.yaml:3:56: error: the pod has no container \"wib\" (metadata.annotations[\"evenkeel.dev/notify\"]) | did you mean \"web\"?",
+    );
+    check(
+        "evenkeel.dev/held-port: http",
+        "f.yaml:3:35: error: unknown annotation \"evenkeel.dev/held-port\" (metadata.annotations[\"evenkeel.dev/held-port\"]) | did you mean \"evenkeel.dev/held-ports\"?",
+    );
+}
+
 /// Longest that reading one hostile file may take. Unoptimised builds on a busy machine are slow; what this guards
 /// against takes minutes.
 const PATIENCE: std::time::Duration = std::time::Duration::from_secs(20);

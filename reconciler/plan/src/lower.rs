@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+use keel_manifest::extension::{held_ports, notifies};
 use keel_manifest::model::{
     Container, Deployment, EnvFrom, EnvVarSource, KeySelector, KeyToPath, Pod, PodSpec, PullPolicy,
     ResourceFieldRef, RestartPolicy, Volume,
@@ -226,6 +227,12 @@ impl Template<'_> {
             fields.insert("image".into(), image.into());
         }
         hasher.json(&written);
+        for (name, _) in held_ports(self.annotations, container) {
+            hasher.text("held port").text(name);
+        }
+        if notifies(self.annotations, container) {
+            hasher.text("notifies");
+        }
         for entry in resolved.env.get(container.name.as_str()).into_iter().flatten() {
             let (kind, text) = match &entry.value {
                 EnvValue::Literal(text) | EnvValue::Verbatim(text) | EnvValue::Resource(text) => {

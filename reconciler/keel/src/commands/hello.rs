@@ -29,8 +29,14 @@ pub(crate) fn hello(args: &Hello) -> Outcome {
         Ok(text) => text.parse().map_err(|_| Failure::invalid(format!("PORT={text}: not a port number")))?,
         Err(_) => DEFAULT_PORT,
     };
-    let listener = listen(port)?;
+    let listener = match handed_over() {
+        Some(listener) => listener,
+        None => listen(port)?,
+    };
+    let port = listener.local_addr().map_or(port, |address| address.port());
     let _ = writeln!(io::stderr(), "hello: listening on port {port}");
+    // Whoever wants to know has named a socket; a demo works without.
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
     serve(&listener, args.file.as_deref())
 }
 
@@ -48,6 +54,11 @@ fn end_on_signals() -> Outcome {
         }
     });
     Ok(())
+}
+
+/// The first socket of a socket activation.
+fn handed_over() -> Option<TcpListener> {
+    listenfd::ListenFd::from_env().take_tcp_listener(0).ok().flatten()
 }
 
 /// Both address families where the kernel has the newer one.

@@ -7,6 +7,7 @@ mod syntax;
 
 use std::collections::BTreeMap;
 
+use crate::extension;
 use crate::model::{
     ConfigMap, Deployment, IntOrString, LabelOperator, LabelSelector, ObjectMeta, Secret, StrategyType,
 };
@@ -25,6 +26,7 @@ pub(crate) fn object(r: &mut Report<'_>, kind: &Kind, path: &Path<'_>) {
         Kind::Pod(pod) => {
             meta(r, &pod.metadata, &metadata);
             pod::spec(r, &pod.spec, &path.key("spec"));
+            extension::check(r, &pod.metadata.annotations, &pod.spec, &metadata.key("annotations"));
         }
         Kind::Deployment(deployment) => {
             meta(r, &deployment.metadata, &metadata);
@@ -79,6 +81,12 @@ fn deployment(r: &mut Report<'_>, deployment: &Deployment, path: &Path<'_>) {
     let metadata = template.key("metadata");
     labels(r, &spec.template.metadata.labels, &metadata.key("labels"));
     annotations(r, &spec.template.metadata.annotations, &metadata.key("annotations"));
+    extension::check(
+        r,
+        &spec.template.metadata.annotations,
+        &spec.template.spec,
+        &metadata.key("annotations"),
+    );
     template_matches(r, deployment, path);
     let pod = template.key("spec");
     pod::spec(r, &spec.template.spec, &pod);
