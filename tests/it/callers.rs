@@ -13,7 +13,7 @@ use nix::unistd::Pid;
 use tempfile::TempDir;
 
 /// Says why a caller cannot be tried here.
-fn missing(programs: &[&str]) -> bool {
+pub(super) fn missing(programs: &[&str]) -> bool {
     let there = |name: &&&str| Command::new(name).arg("--version").output().is_ok_and(|o| o.status.success());
     let root = nix::unistd::geteuid().is_root();
     let absent: Vec<_> = programs.iter().filter(|name| !there(name)).collect();
@@ -23,7 +23,7 @@ fn missing(programs: &[&str]) -> bool {
     !root || !absent.is_empty()
 }
 
-fn work() -> TempDir {
+pub(super) fn work() -> TempDir {
     tempfile::Builder::new().prefix("keel-it-callers-").tempdir().unwrap()
 }
 
@@ -67,8 +67,8 @@ impl Drop for Daemon {
 
 // --- podman -------------------------------------------------------------------------------------------------------
 
-struct Podman {
-    dir: TempDir,
+pub(super) struct Podman {
+    pub(super) dir: TempDir,
 }
 
 impl Podman {
@@ -88,7 +88,7 @@ impl Podman {
         command
     }
 
-    fn ok(&self, arguments: &[&str]) -> String {
+    pub(super) fn ok(&self, arguments: &[&str]) -> String {
         succeeds(&mut self.command(arguments))
     }
 }
@@ -148,13 +148,13 @@ const DISABLED: [&str; 5] = [
     "io.containerd.snapshotter.v1.zfs",
 ];
 
-struct Containerd {
+pub(super) struct Containerd {
     socket: PathBuf,
     _daemon: Daemon,
 }
 
 impl Containerd {
-    fn start(dir: &Path) -> Containerd {
+    pub(super) fn start(dir: &Path) -> Containerd {
         let at = |name: &str| dir.join(name);
         let socket = at("cd.sock");
         let config = format!(
@@ -175,7 +175,7 @@ impl Containerd {
         command
     }
 
-    fn ok(&self, arguments: &[&str]) -> String {
+    pub(super) fn ok(&self, arguments: &[&str]) -> String {
         succeeds(&mut self.command(arguments))
     }
 }
@@ -217,13 +217,13 @@ fn containerd_runs_executes_stops_and_removes() {
 
 // --- dockerd ------------------------------------------------------------------------------------------------------
 
-struct Docker {
+pub(super) struct Docker {
     address: String,
     _daemon: Daemon,
 }
 
 impl Docker {
-    fn start(dir: &Path, containerd: &Containerd) -> Docker {
+    pub(super) fn start(dir: &Path, containerd: &Containerd) -> Docker {
         let at = |name: &str| dir.join(name);
         fs::write(at("docker.json"), "{}").unwrap();
         let socket = at("docker.sock");
@@ -244,7 +244,7 @@ impl Docker {
         command
     }
 
-    fn ok(&self, arguments: &[&str]) -> String {
+    pub(super) fn ok(&self, arguments: &[&str]) -> String {
         succeeds(&mut self.command(arguments))
     }
 }

@@ -33,6 +33,11 @@ impl Layer {
         Layer { packing, files: Vec::new(), busybox: true }
     }
 
+    /// The same files, packed another way.
+    pub fn packed(self, packing: Packing) -> Layer {
+        Layer { packing, ..self }
+    }
+
     pub fn files(packing: Packing, files: &[(&str, &str)]) -> Layer {
         let files = files.iter().map(|(path, text)| (path.to_string(), text.as_bytes().to_vec())).collect();
         Layer { packing, files, busybox: false }
@@ -102,6 +107,19 @@ impl Layout {
         });
         let (digest, size) = self.blob(manifest.to_string().as_bytes());
         self.entry(tag, json!({"mediaType": MANIFEST, "digest": digest, "size": size}));
+        digest
+    }
+
+    /// Adds an image that has another one as its subject, as signatures do.
+    pub fn about(&mut self, tag: &str, subject: &str, artifact_type: &str) -> String {
+        let image = self.image(None, architecture(), &[Layer::files(Packing::Gzip, &[("about", subject)])]);
+        let read = |digest: &str| fs::read(self.blob_path(digest)).expect("the image is there");
+        let size = read(subject).len();
+        let mut manifest: Value = serde_json::from_slice(&read(&image)).expect("it is JSON");
+        manifest["subject"] = json!({"mediaType": MANIFEST, "digest": subject, "size": size});
+        manifest["artifactType"] = json!(artifact_type);
+        let (digest, size) = self.blob(manifest.to_string().as_bytes());
+        self.entry(Some(tag), json!({"mediaType": MANIFEST, "digest": digest, "size": size}));
         digest
     }
 
