@@ -26,6 +26,10 @@ pub enum CgroupError {
     Write { path: PathBuf, value: String, source: io::Error },
     #[error("cannot set {file}: the controller {controller:?} is not available")]
     NoController { controller: &'static str, file: String },
+    #[error(
+        "invalid configuration: linux.resources.unified: {file}: the v2 hierarchy of this host has no such control"
+    )]
+    Unified { file: String },
     #[error("device rule: {0}")]
     Device(String),
     #[error("load the device filter of {}", path.display())]
@@ -70,6 +74,18 @@ impl Entry {
 pub struct Cgroup {
     pub mode: Mode,
     pub entries: Vec<Entry>,
+}
+
+fn is_period(setting: &Setting) -> bool {
+    matches!(setting.file.as_str(), "cpu.cfs_period_us" | "cpu.rt_period_us")
+}
+
+fn is_quota(setting: &Setting) -> bool {
+    matches!(setting.file.as_str(), "cpu.cfs_quota_us" | "cpu.rt_runtime_us")
+}
+
+fn is_refused(error: &CgroupError) -> bool {
+    matches!(error, CgroupError::Write { source, .. } if source.raw_os_error() == Some(libc::EINVAL))
 }
 
 /// How long a removal is tried again while the kernel still finishes the exit of the last process.
@@ -170,9 +186,19 @@ impl Cgroup {
             }
             return Ok(());
         }
-        for setting in lower_v1(resources) {
+        let mut settings = lower_v1(resources).into_iter().peekable();
+        while let Some(setting) = settings.next() {
             match self.dir_of(setting.controller) {
-                Some(dir) => self.write_v1(dir, &setting)?,
+                Some(dir) => match self.write_v1(dir, &setting) {
+                    // With the old quota the new period may be more than the parent has to give.
+                    Err(e)
+                        if is_period(&setting) && is_refused(&e) && settings.peek().is_some_and(is_quota) =>
+                    {
+                        let quota = settings.next().map_or(Ok(()), |quota| self.write_v1(dir, &quota));
+                        quota.and_then(|()| self.write_v1(dir, &setting))?;
+                    }
+                    other => other?,
+                },
                 None if setting.optional => {}
                 None => {
                     return Err(CgroupError::NoController {
@@ -185,7 +211,12 @@ impl Cgroup {
         if let (Mode::Hybrid, false, Some(entry)) = (self.mode, resources.unified.is_empty(), self.v2()) {
             let only = Resources { unified: resources.unified.clone(), ..Default::default() };
             for setting in lower_v2(&only) {
-                write_setting(&entry.dir, &setting)?;
+                match write_setting(&entry.dir, &setting) {
+                    Err(CgroupError::Write { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
+                        return Err(CgroupError::Unified { file: setting.file });
+                    }
+                    other => other?,
+                }
             }
         }
         Ok(())

@@ -17,6 +17,7 @@ pub(crate) struct Globals {
 #[derive(Debug)]
 pub(crate) enum Command {
     Help,
+    HelpOn(&'static Known),
     Version,
     Run { name: String, options: Options, positional: Vec<String> },
 }
@@ -26,6 +27,24 @@ pub(crate) enum Command {
 pub(crate) struct Options {
     flags: Vec<&'static str>,
     values: Vec<(&'static str, String)>,
+}
+
+impl Known {
+    /// What the command is for, and everything that it takes.
+    pub(crate) fn help(&self) -> String {
+        let name = self.command;
+        let mut out = format!("NAME:\n   keel-runtime {name} - {}\n\nUSAGE:\n   ", self.about);
+        out.push_str(format!("keel-runtime {name} [options] {}", self.arguments).trim_end());
+        out.push_str("\n\nOPTIONS:\n");
+        for flag in self.flags {
+            out.push_str(&format!("   --{flag}\n"));
+        }
+        for value in self.values {
+            out.push_str(&format!("   --{value} VALUE\n"));
+        }
+        out.push_str("   --help\n");
+        out
+    }
 }
 
 impl Options {
@@ -47,8 +66,12 @@ impl Options {
     }
 }
 
-struct Known {
+#[derive(Debug)]
+pub(crate) struct Known {
     command: &'static str,
+    about: &'static str,
+    /// As the help shows them.
+    arguments: &'static str,
     flags: &'static [&'static str],
     values: &'static [&'static str],
     /// After so many positional arguments the rest belongs to the program in the container.
@@ -61,23 +84,64 @@ const CREATE_VALUES: &[&str] =
 const KNOWN: &[Known] = &[
     Known {
         command: "create",
+        about: "create a container",
+        arguments: "CONTAINER-ID",
         flags: &["no-pivot", "no-new-keyring"],
         values: CREATE_VALUES,
         positional: usize::MAX,
     },
     Known {
         command: "run",
+        about: "create and start a container",
+        arguments: "CONTAINER-ID",
         flags: &["no-pivot", "no-new-keyring", "detach", "keep", "no-subreaper"],
         values: CREATE_VALUES,
         positional: usize::MAX,
     },
-    Known { command: "start", flags: &[], values: &[], positional: usize::MAX },
-    Known { command: "state", flags: &["all"], values: &[], positional: usize::MAX },
-    Known { command: "list", flags: &["quiet"], values: &["format"], positional: usize::MAX },
-    Known { command: "kill", flags: &["all"], values: &["signal"], positional: usize::MAX },
-    Known { command: "delete", flags: &["force"], values: &[], positional: usize::MAX },
+    Known {
+        command: "start",
+        about: "start a created container",
+        arguments: "CONTAINER-ID",
+        flags: &[],
+        values: &[],
+        positional: usize::MAX,
+    },
+    Known {
+        command: "state",
+        about: "print the state of a container",
+        arguments: "CONTAINER-ID",
+        flags: &["all"],
+        values: &[],
+        positional: usize::MAX,
+    },
+    Known {
+        command: "list",
+        about: "list the containers of a root",
+        arguments: "",
+        flags: &["quiet"],
+        values: &["format"],
+        positional: usize::MAX,
+    },
+    Known {
+        command: "kill",
+        about: "send a signal to a container's process (default: TERM)",
+        arguments: "CONTAINER-ID [SIGNAL]",
+        flags: &["all"],
+        values: &["signal"],
+        positional: usize::MAX,
+    },
+    Known {
+        command: "delete",
+        about: "remove what belongs to a container that has stopped",
+        arguments: "CONTAINER-ID",
+        flags: &["force"],
+        values: &[],
+        positional: usize::MAX,
+    },
     Known {
         command: "exec",
+        about: "run a further process in a container",
+        arguments: "CONTAINER-ID COMMAND [ARGUMENT...]",
         flags: &["tty", "detach", "no-new-privs", "ignore-paused"],
         values: &[
             "process",
@@ -96,12 +160,42 @@ const KNOWN: &[Known] = &[
         ],
         positional: 1,
     },
-    Known { command: "ps", flags: &[], values: &["format"], positional: 1 },
-    Known { command: "pause", flags: &[], values: &[], positional: usize::MAX },
-    Known { command: "resume", flags: &[], values: &[], positional: usize::MAX },
-    Known { command: "events", flags: &["stats"], values: &["interval"], positional: usize::MAX },
+    Known {
+        command: "ps",
+        about: "list the processes of a container",
+        arguments: "CONTAINER-ID [PS-OPTION...]",
+        flags: &[],
+        values: &["format"],
+        positional: 1,
+    },
+    Known {
+        command: "pause",
+        about: "stop all processes of a container",
+        arguments: "CONTAINER-ID",
+        flags: &[],
+        values: &[],
+        positional: usize::MAX,
+    },
+    Known {
+        command: "resume",
+        about: "continue a paused container",
+        arguments: "CONTAINER-ID",
+        flags: &[],
+        values: &[],
+        positional: usize::MAX,
+    },
+    Known {
+        command: "events",
+        about: "print statistics and kills for memory",
+        arguments: "CONTAINER-ID",
+        flags: &["stats"],
+        values: &["interval"],
+        positional: usize::MAX,
+    },
     Known {
         command: "update",
+        about: "change the limits of a container",
+        arguments: "CONTAINER-ID",
         flags: &[],
         values: &[
             "resources",
@@ -129,6 +223,8 @@ const KNOWN: &[Known] = &[
     },
     Known {
         command: "checkpoint",
+        about: "write a running container to disk, by criu",
+        arguments: "CONTAINER-ID",
         flags: &[
             "leave-running",
             "tcp-established",
@@ -154,6 +250,8 @@ const KNOWN: &[Known] = &[
     },
     Known {
         command: "restore",
+        about: "continue a container that was written to disk, by criu",
+        arguments: "CONTAINER-ID",
         flags: &[
             "detach",
             "no-subreaper",
@@ -179,8 +277,22 @@ const KNOWN: &[Known] = &[
         ],
         positional: usize::MAX,
     },
-    Known { command: "spec", flags: &["rootless"], values: &["bundle"], positional: usize::MAX },
-    Known { command: "features", flags: &[], values: &[], positional: usize::MAX },
+    Known {
+        command: "spec",
+        about: "write a config.json to begin with",
+        arguments: "",
+        flags: &["rootless"],
+        values: &["bundle"],
+        positional: usize::MAX,
+    },
+    Known {
+        command: "features",
+        about: "print what this runtime can do, as JSON",
+        arguments: "",
+        flags: &[],
+        values: &[],
+        positional: usize::MAX,
+    },
 ];
 
 pub(crate) fn command_names() -> impl Iterator<Item = &'static str> {
@@ -227,11 +339,22 @@ pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<(Globals
             Some(other) => return Err(other.unexpected()),
         }
     };
+    let find = |name: &str| {
+        let known = KNOWN.iter().find(|k| k.command == name);
+        known.ok_or_else(|| {
+            lexopt::Error::from(format!("No help topic for '{name}': no such command, see --help"))
+        })
+    };
     if name == "help" {
-        return Ok((globals, Command::Help));
+        return Ok((
+            globals,
+            match parser.next()? {
+                Some(Arg::Value(name)) => Command::HelpOn(find(&name.string()?)?),
+                _ => Command::Help,
+            },
+        ));
     }
-    let known = KNOWN.iter().find(|k| k.command == name);
-    let known = known.ok_or_else(|| lexopt::Error::from(format!("no command {name:?}; see --help")))?;
+    let known = find(&name)?;
     let mut options = Options::default();
     let mut positional = Vec::new();
     loop {
@@ -251,7 +374,7 @@ pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<(Globals
                 positional.push(value.string()?);
                 continue;
             }
-            Some(Arg::Short('h') | Arg::Long("help")) => return Ok((globals, Command::Help)),
+            Some(Arg::Short('h') | Arg::Long("help")) => return Ok((globals, Command::HelpOn(known))),
             Some(Arg::Short(letter)) => {
                 (format!("-{letter}"), short(known.command, letter).map(str::to_owned))
             }

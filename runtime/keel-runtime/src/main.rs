@@ -33,6 +33,10 @@ fn main() -> ExitCode {
             help();
             ExitCode::SUCCESS
         }
+        Command::HelpOn(known) => {
+            print!("{}", known.help());
+            ExitCode::SUCCESS
+        }
         Command::Version => {
             version();
             ExitCode::SUCCESS

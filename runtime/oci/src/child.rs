@@ -4,7 +4,7 @@
 //! for it are found by the parent, which has the same list. All work on the container's file system is relative to a
 //! descriptor of its root and never follows a path out of it.
 
-use crate::op::{Failure, HookProgram, Op, Step, StringArray, Target};
+use crate::op::{Failure, HookProgram, NsKind, Op, Step, StringArray, Target};
 use keel_sys::file::{self, RESOLVE_IN_ROOT, RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS};
 use keel_sys::mount::{self, Attr};
 use keel_sys::{cred, errno, process, seccomp, socket, tty};
@@ -262,7 +262,11 @@ impl Machine<'_> {
             }
             Op::Join { kind, slot } => {
                 let fd = self.fds.namespaces.get(*slot).ok_or(fail(Step::Open, libc::EBADF))?;
-                process::setns(fd, kind.flag()).at(Step::Whole)
+                match process::setns(fd, kind.flag()) {
+                    // Joined before the user namespace, which does not own it.
+                    Err(e) if errno(&e) == libc::EPERM && is_joined(fd, *kind) => Ok(()),
+                    other => other.at(Step::Whole),
+                }
             }
             Op::EnterProcess { flags } => {
                 let fd = self.fds.process.as_ref().ok_or(fail(Step::Open, libc::EBADF))?;
@@ -316,10 +320,11 @@ impl Machine<'_> {
                 self.device_node(path.as_c_str(), *mode, (*major, *minor), (*uid, *gid))
             }
             Op::DeviceBind { source, path } => self.device_bind(source, path.as_c_str()),
-            Op::Console { bind, rows, columns, uid, gid } => {
-                self.console(*bind, tty::Size { rows: *rows, columns: *columns }, *uid, *gid)
+            Op::Console { bind, rows, columns, uid } => {
+                self.console(*bind, tty::Size { rows: *rows, columns: *columns }, *uid)
             }
             Op::RuntimeHooks => self.ask(Word::WantHooks),
+            Op::AtRoot => file::fchdir(self.root()?).at(Step::Open),
             Op::Hook { program, .. } => {
                 if let Some(uid) = program.home_of {
                     home(uid, &mut self.home);
@@ -352,7 +357,7 @@ impl Machine<'_> {
                 cred::setrlimit(*resource, *soft, *hard).at(Step::Whole)
             }
             Op::IoPriority { class, level } => process::ioprio_set(*class, *level).at(Step::Whole),
-            Op::Scheduler { attr } => process::sched_setattr(attr).at(Step::Whole),
+            Op::Scheduler { attr, .. } => process::sched_setattr(attr).at(Step::Whole),
             Op::MemoryPolicy { mode, nodes } => process::set_mempolicy(*mode, nodes).at(Step::Whole),
             Op::Affinity { mask } => process::set_affinity(mask).at(Step::Whole),
             Op::ResetAffinity => {
@@ -758,7 +763,7 @@ impl Machine<'_> {
 
     // --- terminal -----------------------------------------------------------------------------------------------
 
-    fn console(&mut self, bind: bool, size: tty::Size, uid: u32, gid: u32) -> Done {
+    fn console(&mut self, bind: bool, size: tty::Size, uid: u32) -> Done {
         let flags = libc::O_RDWR | libc::O_NOCTTY;
         // Before the pivot below the root's descriptor, in an exec below `/`.
         let slash = file::openat(file::cwd(), c"/", libc::O_PATH | libc::O_DIRECTORY, 0).at(Step::Open)?;
@@ -783,7 +788,8 @@ impl Machine<'_> {
         }
         let console = self.fds.console.as_ref().ok_or(fail(Step::Send, libc::ENOTCONN))?;
         socket::send_fd(console, b"/dev/ptmx", &master).at(Step::Send)?;
-        let _ = file::fchownat(&peer, c"", uid, gid, libc::AT_EMPTY_PATH);
+        // The group stays what the devpts gives its terminals: it is for programs that write to other users' ones.
+        let _ = file::fchownat(&peer, c"", uid, u32::MAX, libc::AT_EMPTY_PATH);
         if bind {
             let tree = mount::clone_tree(&peer, c"", false, true).at(Step::Create)?;
             let place = open_bytes_in(root, b"dev", true)?;
@@ -832,6 +838,7 @@ impl Machine<'_> {
         };
         let sync = self.fds.sync.as_ref().ok_or(fail(Step::Whole, libc::EBADF))?;
         socket::send(sync, &encode(Word::Ready, 0, fail(Step::Whole, 0))).at(Step::Send)?;
+        process::end_on_signals();
         loop {
             let starter = socket::accept(listener).at(Step::Whole)?;
             let mut word = [0u8; 4];
@@ -1176,6 +1183,21 @@ fn copy_entry(from: &OwnedFd, to: &OwnedFd, name: &CStr, depth: u32) -> Done {
         file::fchmodat(to, name, st.mode & 0o7777).at(Step::Copy)?;
     }
     Ok(())
+}
+
+/// Whether this process is in the namespace.
+fn is_joined(namespace: &OwnedFd, kind: NsKind) -> bool {
+    let own = match kind {
+        NsKind::Cgroup => c"/proc/self/ns/cgroup",
+        NsKind::Ipc => c"/proc/self/ns/ipc",
+        NsKind::Uts => c"/proc/self/ns/uts",
+        NsKind::Net => c"/proc/self/ns/net",
+        NsKind::Mount => c"/proc/self/ns/mnt",
+        NsKind::User | NsKind::Pid | NsKind::Time => return false,
+    };
+    let identity = |st: io::Result<file::Stat>| st.map(|st| (st.dev, st.ino)).ok();
+    let own = identity(file::fstatat(file::cwd(), own, 0));
+    own.is_some() && own == identity(file::fstat(namespace))
 }
 
 /// The number of this process where the runtime is: what the host's procfs, still mounted at its place, calls it.

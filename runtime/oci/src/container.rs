@@ -265,7 +265,7 @@ impl Runtime {
         }
         if let Some(path) = notify_path(spec) {
             let socket = socket::connect(Path::new(path), libc::SOCK_STREAM);
-            fds.notify = Some(socket.map_err(io_error("connect to the seccomp listener", path))?);
+            fds.notify = Some(socket.map_err(io_error("failed to connect with seccomp agent", path))?);
         }
         let mut parent_joins = Vec::new();
         for (kind, path) in &lowered.parent_joins {

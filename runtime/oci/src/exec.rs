@@ -114,7 +114,7 @@ impl Runtime {
         }
         if let Some(path) = notify_path(&spec) {
             let socket = socket::connect(Path::new(path), libc::SOCK_STREAM);
-            fds.notify = Some(socket.map_err(io_error("connect to the seccomp listener", path))?);
+            fds.notify = Some(socket.map_err(io_error("failed to connect with seccomp agent", path))?);
         }
         let mut parent_joins = Vec::new();
         if flags & libc::CLONE_NEWPID != 0 {
@@ -204,13 +204,7 @@ fn exec_ops(
     if process.terminal {
         let size = process.console_size.unwrap_or_default();
         let user = &process.user;
-        ops.push(Op::Console {
-            bind: false,
-            rows: size.height,
-            columns: size.width,
-            uid: user.uid,
-            gid: user.gid,
-        });
+        ops.push(Op::Console { bind: false, rows: size.height, columns: size.width, uid: user.uid });
     }
     ops.extend(rest);
     Ok(ops)

@@ -41,7 +41,11 @@ pub(crate) fn launch(mut launch: Launch<'_>) -> Result<Launched, RuntimeError> {
         launched.idmaps = std::mem::take(&mut launch.fds.idmaps);
         return Ok(launched);
     }
-    let back = enter(&launch)?;
+    let mut back = Vec::new();
+    if launch.clone_flags & libc::CLONE_NEWUSER as u64 != 0 {
+        back = join_early(&launch)?;
+    }
+    back.extend(enter(&launch, &[])?);
     // SAFETY: the runtime has one thread, and the child runs `child::run`, which does not return.
     let cloned = unsafe { process::clone(launch.clone_flags, launch.cgroup.as_ref().map(|c| c.as_fd())) };
     if let Ok(process::Cloned::Child) = cloned {
@@ -49,8 +53,8 @@ pub(crate) fn launch(mut launch: Launch<'_>) -> Result<Launched, RuntimeError> {
         drop(ours);
         child::run(launch.ops, &texts, &launch.fds, &launch.state);
     }
-    for (kind, fd) in back {
-        process::setns(&fd, kind.flag()).map_err(sys_error("return to the own namespace"))?;
+    for fd in back {
+        process::setns(&fd, 0).map_err(sys_error("return to the own namespace"))?;
     }
     match cloned.map_err(sys_error("clone"))? {
         process::Cloned::Parent { pid, pidfd } => {
@@ -98,12 +102,13 @@ fn launch_within(
                 // Processes of that namespace may trace whoever has joined it.
                 process::set_dumpable(false)?;
                 step = 1;
+                join_early(launch).map_err(source_of)?;
+                let early =
+                    |(kind, fd): &(NsKind, OwnedFd)| process::setns(fd, kind.flag()).is_ok().then_some(*kind);
+                let early: Vec<NsKind> = launch.parent_joins.iter().filter_map(early).collect();
                 process::setns(user, NsKind::User.flag())?;
                 step = 2;
-                enter(launch).map_err(|e| match e {
-                    RuntimeError::Sys { source, .. } => source,
-                    _ => std::io::ErrorKind::Other.into(),
-                })?;
+                enter(launch, &early).map_err(source_of)?;
                 step = 3;
                 // SAFETY: as above.
                 unsafe {
@@ -127,22 +132,50 @@ fn launch_within(
     }
 }
 
-/// Joins the namespaces for children; the result is the way back.
-fn enter(launch: &Launch<'_>) -> Result<Vec<(NsKind, OwnedFd)>, RuntimeError> {
-    let mut back = Vec::new();
-    let own = |kind: NsKind| {
-        let path = if kind == NsKind::Pid { c"/proc/self/ns/pid" } else { c"/proc/self/ns/time" };
-        file::openat(file::cwd(), path, libc::O_RDONLY, 0).map_err(sys_error("open the own namespace"))
+fn source_of(error: RuntimeError) -> std::io::Error {
+    match error {
+        RuntimeError::Sys { source, .. } => source,
+        _ => std::io::ErrorKind::Other.into(),
+    }
+}
+
+fn own(kind: NsKind) -> Result<OwnedFd, RuntimeError> {
+    let open = || {
+        let path = file::c_path(format!("/proc/self/ns/{}", kind.proc_name()))?;
+        file::openat(file::cwd(), &path, libc::O_RDONLY, 0)
     };
-    for (kind, fd) in &launch.parent_joins {
-        back.push((*kind, own(*kind)?));
+    open().map_err(sys_error("open the own namespace"))
+}
+
+/// Joins namespaces that a user namespace to come need not own, while the right to it is still there. Those that only it
+/// owns are left for later. The result is the way back.
+fn join_early(launch: &Launch<'_>) -> Result<Vec<OwnedFd>, RuntimeError> {
+    let mut back = Vec::new();
+    for fd in &launch.fds.namespaces {
+        let kind = process::namespace_type(fd).map_err(sys_error("ask for the kind of a namespace"))?;
+        let kind = NsKind::ALL.into_iter().find(|k| k.flag() == kind);
+        // The mount namespace changes paths, and comes last.
+        let Some(kind) = kind.filter(|k| *k != NsKind::Mount) else { continue };
+        let own = own(kind)?;
+        if process::setns(fd, kind.flag()).is_ok() {
+            back.push(own);
+        }
+    }
+    Ok(back)
+}
+
+/// Joins the namespaces for children; the result is the way back.
+fn enter(launch: &Launch<'_>, done: &[NsKind]) -> Result<Vec<OwnedFd>, RuntimeError> {
+    let mut back = Vec::new();
+    for (kind, fd) in launch.parent_joins.iter().filter(|(kind, _)| !done.contains(kind)) {
+        back.push(own(*kind)?);
         process::setns(fd, kind.flag()).map_err(|source| RuntimeError::Sys {
             what: if *kind == NsKind::Pid { "join the pid namespace" } else { "join the time namespace" },
             source,
         })?;
     }
     if let Some(offsets) = &launch.time_offsets {
-        back.push((NsKind::Time, own(NsKind::Time)?));
+        back.push(own(NsKind::Time)?);
         process::unshare(NsKind::Time.flag()).map_err(sys_error("make a time namespace"))?;
         if !offsets.is_empty() {
             fs::write("/proc/self/timens_offsets", offsets).map_err(sys_error("write the time offsets"))?;

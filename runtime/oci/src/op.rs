@@ -288,10 +288,11 @@ pub enum Op {
         rows: u16,
         columns: u16,
         uid: u32,
-        gid: u32,
     },
     /// Lets the parent run the hooks of the runtime namespace, and waits.
     RuntimeHooks,
+    /// The directory in which hooks before the pivot run.
+    AtRoot,
     Hook {
         program: HookProgram,
         kind: &'static str,
@@ -340,6 +341,8 @@ pub enum Op {
     },
     Scheduler {
         attr: SchedAttr,
+        /// The container is confined to some CPUs, which the kernel does not let go with a deadline.
+        confined: bool,
     },
     MemoryPolicy {
         mode: u32,
@@ -499,12 +502,27 @@ impl Op {
                 let what = format!("error running {kind} hook #{number}: {}", c(&program.path));
                 match step {
                     Step::ExitCode => format!("{what}: exit status {}", failure.detail),
-                    Step::Killed => format!("{what}: killed by signal {}", failure.detail),
+                    Step::Killed => {
+                        let name = keel_sys::signal_text(failure.detail as i32);
+                        format!("{what}: killed by signal {} ({name})", failure.detail)
+                    }
                     Step::Timeout => {
                         format!("{what}: did not end within {} s", program.timeout_ms.unwrap_or(0) / 1000)
                     }
                     _ => format!("{what}: {errno}"),
                 }
+            }
+            (Op::Scheduler { confined, .. }, _) if failure.errno == libc::EPERM => {
+                let why = match confined {
+                    true => {
+                        "process scheduler can't be used together with AllowedCPUs (linux.resources.cpu.cpus)"
+                    }
+                    false => {
+                        "a policy above the ordinary one needs CAP_SYS_NICE, and on cgroup v1 a share of real time \
+                         (linux.resources.cpu.realtimeRuntime)"
+                    }
+                };
+                format!("{}: {errno}: {why}", self.describe())
             }
             (Op::FileSystem { options, .. }, Step::Option) => {
                 let option = options.get(failure.detail as usize);
@@ -568,6 +586,7 @@ impl Op {
             }
             Op::DeviceBind { source, path } => format!("bind device {} to {path:?}", c(source)),
             Op::Console { .. } => "set up the terminal".into(),
+            Op::AtRoot => "change to the root".into(),
             Op::RuntimeHooks => "run the hooks of the runtime".into(),
             Op::Hook { program, kind, number } => {
                 format!("error running {kind} hook #{number}: {}", c(&program.path))

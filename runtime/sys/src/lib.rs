@@ -42,6 +42,25 @@ pub fn errno(error: &io::Error) -> i32 {
     error.raw_os_error().unwrap_or(0)
 }
 
+/// The name of a signal that ends a process by its own fault or that it was sent, in lower case as Go programs print it.
+pub fn signal_text(signal: i32) -> &'static str {
+    match signal {
+        libc::SIGHUP => "hangup",
+        libc::SIGINT => "interrupt",
+        libc::SIGILL => "illegal instruction",
+        libc::SIGABRT => "aborted",
+        libc::SIGBUS => "bus error",
+        libc::SIGFPE => "floating point exception",
+        libc::SIGKILL => "killed",
+        libc::SIGSEGV => "segmentation fault",
+        libc::SIGPIPE => "broken pipe",
+        libc::SIGTERM => "terminated",
+        libc::SIGXCPU => "cpu time limit exceeded",
+        libc::SIGSYS => "bad system call",
+        _ => "no common signal",
+    }
+}
+
 /// The system's text for an error number, in lower case as Go programs print it: callers of OCI runtimes match
 /// on "no such file or directory" and "permission denied".
 pub fn errno_text(errno: i32) -> String {

@@ -381,6 +381,19 @@ pub fn namespace_type(fd: impl AsFd) -> io::Result<i32> {
     Ok(check(i64::from(unsafe { libc::ioctl(fd.as_fd().as_raw_fd(), NS_GET_NSTYPE as _) }))? as i32)
 }
 
+/// Ends the process on the signals that ask for it. The init of a pid namespace gets none that it has no handler for; an
+/// exec takes the handlers away.
+pub fn end_on_signals() {
+    extern "C" fn end(signal: i32) {
+        exit_now(128 + signal)
+    }
+    let handler = end as extern "C" fn(i32) as *const () as libc::sighandler_t;
+    for signal in [libc::SIGHUP, libc::SIGINT, libc::SIGQUIT, libc::SIGTERM] {
+        // SAFETY: the handler makes one system call that is safe in a signal handler, and does not return.
+        unsafe { libc::signal(signal, handler) };
+    }
+}
+
 /// Ignores a broken pipe, or gives it its default effect.
 pub fn ignore_sigpipe(on: bool) {
     let disposition = if on { libc::SIG_IGN } else { libc::SIG_DFL };

@@ -109,13 +109,7 @@ fn terminal(spec: &Spec, bind: bool, out: &mut Lowered) {
         && process.terminal
     {
         let size = process.console_size.unwrap_or_default();
-        out.ops.push(Op::Console {
-            bind,
-            rows: size.height,
-            columns: size.width,
-            uid: process.user.uid,
-            gid: process.user.gid,
-        });
+        out.ops.push(Op::Console { bind, rows: size.height, columns: size.width, uid: process.user.uid });
     }
 }
 
@@ -125,6 +119,9 @@ fn hooks(spec: &Spec, out: &mut Lowered) -> Result<(), SpecError> {
         out.ops.push(Op::RuntimeHooks);
     }
     let env = spec.process.as_ref().map_or(&[][..], |p| p.env.as_slice());
+    if !hooks.create_container.is_empty() {
+        out.ops.push(Op::AtRoot);
+    }
     for (i, hook) in hooks.create_container.iter().enumerate() {
         let program = lower_hook(&format!("hooks.createContainer[{i}]"), hook, env)?;
         out.ops.push(Op::Hook { program, kind: "createContainer", number: i });

@@ -45,13 +45,14 @@ pub fn lower_process(
         ops.append(&mut descent);
     }
     ops.push(Op::Ready);
+    // Its program is the image's: it gets no more rights than the container's process, and the same filter.
+    ops.append(&mut descent);
     for (i, hook) in context.hooks.iter().enumerate() {
         let mut program = lower_hook(&format!("hooks.startContainer[{i}]"), hook, &process.env)?;
         let has_home = process.env.iter().any(|e| e.starts_with("HOME="));
         program.home_of = (hook.env.is_none() && !has_home).then_some(process.user.uid);
         ops.push(Op::Hook { program, kind: "startContainer", number: i });
     }
-    ops.append(&mut descent);
     ops.push(exec(process, path, context.listen_fds)?);
     Ok(ops)
 }
@@ -74,7 +75,9 @@ fn limits(process: &Process, context: &ProcessContext<'_>, ops: &mut Vec<Op>) ->
         ops.push(Op::Rlimit { name, resource, soft: limit.soft, hard: limit.hard });
     }
     if let Some(scheduler) = &process.scheduler {
-        ops.push(Op::Scheduler { attr: lower_scheduler(scheduler)? });
+        let cpu = context.linux.and_then(|l| l.resources.as_ref()).and_then(|r| r.cpu.as_ref());
+        let confined = cpu.and_then(|c| c.cpus.as_ref()).is_some_and(|cpus| !cpus.is_empty());
+        ops.push(Op::Scheduler { attr: lower_scheduler(scheduler)?, confined });
     }
     if let Some(priority) = &process.io_priority {
         ops.push(lower_io_priority(priority)?);
