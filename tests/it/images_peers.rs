@@ -174,6 +174,44 @@ fn an_archive_of_an_index_keeps_all_platforms_both_ways() {
 }
 
 #[test]
+fn what_an_index_lost_for_another_platform_is_brought_back_by_a_repair() {
+    if missing(&["skopeo"]) {
+        return;
+    }
+    let registry = Registry::start();
+    let (layout, index, _) = multi();
+    let image = registry.push_layout(&layout, "multi", "app/multi:1");
+    let instance = Instance::new();
+    instance.keel(&["image", "pull", "-a", &image]).expect_code(0);
+    let seen = instance.keel(&["image", "inspect", &image]).expect_code(0).json();
+    let own = seen["layers"][0]["blob_digest"].as_str().unwrap().to_owned();
+    let members = seen["index"]["manifests"].as_array().unwrap();
+    let blobs = members.iter().flat_map(|member| member["blobs"].as_array().unwrap());
+    let foreign = blobs
+        .filter(|blob| blob["mediaType"].as_str().unwrap().contains(".layer."))
+        .map(|blob| blob["digest"].as_str().unwrap().to_owned())
+        .find(|digest| seen["layers"].as_array().unwrap().iter().all(|l| l["blob_digest"] != digest.as_str()))
+        .unwrap();
+    let path = |digest: &str| instance.root().join("blobs").join(digest.replace(':', "/"));
+    let good = fs::read(path(&foreign)).unwrap();
+    fs::write(path(&foreign), vec![0; good.len()]).unwrap();
+    let found = instance.keel(&["image", "verify"]).expect_code(1);
+    assert!(found.stdout.contains(&foreign), "{}", found.all());
+    let repaired = instance.keel(&["image", "verify", "--repair"]).expect_code(0);
+    assert!(repaired.stdout.contains(&format!("pulled again {image}")), "{}", repaired.all());
+    assert_eq!(fs::read(path(&foreign)).unwrap(), good);
+    assert!(path(&own).exists());
+    let seen = instance.keel(&["image", "inspect", &image]).expect_code(0).json();
+    assert_eq!(seen["index"]["digest"], index.as_str());
+    assert_eq!(instance.keel(&["image", "ls", "-o", "name"]).expect_code(0).stdout, format!("{image}\n"));
+    // Listed wide, it has two platforms, and they take space.
+    let wide = instance.keel(&["image", "ls", "-o", "wide"]).expect_code(0).stdout;
+    assert!(wide.lines().nth(1).unwrap().trim_end().ends_with('2'), "{wide}");
+    let used = instance.keel(&["image", "du", "-o", "json"]).expect_code(0).json();
+    assert!(used["images"][0]["otherPlatformsBytes"].as_u64() > Some(100), "{used}");
+}
+
+#[test]
 fn what_we_save_docker_and_containerd_load() {
     if missing(&["containerd", "dockerd", "docker", "skopeo"]) {
         return;

@@ -18,8 +18,8 @@ fn of(name: &str, image: &str) -> String {
 
 /// The last event of a type, of a stream of them.
 fn last(events: &str, kind: &str) -> Value {
-    let values = events.lines().map(|line| serde_json::from_str::<Value>(line).expect(line));
-    values.filter(|event| event["type"] == kind).last().unwrap_or_else(|| panic!("no {kind} in {events}"))
+    let mut values = events.lines().map(|line| serde_json::from_str::<Value>(line).expect(line));
+    values.rfind(|event| event["type"] == kind).unwrap_or_else(|| panic!("no {kind} in {events}"))
 }
 
 #[test]

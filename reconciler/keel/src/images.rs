@@ -11,7 +11,7 @@ use keel_engine::PullRate;
 use keel_manifest::{Kind, Object};
 use keel_plan::{ContainerStatus, PodStatus, PullStatus};
 use keel_registry::{Client, OnProgress, PullError, PullOptions, PullProgress};
-use keel_store::{Depth, Digest, Image, ImportOptions, Roots, Store, Transfer};
+use keel_store::{Depth, Digest, Image, ImportOptions, Index, Roots, Store, Transfer};
 use serde_json::{Value, json};
 
 use crate::failure::chain;
@@ -381,9 +381,31 @@ fn detail(image: &Image) -> Value {
     whole["configDigest"] = json!(image.config_digest.to_string());
     whole["config"] = json!(image.config);
     if let Some(index) = &image.index {
-        whole["index"] = json!(index);
+        whole["index"] = index_detail(index);
     }
     whole
+}
+
+fn index_detail(index: &Index) -> Value {
+    let manifests = index.members.iter().map(|member| {
+        let blobs = member
+            .blobs
+            .iter()
+            .map(|blob| json!({"digest": blob.digest, "mediaType": blob.media_type, "size": blob.size}));
+        json!({
+            "digest": member.digest,
+            "mediaType": member.media_type,
+            "size": member.size,
+            "platform": member.platform,
+            "blobs": blobs.collect::<Vec<_>>(),
+        })
+    });
+    json!({
+        "digest": index.digest,
+        "mediaType": index.media_type,
+        "size": index.size,
+        "manifests": manifests.collect::<Vec<_>>(),
+    })
 }
 
 /// Blocking operations run on threads that may wait for the printer.

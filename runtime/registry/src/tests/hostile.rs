@@ -409,6 +409,59 @@ async fn endless_documents_cost_little_memory() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_endless_error_page_is_left_unread() {
+    for status in [403, 404, 500] {
+        let mut options = options();
+        options.retry.attempts = 1;
+        let server =
+            Server::start(Content::default(), move |_| Some(Reply::new(status).body(Body::Endless))).await;
+        let error = Bench::new().pull(options, &server.reference("1")).await.unwrap_err();
+        assert!(error.to_string().len() < 500, "{error}");
+        assert!(server.sent() < 24 << 20, "{status}: {} bytes were taken", server.sent());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn documents_that_stall_or_are_cut_or_reset_are_tried_again_and_given_up() {
+    let (content, _) = two_layers();
+    let config: Digest = {
+        let (_, body) = &content.manifests[&content.tags["1"]];
+        let manifest: serde_json::Value = serde_json::from_slice(body).unwrap();
+        manifest["config"]["digest"].as_str().unwrap().parse().unwrap()
+    };
+    for part in ["/manifests/".to_owned(), "/token".to_owned(), config.to_string()] {
+        for body in [Body::Stall(500, vec![b'{'; 100]), Body::Announced(500, vec![b'{'; 100]), Body::HangUp] {
+            for lasting in [false, true] {
+                let (content, part, body) = (content.clone(), part.clone(), body.clone());
+                let served = content.clone();
+                let server = Server::start(content, move |r| {
+                    if r.target.contains(&part) && (lasting || r.before == 0) {
+                        return Some(Reply::new(200).body(body.clone()));
+                    }
+                    if r.target.starts_with("/token") {
+                        return Some(Reply::new(200).text(r#"{"token":"t"}"#));
+                    }
+                    if r.header("authorization") != Some("Bearer t") {
+                        return Some(challenge(r.header("host").unwrap_or(""), ""));
+                    }
+                    Some(honest(&served, r))
+                })
+                .await;
+                let mut options = options();
+                options.retry.attempts = 2;
+                options.timeouts.no_progress = Duration::from_millis(200);
+                let result = Bench::new().pull(options, &server.reference("1")).await;
+                match (lasting, result) {
+                    (false, Ok(_)) => {}
+                    (true, Err(error)) => assert!(error.is_retryable(), "{error}"),
+                    (_, other) => panic!("lasting: {lasting}: {other:?}"),
+                }
+            }
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn schema_1_and_foreign_platforms_are_named() {
     let (mut content, _) = two_layers();
     content.manifest(

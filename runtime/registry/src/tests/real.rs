@@ -435,11 +435,12 @@ async fn client_certificates_come_from_certs_d() {
     assert!(!matches!(error, PullError::NotFound { .. }), "{error}");
     let dirs = vec![certs_d(&registry, &["ca.crt", "client.cert", "client.key"])];
     let with = ClientOptions { certs_dirs: dirs.clone(), ..options() };
-    // Nothing was pushed: an answer at all is what shows that the certificate was accepted.
-    let error = bench.pull(with.clone(), &registry.reference("1")).await.unwrap_err();
-    assert!(matches!(error, PullError::NotFound { .. }), "{error}");
+    let dir = dirs[0].join(registry.host());
+    registry.push(&small(), "1", &["--dest-tls-verify=true", "--dest-cert-dir", dir.to_str().unwrap()]);
+    let image = bench.pull(with.clone(), &registry.reference("1")).await.unwrap();
+    assert_eq!(bench.file(&image, "a"), b"x");
     fs::remove_file(dirs[0].join(registry.host()).join("client.key")).unwrap();
-    let error = bench.pull(with, &registry.reference("1")).await.unwrap_err();
+    let error = bench.pull(with, &registry.reference("2")).await.unwrap_err();
     assert!(error.to_string().contains("client.key is missing"), "{error}");
 }
 
