@@ -797,6 +797,74 @@ fn a_full_disk_stops_neither_the_container_nor_the_counting() {
     assert!(text.ends_with("stdout F after\n"));
 }
 
+/// The number in hexadecimal behind a name in `/proc/PID/status`.
+fn status_field(pid: i32, name: &str) -> String {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(":\t"));
+    line.unwrap_or_else(|| panic!("no {name}")).to_owned()
+}
+
+fn assert_confined(pid: i32) {
+    // The container runs a moment before its monitor has settled.
+    poll("confinement", || status_field(pid, "Seccomp") == "2");
+    let kept = 1 << 1 | 1 << 5;
+    for set in ["CapEff", "CapPrm", "CapInh", "CapAmb"] {
+        let held = u64::from_str_radix(&status_field(pid, set), 16).unwrap();
+        assert_eq!(held & !kept, 0, "{set} {held:x}");
+    }
+    assert_eq!(status_field(pid, "NoNewPrivs"), "1");
+}
+
+#[test]
+fn a_monitor_is_confined_and_what_it_starts_is_not() {
+    let Some(rig) = Rig::new() else { return };
+    let container = rig.run("sleep 1000", &[]);
+    let shim = container.shim_pid();
+    assert_confined(shim);
+    let filters = status_field(shim, "Seccomp_filters");
+    assert_eq!(status_field(container.pid(), "NoNewPrivs"), "0");
+    let show =
+        "while read k v; do case $k in NoNewPrivs:|Seccomp:) echo $k$v;; esac; done < /proc/self/status";
+    let mut session = container.exec(show, false, false).unwrap();
+    assert_eq!(converse(&mut session).0, "NoNewPrivs:0\nSeccomp:0\n");
+    container.client().upgrade().unwrap();
+    poll("it answers again", || Client::connect(&container.dir).is_ok_and(|mut c| c.state().is_ok()));
+    assert_confined(shim);
+    assert_eq!(status_field(shim, "Seccomp_filters"), filters, "an upgrade adds none");
+    let mut session = container.exec("echo after", false, false).unwrap();
+    assert_eq!(converse(&mut session).0, "after\n");
+    assert!(container.kill_shim());
+    container.adopt().unwrap();
+    assert_confined(container.shim_pid());
+    container.client().signal(9).unwrap();
+    container.exit();
+    container.assert_gone();
+}
+
+#[test]
+fn a_helper_goes_with_its_monitor_and_is_not_needed_for_the_record() {
+    let Some(rig) = Rig::new() else { return };
+    let container = rig.run("sleep 1000", &[]);
+    let helper = |shim: i32| {
+        assert_confined(shim);
+        let children = fs::read_to_string(format!("/proc/{shim}/task/{shim}/children")).unwrap();
+        let mut children = children.split_whitespace().map(|pid| pid.parse::<i32>().unwrap());
+        children
+            .find(|pid| fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|n| n == "keel-helper\n"))
+    };
+    let first = helper(container.shim_pid()).unwrap();
+    assert!(container.kill_shim());
+    poll("the helper goes", || !runs(first));
+    container.adopt().unwrap();
+    let second = helper(container.shim_pid()).unwrap();
+    kill(Pid::from_raw(second), Signal::SIGKILL).unwrap();
+    let refused = container.exec("true", false, false).map(drop).unwrap_err();
+    assert!(matches!(refused, ClientError::Refused { code: ErrorCode::Failed, .. }), "{refused}");
+    container.client().signal(9).unwrap();
+    let record = container.exit();
+    assert!(record.lost || record.signal == 9);
+}
+
 #[test]
 fn an_idle_shim_has_one_thread_few_descriptors_and_never_wakes() {
     let Some(rig) = Rig::new() else { return };

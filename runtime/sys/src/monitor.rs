@@ -10,6 +10,8 @@ use std::process::Command;
 use std::ptr;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use crate::process::{Cloned, clone, close_range, exit_now};
+
 /// One reaped child.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Reaped {
@@ -114,6 +116,36 @@ pub fn die_with_parent(command: &mut Command) -> &mut Command {
     };
     // SAFETY: the hook makes two async-signal-safe calls and allocates nothing.
     unsafe { command.pre_exec(hook) }
+}
+
+/// A second process with a copy of this one's memory and, above the standard streams, `kept` for its only descriptor. It
+/// does `main` and ends. Returns its number.
+pub fn spawn_helper(kept: OwnedFd, main: impl FnOnce(OwnedFd) -> i32) -> io::Result<i32> {
+    fork(0, || {
+        let number = kept.as_raw_fd().cast_unsigned();
+        // SAFETY: whoever owns the others is in frames that this process never returns to.
+        let closed = unsafe {
+            close_range(3, number - 1).ok();
+            close_range(number + 1, u32::MAX)
+        };
+        closed.map_or(1, |()| main(kept))
+    })
+}
+
+/// As `fork`, but the new process is a child of this one's parent. It does `main`, to execute a program most likely.
+pub fn spawn_sibling(main: impl FnOnce() -> i32) -> io::Result<i32> {
+    fork(libc::CLONE_PARENT as u64, main)
+}
+
+fn fork(flags: u64, main: impl FnOnce() -> i32) -> io::Result<i32> {
+    if std::fs::read_dir("/proc/self/task")?.count() != 1 {
+        return Err(io::ErrorKind::Unsupported.into());
+    }
+    // SAFETY: there is one thread (checked), so the copy has no lock that nobody gives back.
+    match unsafe { clone(flags, None) }? {
+        Cloned::Parent { pid, .. } => Ok(pid),
+        Cloned::Child => exit_now(main()),
+    }
 }
 
 /// Descriptors below this can be claimed. A process that re-executes itself passes a handful of small ones; one that holds

@@ -277,6 +277,8 @@ pub(crate) struct Inherited {
     pub(crate) stdout: Option<RawFd>,
     pub(crate) stderr: Option<RawFd>,
     pub(crate) notify: Option<RawFd>,
+    /// There is one, and it is asked through standard error.
+    pub(crate) helper: bool,
     pub(crate) sockets: Vec<RawFd>,
 }
 
@@ -434,6 +436,10 @@ impl Inherited {
         let mut inherited = Inherited::default();
         let mut words = Words(words);
         while let Some((name, inline)) = words.option()? {
+            if name == b"--helper" {
+                inherited.helper = true;
+                continue;
+            }
             let value = words.value(name, inline)?;
             let slot = match name {
                 b"--dir" => {
@@ -472,6 +478,7 @@ impl Inherited {
                 words.extend([name.into(), number.to_string().into()]);
             }
         }
+        words.extend(self.helper.then(|| "--helper".into()));
         words.extend(self.sockets.iter().flat_map(|fd| ["--socket".into(), fd.to_string().into()]));
         words
     }
@@ -627,6 +634,7 @@ mod tests {
             stdout: Some(6),
             stderr: None,
             notify: Some(7),
+            helper: true,
             sockets: vec![8, 9],
         };
         let Ok(Command::Hold(parsed)) = Command::parse(&inherited.to_words()) else { panic!() };

@@ -8,7 +8,7 @@ mod restart;
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixDatagram;
 use std::process::ExitCode;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -20,7 +20,9 @@ use keel_sys::process::{block_signals, pidfd_send_signal, read_signal, set_name}
 
 use crate::args::Inherited;
 use crate::clients::Clients;
+use crate::confine::confine;
 use crate::error::{Context, Error};
+use crate::helper::{Helper, Task};
 use crate::machine::{Effect, Event, step};
 use crate::memory::Memory;
 use crate::notify;
@@ -54,7 +56,14 @@ const CLIENTS: u64 = 16;
 const SESSIONS: u64 = 64;
 
 pub(crate) fn run(inherited: &Inherited) -> Result<ExitCode, Error> {
-    let mut hold = Hold::new(inherited)?;
+    let memory = Memory::load(&inherited.dir)?;
+    // Without one, what it does is refused; the rest works.
+    let helper = match inherited.helper {
+        true => Some(Helper::inherited()),
+        false => Helper::start(&memory.options).ok(),
+    };
+    let mut hold = Hold::new(inherited, memory, helper)?;
+    confine();
     hold.begin();
     while hold.phase != Phase::Gone {
         hold.turn()?;
@@ -104,6 +113,7 @@ struct Hold {
     notify: Option<UnixDatagram>,
     /// Held for the next run; `memory.held` says what they are.
     sockets: Vec<OwnedFd>,
+    helper: Option<Helper>,
 }
 
 struct Stdin {
@@ -121,7 +131,7 @@ struct Ended {
 }
 
 impl Hold {
-    fn new(inherited: &Inherited) -> Result<Hold, Error> {
+    fn new(inherited: &Inherited, memory: Memory, helper: Option<Helper>) -> Result<Hold, Error> {
         let take = |fd: Option<i32>| fd.map(take_inherited).transpose().doing("take inherited descriptor");
         let pidfd = take(inherited.pidfd)?;
         let listener = take(inherited.listener)?;
@@ -132,7 +142,6 @@ impl Hold {
         let sockets = inherited.sockets.iter().map(|fd| take_inherited(*fd)).collect::<Result<_, _>>();
         let sockets = sockets.doing("take inherited descriptor")?;
         let _ = set_name(c"keel-shim");
-        let memory = Memory::load(&inherited.dir)?;
         let o = &memory.options;
         let mut pump = Pump::of(o, memory.lost)?;
         let within = match &o.log.file {
@@ -162,6 +171,7 @@ impl Hold {
             restart: restart::State::default(),
             notify: notify.map(Into::into),
             sockets,
+            helper,
             memory,
         })
     }
@@ -251,6 +261,12 @@ impl Hold {
                 }
             }
         }
+    }
+
+    /// Has a program started that needs more rights than this phase has.
+    fn start(&self, task: Task<'_>, streams: [Option<BorrowedFd<'_>>; 3]) -> Result<i32, Error> {
+        let helper = self.helper.as_ref().ok_or_else(|| Error::new("the monitor has no helper"))?;
+        helper.run(task, streams)
     }
 
     fn notified(&mut self) {

@@ -42,6 +42,13 @@ impl<'a> Runtime<'a> {
     /// `RUNTIME --root R --log F --log-format json ARGS.. VERB`. The kernel kills it should the shim die: a half-made
     /// container is cleaned up by whoever finds it, a runtime that runs on beside that would race with it.
     pub(crate) fn command(&self, verb: &str) -> Command {
+        let mut command = self.bare(verb);
+        die_with_parent(&mut command);
+        command
+    }
+
+    /// The same without the kill.
+    pub(crate) fn bare(&self, verb: &str) -> Command {
         self.complete(Command::new(&self.options.runtime), verb)
     }
 
@@ -49,7 +56,9 @@ impl<'a> Runtime<'a> {
     pub(crate) fn command_through(&self, program: &str, words: &[OsString], verb: &str) -> Command {
         let mut command = Command::new(program);
         command.args(words).arg(&self.options.runtime);
-        self.complete(command, verb)
+        let mut command = self.complete(command, verb);
+        die_with_parent(&mut command);
+        command
     }
 
     fn complete(&self, mut command: Command, verb: &str) -> Command {
@@ -59,7 +68,6 @@ impl<'a> Runtime<'a> {
         command.arg("--log").arg(self.log()).args(["--log-format", "json"]);
         command.args(&self.options.runtime_args).arg(verb);
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-        die_with_parent(&mut command);
         command
     }
 

@@ -22,6 +22,7 @@ use keel_sys::{seqpacket, tty};
 use crate::args::Options;
 use crate::clients::Clients;
 use crate::error::{Context, Error};
+use crate::helper::{Helper, Task};
 use crate::hold::{exit_numbers, now_ms};
 use crate::runtime::{Runtime, read_pid};
 
@@ -83,10 +84,12 @@ impl Sessions {
     pub(crate) fn start(
         &mut self,
         options: &Options,
+        helper: Option<&Helper>,
         epoll: &Epoll,
         client: usize,
         exec: Exec<'_>,
     ) -> Result<(), Error> {
+        let helper = helper.ok_or_else(|| Error::new("the monitor has no helper"))?;
         let slot = match self.slots.iter().position(Option::is_none) {
             None if self.slots.len() < MAX_SESSIONS => {
                 self.slots.push(None);
@@ -98,7 +101,7 @@ impl Sessions {
         let name = format!("exec-{}", self.next_name);
         self.next_name = self.next_name.wrapping_add(1);
         let token = self.first_token + slot as u64 * TOKENS;
-        let session = Session::spawn(options, epoll, token, name.clone(), client, exec);
+        let session = Session::spawn(options, helper, epoll, token, name.clone(), client, exec);
         if session.is_err() {
             forget_files(&options.dir, &name);
         }
@@ -263,6 +266,7 @@ impl Sessions {
 impl Session {
     fn spawn(
         options: &Options,
+        helper: &Helper,
         epoll: &Epoll,
         token: u64,
         name: String,
@@ -270,12 +274,8 @@ impl Session {
         exec: Exec<'_>,
     ) -> Result<Session, Error> {
         let dir = &options.dir;
-        let runtime = Runtime::named(options, &name);
         let process = file(dir, &name, "json");
         fs::write(&process, exec.process).at("write", &process)?;
-        let mut command = runtime.command("exec");
-        command.arg("--detach").arg("--process").arg(&process);
-        command.arg("--pid-file").arg(file(dir, &name, "pid"));
         let mut session = Session {
             tty: exec.tty,
             size: tty::Size { rows: exec.rows, columns: exec.columns },
@@ -295,25 +295,25 @@ impl Session {
             connection: None,
             name: name.clone(),
         };
-        let opened;
+        let mut console = None;
+        let mut streams: [Option<OwnedFd>; 3] = [None, None, None];
         if exec.tty {
             let socket = format!("{}.sock", session.name);
             let listener = seqpacket::listen_stream(dir, &socket, 1).at("listen on", &dir.join(&socket))?;
             epoll.add(&listener, IN, token + 3).doing("watch the console socket")?;
             session.console = Some(listener);
-            opened = File::open(dir).at("open", dir)?;
-            let short = format!("/proc/{}/fd/{}/{socket}", std::process::id(), opened.as_raw_fd());
-            command.arg("--tty").arg("--console-socket").arg(short);
+            let opened = File::open(dir).at("open", dir)?;
+            console = Some(format!("/proc/{}/fd/{}/{socket}", std::process::id(), opened.as_raw_fd()));
             // The runtime resolves the path while it runs, so the directory stays open with the session.
             session.connection = Some(opened.into());
         } else {
             let (out, their_out) = pipe().doing("create a pipe")?;
             let (err, their_err) = pipe().doing("create a pipe")?;
-            command.stdout(their_out).stderr(their_err);
+            streams = [None, Some(their_out), Some(their_err)];
             if exec.stdin {
                 let (their_in, input) = pipe().doing("create a pipe")?;
                 set_nonblocking(&input, true).doing("make a pipe non-blocking")?;
-                command.stdin(their_in);
+                streams[0] = Some(their_in);
                 session.stdin = Some(input.into());
             }
             for (index, fd) in [out, err].into_iter().enumerate() {
@@ -321,9 +321,9 @@ impl Session {
                 session.outputs[index] = Some(fd.into());
             }
         }
-        command.arg(&options.id);
-        let child = runtime.spawn("exec", &mut command)?;
-        session.starting = i32::try_from(child.id()).ok();
+        let task = Task::Exec { name: &name, console: console.as_deref() };
+        let streams = streams.each_ref().map(|stream| stream.as_ref().map(AsFd::as_fd));
+        session.starting = Some(helper.run(task, streams)?);
         Ok(session)
     }
 

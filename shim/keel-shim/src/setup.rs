@@ -116,6 +116,7 @@ fn pass_on(dir: &Path, fds: &Descriptors) -> Inherited {
         stdout: number(&fds.stdout),
         stderr: number(&fds.stderr),
         notify: number(&fds.notify),
+        helper: false,
         sockets: fds
             .sockets
             .iter()

@@ -185,6 +185,7 @@ fn a_log_that_hangs_does_not_stop_a_container_that_shall_not_wait_and_every_line
     let script = "while [ ! -e /go ]; do sleep 0.02; done; seq 1 500000; echo > /written
                   while [ ! -e /on ]; do sleep 0.02; done; echo last; exit 4";
     let container = rig.run(script, &["--log-buffer", "65536", "--log-max-bytes", "100000000"]);
+    poll("the writer runs", || !children_of(container.shim_pid(), "keel-log").is_empty());
     let writers = children_of(container.shim_pid(), "keel-log");
     assert_eq!(writers.len(), 1);
     // As a process that waits for a disk.

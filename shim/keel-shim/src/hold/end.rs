@@ -3,11 +3,11 @@
 use keel_proto::ExitRecord;
 use keel_sys::monitor::Reaped;
 
+use crate::helper::Task;
 use crate::hold::{Ended, exit_numbers, now_ms};
 use crate::log::Lost;
 use crate::machine::Event;
 use crate::record::write_durably;
-use crate::runtime::Runtime;
 
 use super::Hold;
 
@@ -51,11 +51,8 @@ impl Hold {
     }
 
     pub(super) fn start_delete(&mut self) {
-        let runtime = Runtime::new(&self.memory.options);
-        let mut command = runtime.command("delete");
-        command.arg("--force").arg(&self.memory.options.id);
-        match runtime.spawn("delete", &mut command) {
-            Ok(child) => self.deleting = i32::try_from(child.id()).ok(),
+        match self.start(Task::Delete, [None; 3]) {
+            Ok(child) => self.deleting = Some(child),
             // Whoever reads the record cleans up in any case.
             Err(_) => self.event(Event::Deleted),
         }

@@ -190,7 +190,9 @@ impl Hold {
             return self.refuse(index, ErrorCode::Unsupported, "the container has ended");
         }
         // Answered when the runtime has done it.
-        if let Err(e) = self.sessions.start(&self.memory.options, &self.epoll, index, exec) {
+        if let Err(e) =
+            self.sessions.start(&self.memory.options, self.helper.as_ref(), &self.epoll, index, exec)
+        {
             self.refuse(index, ErrorCode::Failed, &e.one_line());
         }
     }
@@ -273,6 +275,7 @@ impl Hold {
             stdout: pass(output(0)),
             stderr: pass(output(1)),
             notify: pass(self.notify.as_ref().map(AsFd::as_fd)),
+            helper: self.helper.is_some(),
             sockets: self.sockets.iter().filter_map(|fd| pass(Some(fd.as_fd()))).collect(),
         }
     }

@@ -16,21 +16,22 @@
 //! writable layer and the back-off here, a second time, in a program that is to be small.
 
 use std::fs::{self, File, TryLockError};
-use std::io::{self, Read as _};
-use std::os::fd::OwnedFd;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use keel_proto::Phase;
 use keel_sys::epoll::IN;
-use keel_sys::file::set_nonblocking;
-use keel_sys::process::pidfd_open;
+use keel_sys::file::{pipe, read, set_nonblocking};
+use keel_sys::process::{kill, pidfd_open};
 
 use crate::args::Restart;
+use crate::error::Context;
+use crate::helper::Task;
 use crate::machine::Event;
 
-use super::{Hold, OWNER, exit_numbers};
+use super::{Hold, OWNER, SIGKILL, exit_numbers};
 
 /// Somebody who has just taken the lock has not written their number yet.
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
@@ -60,9 +61,14 @@ pub(super) struct State {
     retry: Duration,
 }
 
+struct Child {
+    pid: i32,
+    answer: OwnedFd,
+}
+
 impl State {
     pub(super) fn is_child(&self, pid: i32) -> bool {
-        self.command.as_ref().is_some_and(|child| i32::try_from(child.id()) == Ok(pid))
+        self.command.as_ref().is_some_and(|child| child.pid == pid)
     }
 }
 
@@ -77,9 +83,9 @@ enum Owner {
 
 impl Hold {
     pub(super) fn look_who_restarts(&mut self) {
-        if let Some(child) = &mut self.restart.command {
+        if let Some(child) = &self.restart.command {
             // It had its time. Its end comes as that of any child.
-            let _ = child.kill();
+            let _ = kill(child.pid, SIGKILL);
             return self.arm(LOOK_AGAIN);
         }
         if self.restart.stopped && !self.restart.dismissed && !self.restart.kept && !self.sockets.is_empty() {
@@ -124,13 +130,11 @@ impl Hold {
     }
 
     fn run_restart_command(&mut self) {
-        let Some((program, arguments)) = self.memory.options.restart_command.split_first() else {
-            return self.event(Event::Released);
-        };
-        let mut command = Command::new(program);
-        command.args(arguments).env_clear();
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
-        match command.spawn() {
+        let started = pipe().doing("create a pipe").and_then(|(answer, theirs)| {
+            let pid = self.start(Task::Restart, [None, Some(theirs.as_fd()), None])?;
+            Ok(Child { pid, answer })
+        });
+        match started {
             Ok(child) => {
                 self.restart.command = Some(child);
                 self.arm(COMMAND_TIMEOUT);
@@ -141,7 +145,7 @@ impl Hold {
 
     pub(super) fn restart_answered(&mut self) {
         let answer =
-            self.restart.command.take().and_then(|child| read_answer(child).ok()).unwrap_or_default();
+            self.restart.command.take().and_then(|child| read_answer(&child).ok()).unwrap_or_default();
         match answer.split_once(' ') {
             None if answer == "done" => self.event(Event::Released),
             Some(("wait", ms)) if ms.parse::<u64>().is_ok() => {
@@ -161,11 +165,10 @@ impl Hold {
 }
 
 /// Its first line. What it started may hold the pipe open, and is not waited for.
-fn read_answer(mut child: Child) -> io::Result<String> {
-    let mut stdout = child.stdout.take().ok_or(io::ErrorKind::BrokenPipe)?;
-    set_nonblocking(&stdout, true)?;
+fn read_answer(child: &Child) -> io::Result<String> {
+    set_nonblocking(&child.answer, true)?;
     let mut answer = [0; MAX_ANSWER];
-    let got = stdout.read(&mut answer)?;
+    let got = read(&child.answer, &mut answer)?;
     let text = String::from_utf8_lossy(&answer[..got]);
     Ok(text.lines().next().unwrap_or_default().to_owned())
 }
