@@ -257,6 +257,7 @@ pub(crate) const STATE_NAMES: &[&str] = &[
     "blobs",
     "containers",
     "exits",
+    "good",
     "images",
     "index.json",
     "instance.json",
