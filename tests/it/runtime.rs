@@ -933,6 +933,32 @@ fn events_print_statistics() {
 }
 
 #[test]
+fn the_parent_of_a_checkpoint_is_an_image_beside_it() {
+    require!(ours);
+    let case = Case::new("sleep 1000");
+    case.start();
+    let images = case.path("images").display().to_string();
+    for parent in [case.bundle().as_str(), "../nothing"] {
+        let args = ["checkpoint", "--pre-dump", "--image-path", &images, "--parent-path", parent, &case.id];
+        let error = case.fails(&args);
+        assert!(error.contains("--parent-path"), "{error}");
+    }
+    assert_eq!(case.status(), "running");
+}
+
+#[test]
+fn a_container_whose_start_failed_has_stopped() {
+    require!(ours);
+    let hook = json!([{"path": "/bin/false"}]);
+    for _ in 0..20 {
+        let case = Case::new("true").with("/hooks/startContainer", hook.clone());
+        case.create(&[]).unwrap();
+        case.call(&["start", &case.id]);
+        case.ok(&["delete", &case.id]);
+    }
+}
+
+#[test]
 fn a_checkpoint_without_criu_says_what_is_missing() {
     require!(ours);
     let case = in_cgroup(Case::new("sleep 1000"));

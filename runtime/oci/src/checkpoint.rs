@@ -93,8 +93,6 @@ impl Runtime {
             let action = "checkpoint a container that is not running";
             return Err(RuntimeError::WrongState { id: id.to_owned(), status: status.as_str(), action });
         }
-        let spec = dir.load_spec()?;
-        refuse_terminal(&spec)?;
         let images = &options.criu.image_path;
         fs::create_dir_all(images).map_err(io_error("create", images))?;
         let images = &fs::canonicalize(images).map_err(io_error("open", images))?;
@@ -106,8 +104,10 @@ impl Runtime {
                 )));
             }
             let path = images.join(parent);
-            fs::metadata(&path).map_err(io_error("open the parent image", &path))?;
+            fs::metadata(&path).map_err(io_error("open the image of --parent-path", &path))?;
         }
+        let spec = dir.load_spec()?;
+        refuse_terminal(&spec)?;
         let (mut criu, log) =
             criu(&options.criu, if options.pre_dump { "pre-dump" } else { "dump" }, images, "dump.log")?;
         criu.arg("--tree").arg(state.pid.to_string()).arg("--root").arg(&state.rootfs);

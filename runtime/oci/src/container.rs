@@ -380,6 +380,8 @@ impl Runtime {
         let path = dir.file(START_SOCKET);
         fs::remove_file(&path).map_err(io_error("remove", &path))?;
         if let Some(text) = failure {
+            // It is on its way out; a `delete` that comes next must find it stopped.
+            let _ = self.kill_and_wait(&state);
             return Err(RuntimeError::Child(text));
         }
         let spec = dir.load_spec()?;
