@@ -195,11 +195,13 @@ fn what_an_index_lost_for_another_platform_is_brought_back_by_a_repair() {
     let path = |digest: &str| instance.root().join("blobs").join(digest.replace(':', "/"));
     let good = fs::read(path(&foreign)).unwrap();
     fs::write(path(&foreign), vec![0; good.len()]).unwrap();
+    fs::remove_file(path(&index)).unwrap();
     let found = instance.keel(&["image", "verify"]).expect_code(1);
     assert!(found.stdout.contains(&foreign), "{}", found.all());
     let repaired = instance.keel(&["image", "verify", "--repair"]).expect_code(0);
     assert!(repaired.stdout.contains(&format!("pulled again {image}")), "{}", repaired.all());
     assert_eq!(fs::read(path(&foreign)).unwrap(), good);
+    assert!(path(&index).exists());
     assert!(path(&own).exists());
     let seen = instance.keel(&["image", "inspect", &image]).expect_code(0).json();
     assert_eq!(seen["index"]["digest"], index.as_str());

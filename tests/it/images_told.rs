@@ -129,6 +129,32 @@ fn what_refers_to_an_image_is_listed_from_its_registry() {
     instance.keel(&["image", "referrers", &format!("{}/app/absent:1", registry.address)]).expect_code(4);
 }
 
+#[test]
+fn an_endless_manifest_costs_a_pull_no_memory() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let image = format!("{}/app/x:1", listener.local_addr().unwrap());
+    std::thread::spawn(move || {
+        while let Ok((mut connection, _)) = listener.accept() {
+            let mut request = [0; 4096];
+            // The first bytes of a TLS hello are no request.
+            if matches!(connection.read(&mut request), Ok(n) if n > 0 && request[0] == b'G') {
+                let _ = connection.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 2147483648\r\n\r\n");
+                while connection.write_all(&[b' '; 64 << 10]).is_ok() {}
+            }
+        }
+    });
+    let instance = Instance::new();
+    let keel = instance.command(&["image", "pull", &image]);
+    let arguments = keel.get_args().map(|a| a.to_str().unwrap().to_owned()).collect::<Vec<_>>().join(" ");
+    let program = keel.get_program().to_str().unwrap().to_owned();
+    // Half a gigabyte of addresses is a quarter of what it would have to hold.
+    let limited = format!("ulimit -v 524288; exec {program} {arguments}");
+    let output = std::process::Command::new("sh").args(["-c", &limited]).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains("larger than the limit of 4194304 bytes"), "{said}");
+}
+
 /// Passes connections on, and what comes back only so fast.
 struct Slow {
     address: String,

@@ -74,8 +74,7 @@ pub async fn verify_images(
 /// Images that run, but whose index lost something for another platform.
 fn incomplete_indexes(store: &Store, report: &Report) -> Result<Vec<LostImage>, HostError> {
     let images = store.images().map_err(|error| HostError::Store(Box::new(error)))?;
-    let removed: BTreeSet<Digest> =
-        report.damage.iter().filter(|damage| damage.repaired).map(|damage| damage.digest).collect();
+    let removed: BTreeSet<Digest> = report.damage.iter().map(|damage| damage.digest).collect();
     let incomplete = images.into_iter().filter_map(|image| {
         let index = image.index.as_ref()?;
         let gone = index.digests().find(|digest| removed.contains(digest) && !store.has_blob(digest))?;
@@ -83,7 +82,7 @@ fn incomplete_indexes(store: &Store, report: &Report) -> Result<Vec<LostImage>, 
             manifest: image.manifest_digest,
             index: Some(index.digest),
             pinned: image.pinned,
-            problem: format!("{gone} of its index was damaged"),
+            problem: format!("{gone} of its index is damaged or gone"),
             reference: image.reference,
         })
     });

@@ -114,6 +114,11 @@ impl Index {
         std::iter::once(self.digest).chain(self.members.iter().flat_map(Member::digests))
     }
 
+    /// Whether it is the index itself or one of its documents.
+    pub(crate) fn lists(&self, digest: &Digest) -> bool {
+        self.digest == *digest || self.members.iter().any(|member| member.digest == *digest)
+    }
+
     /// Config and layers of all its images, each once.
     pub fn blobs(&self) -> Vec<&Blob> {
         let mut seen = BTreeSet::new();

@@ -121,8 +121,15 @@ impl Store {
         }
         for (digest, size) in wanted {
             let path = self.inner.blob_path(&digest);
-            // Blobs of unpacked layers may have been given up for space.
-            let Ok(file) = File::open(&path) else { continue };
+            let Ok(file) = File::open(&path) else {
+                // Blobs of layers may have been given up for space; what names them never is.
+                let images = users(records, |record| record.index.as_ref().is_some_and(|i| i.lists(&digest)));
+                if !images.is_empty() {
+                    let problem = "it is not there".into();
+                    report.damage.push(Damage { digest, problem, images, repaired: false });
+                }
+                continue;
+            };
             report.blobs += 1;
             let len = file.metadata().at("look at", &path)?.len();
             let problem = match size {

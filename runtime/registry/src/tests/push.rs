@@ -311,6 +311,33 @@ async fn a_registry_that_is_elsewhere_is_followed_and_one_that_takes_no_pieces_g
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_token_that_runs_out_between_pieces_is_renewed() {
+    let (bench, source, digest) = pulled().await;
+    let uploads = pieces(1 << 20, 0);
+    let (used, issued) = (AtomicUsize::new(0), AtomicUsize::new(0));
+    let server = Server::start(Content::default(), move |r| {
+        let host = r.header("host").unwrap_or("");
+        if r.target.starts_with("/token") {
+            assert!(r.target.contains("push"), "{}", r.target);
+            used.store(0, Ordering::SeqCst);
+            let token = format!("t{}", issued.fetch_add(1, Ordering::SeqCst) + 1);
+            return Some(Reply::new(200).text(json!({"token": token}).to_string()));
+        }
+        let good = format!("Bearer t{}", issued.load(Ordering::SeqCst));
+        if r.header("authorization") != Some(&good) || used.fetch_add(1, Ordering::SeqCst) >= 3 {
+            let realm = format!("Bearer realm=\"http://{host}/token\",service=\"s\"");
+            return Some(Reply::new(401).with("WWW-Authenticate", realm));
+        }
+        uploads(r)
+    })
+    .await;
+    let client = Client::new(ClientOptions { chunk_bytes: 1 << 20, parallel_layers: 1, ..options() });
+    let pushed = client.push(&bench.store, &source, &server.reference("1"), &[], silent()).await.unwrap();
+    assert_eq!(pushed, digest);
+    assert!(server.seen_of("/token").len() > 4);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn an_upload_to_another_host_carries_no_login() {
     let (bench, source, _) = pulled().await;
     let storage = Server::start(Content::default(), |r| {

@@ -142,6 +142,12 @@ fn damage_of_another_platforms_blob_is_found_and_named() {
     );
     // The image itself runs all the same.
     assert_eq!(report.lost_images, []);
+
+    fs::remove_file(&blob).unwrap();
+    fs::remove_file(bench.store.inner.blob_path(&layout.index)).unwrap();
+    let report = bench.store.verify(Depth::Quick, false).unwrap();
+    let damage: Vec<_> = report.damage.iter().map(|d| (d.digest, d.problem.as_str())).collect();
+    assert_eq!(damage, [(layout.index, "it is not there")], "a layer may have been given up for space");
 }
 
 #[test]
