@@ -642,6 +642,34 @@ fn a_container_that_ends_without_a_daemon_comes_back_and_is_counted_by_the_next_
     delete_everything(&mut instance);
 }
 
+#[test]
+fn a_container_whose_daemon_and_shim_are_killed_lives_and_is_taken_over() {
+    let mut instance = Instance::new();
+    instance.import_busybox();
+    let counts = "    command: [sh, -c, 'i=0; while :; do i=$((i+1)); echo $i; usleep 5000; done']\n";
+    instance.write("web.yaml", &pod("web", counts));
+    instance.start_daemon();
+    instance.await_ready("web");
+    let before = instance.pids();
+    let (id, pid) = before.iter().next().unwrap();
+    let shim = shim_of(&instance, id).unwrap();
+    instance.kill_daemon();
+    signal(shim, Signal::SIGKILL);
+    assert!(is_alive(*pid));
+    instance.start_daemon();
+    eventually("another shim", || shim_of(&instance, id).filter(|new| *new != shim && is_alive(*new)));
+    instance.await_ready("web");
+    assert_eq!(instance.pids(), before);
+    let log = || instance.keel(&["logs", "web"]).expect_code(0).stdout;
+    let lines = log().lines().count();
+    eventually("the log goes on", || (log().lines().count() > lines + 20).then_some(()));
+    let log = log();
+    let gap = log.lines().zip(1..).find(|(line, n)| *line != n.to_string());
+    assert_eq!(gap, None, "no line is lost or doubled");
+    assert!(instance.stop_daemon().success());
+    delete_everything(&mut instance);
+}
+
 /// The shim of this run has seen its end, and waits to have it restarted.
 #[track_caller]
 fn rests(instance: &Instance, id: &str) {

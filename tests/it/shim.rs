@@ -713,6 +713,92 @@ fn nonsense_is_answered_and_survived() {
 }
 
 #[test]
+fn another_user_is_refused_even_where_the_socket_can_be_reached() {
+    let Some(rig) = Rig::new() else { return };
+    let container = rig.run("sleep 1000", &[]);
+    const SCRIPT: &str = "use Socket; socket(S, PF_UNIX, SOCK_SEQPACKET, 0);
+        connect(S, sockaddr_un($ARGV[0])) or die $!; recv(S, $b, 999, 0); print substr $b, 5";
+    for dir in [rig.path(), &container.dir] {
+        fs::set_permissions(dir, fs::Permissions::from_mode(0o755)).unwrap();
+    }
+    let socket = container.dir.join("ctl.sock");
+    fs::set_permissions(&socket, fs::Permissions::from_mode(0o777)).unwrap();
+    let mut perl = Command::new("perl");
+    let said =
+        std::os::unix::process::CommandExt::uid(&mut perl, 65534).args(["-e", SCRIPT]).arg(&socket).output();
+    let Ok(said) = said else {
+        let _ = writeln!(std::io::stderr(), "skipped: perl is not installed");
+        return;
+    };
+    assert_eq!(String::from_utf8_lossy(&said.stdout), "only root may control this container", "{said:?}");
+    assert_eq!(container.client().state().unwrap().phase, Phase::Running);
+}
+
+#[test]
+fn a_crash_is_recorded_with_its_core_dump_and_what_it_used() {
+    let Some(rig) = Rig::new() else { return };
+    if fs::read_to_string("/proc/sys/kernel/core_pattern").is_ok_and(|pattern| pattern.trim().is_empty()) {
+        let _ = writeln!(std::io::stderr(), "skipped: this host writes no core dumps");
+        return;
+    }
+    // Deeper than the stack of the shell.
+    let container = rig.run("ulimit -c unlimited; f() { f; }; f", &[]);
+    let record = container.exit();
+    assert_eq!((record.code, record.signal, record.core, record.lost), (139, 11, true, false));
+    assert!(record.user_us + record.system_us > 0 && record.max_rss_kb > 1000, "{record:?}");
+}
+
+/// A container among the processes of the host.
+fn without_pid_namespace<'a>(rig: &'a Rig, script: &str) -> Container<'a> {
+    let id = rig.id();
+    let dir = rig.bundle(&id, &["/bin/sh".into(), "-c".into(), script.into()], false, json!({}));
+    let path = dir.join("config.json");
+    let config = fs::read_to_string(&path).unwrap().replace("{\"type\":\"pid\"},", "");
+    fs::write(&path, config).unwrap();
+    let out = rig.command(&id, &dir).arg("--log").arg(dir.join("0.log")).output().unwrap();
+    let exit_file = rig.exits().join(format!("{id}.json"));
+    let container = Container { rig, id, dir, exit_file };
+    container.report(out).unwrap();
+    container
+}
+
+#[test]
+fn what_a_container_leaves_to_its_monitor_is_reaped_at_once() {
+    let Some(rig) = Rig::new() else { return };
+    let script = "( (while [ ! -e /go ]; do sleep 0.02; done; exit 3) & echo $! ); exec sleep 1000";
+    let container = without_pid_namespace(&rig, script);
+    container.wait_for_output("\n");
+    let orphan: i32 = container.output("stdout").trim().parse().unwrap();
+    poll("it is the monitor's", || status_field(orphan, "PPid") == container.shim_pid().to_string());
+    fs::write(container.dir.join("rootfs/go"), "").unwrap();
+    poll("not even a zombie is left", || !Path::new(&format!("/proc/{orphan}")).exists());
+    assert_eq!(container.client().state().unwrap().phase, Phase::Running);
+}
+
+#[test]
+fn a_process_that_was_given_the_containers_number_is_not_touched() {
+    let Some(rig) = Rig::new() else { return };
+    let container = rig.run("sleep 1000", &[]);
+    let pid = container.pid();
+    assert!(container.kill_shim());
+    kill(Pid::from_raw(pid), Signal::SIGKILL).unwrap();
+    poll("the container ends", || !runs(pid));
+    let mut bystander = Command::new("sleep").arg("1000").spawn().unwrap();
+    let number = bystander.id();
+    // As if its number had come round again.
+    let memory = container.dir.join("shim.conf");
+    let text =
+        fs::read_to_string(&memory).unwrap().replace(&format!("\0pid={pid}\0"), &format!("\0pid={number}\0"));
+    fs::write(&memory, text).unwrap();
+    container.adopt().unwrap();
+    let record = container.exit();
+    assert_eq!((record.code, record.lost, record.pid), (-1, true, number));
+    assert!(bystander.try_wait().unwrap().is_none(), "it lives");
+    bystander.kill().unwrap();
+    bystander.wait().unwrap();
+}
+
+#[test]
 fn the_first_process_of_a_shared_namespace_reaps_and_ends_on_request() {
     let Some(rig) = Rig::new() else { return };
     let child = Command::new(&rig.shim).arg("pause").spawn().unwrap();
