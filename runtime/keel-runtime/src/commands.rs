@@ -111,6 +111,7 @@ fn create_options(options: &Options, positional: &[String]) -> Result<CreateOpti
     Ok(CreateOptions {
         id: id(positional)?.to_owned(),
         bundle: options.path("bundle").unwrap_or_else(|| PathBuf::from(".")),
+        config: options.path("config"),
         pid_file: options.path("pid-file"),
         console_socket: options.path("console-socket"),
         pidfd_socket: options.path("pidfd-socket"),
@@ -131,7 +132,7 @@ fn create(runtime: &Runtime, options: &Options, positional: &[String], log: &Log
 fn run_container(runtime: &Runtime, options: &Options, positional: &[String], log: &Log) -> Outcome {
     let create = create_options(options, positional)?;
     let detach = options.has("detach");
-    let terminal = runtime.wants_terminal(&create.bundle)?;
+    let terminal = runtime.wants_terminal(&create)?;
     if detach && terminal && create.console_socket.is_none() {
         return Err(usage("cannot allocate tty if the container will be detached: give --console-socket"));
     }

@@ -154,7 +154,7 @@ impl Runtime {
     pub fn restore(&self, options: &RestoreOptions, me: &Path) -> Result<Restored, RuntimeError> {
         let images = &options.criu.image_path;
         let images = &fs::canonicalize(images).map_err(io_error("open the image", images))?;
-        let (spec, text, bundle, rootfs) = self.read_bundle(&options.bundle)?;
+        let (spec, text, bundle, rootfs) = self.read_bundle(&options.bundle, None)?;
         refuse_terminal(&spec)?;
         let facts = host::observe(&self.roots)?;
         let mut scope = self.systemd.then(|| Scope::prepare(&spec, &options.id, &self.roots)).transpose()?;

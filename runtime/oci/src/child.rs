@@ -316,10 +316,16 @@ impl Machine<'_> {
                     Ok(_) | Err(_) => Ok(()),
                 }
             }
-            Op::DeviceNode { path, mode, major, minor, uid, gid } => {
+            Op::DeviceNode { path, outside: true, .. } => {
+                self.attach_device(self.ask_for_source()?, path.as_c_str())
+            }
+            Op::DeviceNode { path, mode, major, minor, uid, gid, .. } => {
                 self.device_node(path.as_c_str(), *mode, (*major, *minor), (*uid, *gid))
             }
-            Op::DeviceBind { source, path } => self.device_bind(source, path.as_c_str()),
+            Op::DeviceBind { source, path } => {
+                let tree = mount::clone_tree(file::cwd(), source, false, true).at(Step::OpenSource)?;
+                self.attach_device(tree, path.as_c_str())
+            }
             Op::Console { bind, rows, columns, uid } => {
                 self.console(*bind, tty::Size { rows: *rows, columns: *columns }, *uid)
             }
@@ -621,8 +627,7 @@ impl Machine<'_> {
         })
     }
 
-    fn device_bind(&self, source: &CStr, path: &CStr) -> Done {
-        let tree = mount::clone_tree(file::cwd(), source, false, true).at(Step::OpenSource)?;
+    fn attach_device(&self, tree: OwnedFd, path: &CStr) -> Done {
         let kind = file::fstat(&tree).at(Step::Verify)?.kind();
         if !matches!(kind, libc::S_IFCHR | libc::S_IFBLK | libc::S_IFIFO) {
             return Err(fail(Step::Verify, libc::ENODEV));

@@ -19,6 +19,8 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+/// How long `start` waits for a `create` that is not done: its caller has seen the container, and begins at once.
+const CREATE_DEADLINE: Duration = Duration::from_secs(10);
 /// How long a killed container may take to disappear.
 pub(crate) const KILL_DEADLINE: Duration = Duration::from_secs(10);
 /// A larger `config.json` is refused: it is read into memory before it is judged.
@@ -35,6 +37,8 @@ pub struct Runtime {
 pub struct CreateOptions {
     pub id: String,
     pub bundle: PathBuf,
+    /// The configuration's file, in the bundle when it is relative; `config.json` by default.
+    pub config: Option<PathBuf>,
     pub pid_file: Option<PathBuf>,
     pub console_socket: Option<PathBuf>,
     pub pidfd_socket: Option<PathBuf>,
@@ -88,7 +92,7 @@ impl Runtime {
     }
 
     /// Whether the bundle's process wants a terminal.
-    pub fn wants_terminal(&self, bundle: &Path) -> Result<bool, RuntimeError> {
+    pub fn wants_terminal(&self, options: &CreateOptions) -> Result<bool, RuntimeError> {
         #[derive(Default, serde::Deserialize)]
         #[serde(default)]
         struct Process {
@@ -99,7 +103,7 @@ impl Runtime {
         struct Brief {
             process: Option<Process>,
         }
-        let path = bundle.join("config.json");
+        let path = config_path(&options.bundle, options.config.as_deref());
         let brief: Brief = serde_json::from_slice(&read_config(&path)?)
             .map_err(|source| RuntimeError::Json { path, source })?;
         Ok(brief.process.unwrap_or_default().terminal)
@@ -112,7 +116,8 @@ impl Runtime {
         console: Option<OwnedFd>,
     ) -> Result<Created, RuntimeError> {
         self.store.check_id(&options.id)?;
-        let (mut spec, text, bundle, rootfs) = self.read_bundle(&options.bundle)?;
+        let (mut spec, text, bundle, rootfs) =
+            self.read_bundle(&options.bundle, options.config.as_deref())?;
         let namespaces = spec.linux.as_ref().map_or(&[][..], |l| l.namespaces.as_slice());
         let notify = options.notify_socket.is_some() && namespaces.iter().any(|n| n.kind == "mount");
         if notify {
@@ -211,9 +216,10 @@ impl Runtime {
     pub(crate) fn read_bundle(
         &self,
         bundle: &Path,
+        config: Option<&Path>,
     ) -> Result<(Spec, Vec<u8>, PathBuf, PathBuf), RuntimeError> {
         let bundle = fs::canonicalize(bundle).map_err(io_error("open the bundle", bundle))?;
-        let path = bundle.join("config.json");
+        let path = config_path(&bundle, config);
         let text = read_config(&path)?;
         let spec: Spec =
             serde_json::from_slice(&text).map_err(|source| RuntimeError::Json { path, source })?;
@@ -353,13 +359,20 @@ impl Runtime {
     /// `start`. With a socket to notify it returns when the container has said that it is ready.
     pub fn start(&self, id: &str, notify: Option<&Path>) -> Result<(), RuntimeError> {
         let dir = self.store.open(id)?;
-        let state = dir.load()?;
-        let status = dir.status(&state)?;
+        let mut state = dir.load()?;
+        let mut status = dir.status(&state)?;
+        let deadline = Instant::now() + CREATE_DEADLINE;
+        while status == Status::Creating && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(2));
+            state = dir.load()?;
+            status = dir.status(&state)?;
+        }
         let wrong = |status: Status| RuntimeError::WrongState {
             id: id.to_owned(),
             status: status.as_str(),
             action: match status {
                 Status::Stopped => "start a container that has stopped",
+                Status::Creating => "start it before its create is done",
                 _ => "start an already running container",
             },
         };
@@ -598,6 +611,10 @@ pub(crate) fn write_pid_file(path: &Path, pid: i32) -> Result<(), RuntimeError> 
     let temp = path.with_file_name(format!(".{name}.tmp"));
     fs::write(&temp, pid.to_string()).map_err(io_error("write", &temp))?;
     fs::rename(&temp, path).map_err(io_error("rename", path))
+}
+
+fn config_path(bundle: &Path, config: Option<&Path>) -> PathBuf {
+    bundle.join(config.unwrap_or(Path::new("config.json")))
 }
 
 fn read_config(path: &Path) -> Result<Vec<u8>, RuntimeError> {

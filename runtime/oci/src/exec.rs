@@ -6,7 +6,6 @@ use crate::error::{RuntimeError, io_error, sys_error};
 use crate::host;
 use crate::launch::{self, Heard, Launch, Launched};
 use crate::lower::{ProcessContext, lower_affinity, lower_process};
-use crate::names;
 use crate::op::{NsKind, Op};
 use crate::scope;
 use crate::spec::{Capabilities, Process, Spec};
@@ -333,20 +332,17 @@ fn exec_process(spec: &Spec, options: &ExecOptions) -> Result<Process, RuntimeEr
     if let Some(label) = &options.process_label {
         process.selinux_label = Some(label.clone());
     }
-    add_capabilities(&mut process, &options.caps)?;
+    add_capabilities(&mut process, &options.caps);
     Ok(process)
 }
 
 /// Added to all sets but the inheritable one, which a further process must never widen.
-fn add_capabilities(process: &mut Process, caps: &[String]) -> Result<(), RuntimeError> {
+fn add_capabilities(process: &mut Process, caps: &[String]) {
     if caps.is_empty() {
-        return Ok(());
+        return;
     }
     let sets = process.capabilities.get_or_insert_with(Capabilities::default);
     for cap in caps {
-        if names::capability(cap).is_none() {
-            return Err(RuntimeError::Usage(format!("unknown capability {cap:?}")));
-        }
         for set in [&mut sets.bounding, &mut sets.effective, &mut sets.permitted] {
             if !set.contains(cap) {
                 set.push(cap.clone());
@@ -356,7 +352,6 @@ fn add_capabilities(process: &mut Process, caps: &[String]) -> Result<(), Runtim
             sets.ambient.push(cap.clone());
         }
     }
-    Ok(())
 }
 
 /// `UID` or `UID:GID`, decimal. Anything else is an error: a name must never become user 0.

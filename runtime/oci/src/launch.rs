@@ -2,7 +2,7 @@
 //! ready. Used for a container's first process and for those of `exec`.
 
 use crate::child::{self, Fds, MESSAGE_BYTES, StateText, TEXT_BYTES, Word};
-use crate::error::{RuntimeError, sys_error};
+use crate::error::{RuntimeError, io_error, sys_error};
 use crate::op::{Failure, NsKind, Op, Step};
 use keel_sys::{file, mount, process, socket};
 use std::fs;
@@ -223,12 +223,67 @@ pub(crate) fn hear(sync: &OwnedFd, ops: &[Op]) -> Result<Heard, RuntimeError> {
     }
 }
 
-/// Clones a mount that the child may not: in its mount namespace, with the rights of this process.
+/// A device node for the root of a user namespace, in a file system of its own that nothing else shows.
+fn make_device(op: &Op, owner: (u32, u32), step: &mut Step) -> std::io::Result<OwnedFd> {
+    let Op::DeviceNode { mode, major, minor, .. } = op else {
+        return Err(std::io::ErrorKind::InvalidInput.into());
+    };
+    *step = Step::Create;
+    process::unshare(NsKind::Mount.flag())?;
+    let private = mount::Attr { propagation: libc::MS_PRIVATE, ..mount::Attr::default() };
+    mount::set_attr_at(file::cwd(), c"/", &private, true)?;
+    let made = mount::fsmount(&mount::fsopen(c"tmpfs")?, 0)?;
+    let place = file::openat(file::cwd(), c"/dev", libc::O_PATH | libc::O_DIRECTORY, 0)?;
+    mount::attach(&made, &place)?;
+    file::mknodat(&made, c"node", *mode, *major, *minor)?;
+    file::fchownat(&made, c"node", owner.0, owner.1, libc::AT_SYMLINK_NOFOLLOW)?;
+    file::fchmodat(&made, c"node", mode & 0o7777)?;
+    mount::clone_tree(&made, c"node", false, false)
+}
+
+/// What an id of the child's user namespace is here, by the text of its map.
+fn mapped(map: &str, id: u32) -> Option<u32> {
+    map.lines().find_map(|line| {
+        let mut numbers = line.split_whitespace().map(str::parse::<u32>);
+        let (inside, outside, count) = (numbers.next()?.ok()?, numbers.next()?.ok()?, numbers.next()?.ok()?);
+        id.checked_sub(inside).filter(|n| *n < count).and_then(|n| outside.checked_add(n))
+    })
+}
+
+fn owner(launched: &Launched, op: &Op) -> Result<(u32, u32), RuntimeError> {
+    let Op::DeviceNode { uid, gid, .. } = op else { return Ok((0, 0)) };
+    let read = |name: &str, id: u32| {
+        let path = format!("/proc/{}/{name}", launched.pid);
+        let map = fs::read_to_string(&path).map_err(io_error("read", path))?;
+        mapped(&map, id)
+            .ok_or_else(|| RuntimeError::Usage(format!("{}: {id} has no place in its {name}", op.describe())))
+    };
+    Ok((read("uid_map", *uid)?, read("gid_map", *gid)?))
+}
+
+fn clone_source(
+    launched: &Launched,
+    op: &Op,
+    namespace: &OwnedFd,
+    step: &mut Step,
+) -> std::io::Result<OwnedFd> {
+    let Op::Bind { source, recursive, follow, idmap, .. } = op else {
+        return Err(std::io::ErrorKind::InvalidInput.into());
+    };
+    process::setns(namespace, NsKind::Mount.flag())?;
+    let tree = mount::clone_tree(file::cwd(), source, *recursive, *follow)?;
+    if let Some((slot, recursive)) = idmap {
+        *step = Step::SetAttr;
+        let maps = launched.idmaps.get(*slot).ok_or(std::io::ErrorKind::NotFound)?;
+        mount::set_attr(&tree, &mount::Attr::idmap(maps), *recursive)?;
+    }
+    Ok(tree)
+}
+
+/// Makes a mount that the child may not make: a clone in its mount namespace or a device, with the rights of this process.
 #[expect(unsafe_code, reason = "clone")]
 pub(crate) fn send_source(launched: &Launched, op: &Op) -> Result<(), RuntimeError> {
-    let Op::Bind { source, recursive, follow, idmap, .. } = op else {
-        return Err(RuntimeError::Child("unreadable message from the container's process".to_owned()));
-    };
+    let owner = owner(launched, op)?;
     let path = format!("/proc/{}/ns/mnt", launched.pid);
     let failed = |step: Step, errno: i32| RuntimeError::Child(op.explain(Failure { step, errno, detail: 0 }));
     let open = || file::openat(file::cwd(), &file::c_path(&path)?, libc::O_RDONLY, 0);
@@ -255,13 +310,10 @@ pub(crate) fn send_source(launched: &Launched, op: &Op) -> Result<(), RuntimeErr
         process::Cloned::Child => {
             let mut step = Step::OpenSource;
             let mut go = || {
-                process::setns(&namespace, NsKind::Mount.flag())?;
-                let tree = mount::clone_tree(file::cwd(), source, *recursive, *follow)?;
-                if let Some((slot, recursive)) = idmap {
-                    step = Step::SetAttr;
-                    let maps = launched.idmaps.get(*slot).ok_or(std::io::ErrorKind::NotFound)?;
-                    mount::set_attr(&tree, &mount::Attr::idmap(maps), *recursive)?;
-                }
+                let tree = match op {
+                    Op::DeviceNode { .. } => make_device(op, owner, &mut step)?,
+                    _ => clone_source(launched, op, &namespace, &mut step)?,
+                };
                 step = Step::Send;
                 socket::send_fd(&launched.sync, b"go", &tree)
             };
@@ -309,5 +361,17 @@ pub(crate) fn obituary(pid: i32) -> String {
         Ok(process::Exit::Code(code)) => format!("exit status {code}"),
         Ok(process::Exit::Signal(signal)) => format!("killed by signal {signal}"),
         Err(_) => "it is gone".to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::mapped;
+
+    #[test]
+    fn ids_are_found_in_maps() {
+        let map = "         0     100000      10\n        10          5          1\n";
+        assert_eq!([0, 9, 10, 11].map(|id| mapped(map, id)), [Some(100_000), Some(100_009), Some(5), None]);
+        assert_eq!(mapped("", 0), None);
     }
 }

@@ -276,6 +276,8 @@ pub enum Op {
         minor: u32,
         uid: u32,
         gid: u32,
+        /// Made by the parent: the root of a user namespace may not.
+        outside: bool,
     },
     /// A device of the host, where mknod is not allowed.
     DeviceBind {

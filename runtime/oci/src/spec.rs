@@ -116,9 +116,9 @@ pub struct Scheduler {
     pub priority: i32,
     #[serde(deserialize_with = "nullable")]
     pub flags: Vec<String>,
-    pub runtime: u64,
-    pub deadline: u64,
-    pub period: u64,
+    pub runtime: Option<u64>,
+    pub deadline: Option<u64>,
+    pub period: Option<u64>,
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]

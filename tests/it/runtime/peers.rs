@@ -403,3 +403,95 @@ fn every_command_has_help() {
     assert!(case.ok(&["create", "-h"]).contains("--console-socket VALUE"));
     assert!(case.fails(&["foo", "-h"]).contains("No help topic for 'foo'"));
 }
+
+#[test]
+fn a_device_is_made_in_a_user_namespace() {
+    require!(ours);
+    let case = with_user_namespace(Case::new(
+        "stat -c '%F %t:%T %u:%g %a' /dev/made; head -c 0 /dev/made && echo opened",
+    ));
+    let case = case
+        .with(
+            "/linux/devices/-",
+            json!({"path": "/dev/made", "type": "c", "major": 1, "minor": 7,
+            "uid": 10, "gid": 11, "fileMode": 0o644}),
+        )
+        .with(
+            "/linux/resources/devices/-",
+            json!({"allow": true, "type": "c", "major": 1, "minor": 7, "access": "rwm"}),
+        );
+    own_by(&case.rootfs(), 100_000);
+    assert_eq!(case.output(), "character special file 1:7 10:11 644\nopened\n");
+    // An id without a place in the map is nobody's.
+    let case = with_user_namespace(Case::new("true")).with(
+        "/linux/devices/-",
+        json!({"path": "/dev/made", "type": "c", "major": 1, "minor": 7, "uid": 99_999}),
+    );
+    own_by(&case.rootfs(), 100_000);
+    let error = text(&case.run().stderr);
+    assert!(error.contains("99999 has no place in its uid_map"), "{error}");
+}
+
+#[test]
+fn a_start_waits_for_the_create_to_be_done() {
+    require!(ours);
+    let mut case = in_cgroup(Case::new("echo started; sleep 1000"));
+    let script = "sleep 0.3";
+    case.set("/hooks/createRuntime", json!([{"path": "/bin/sh", "args": ["sh", "-c", script]}]));
+    let bundle = case.bundle();
+    let mut create = case.command(&["create", "--bundle", &bundle, &case.id]);
+    let mut create = create.stdout(fs::File::create(case.path("out")).unwrap()).spawn().unwrap();
+    wait_for("a state", || case.call(&["state", &case.id]).status.success());
+    assert_eq!(case.status(), "creating");
+    case.ok(&["start", &case.id]);
+    assert!(create.wait().unwrap().success());
+    wait_for("output", || case.written() == "started\n");
+}
+
+#[test]
+fn the_configuration_may_be_another_file() {
+    require!(ours);
+    let case = Case::new("echo other");
+    case.call(&["list"]);
+    fs::create_dir(case.path("sub")).unwrap();
+    fs::rename(case.path("config.json"), case.path("sub/other.json")).unwrap();
+    let mut command = Command::new(runtime());
+    command.arg("--root").arg(case.path("state")).args([
+        "run",
+        "--bundle",
+        &case.bundle(),
+        "--config",
+        "sub/other.json",
+        &case.id,
+    ]);
+    let output = command.stdin(Stdio::null()).output().unwrap();
+    assert_eq!(text(&output.stdout), "other\n", "{}", text(&output.stderr));
+}
+
+#[test]
+fn an_impossible_deadline_is_told_with_its_reason() {
+    require!(ours);
+    for (given, wanted) in [
+        (json!({"deadline": 2_000_000}), "requires `runtime`"),
+        (json!({"runtime": 1_000_000}), "requires `deadline`"),
+        (json!({"runtime": 0, "deadline": 2_000_000}), "must be greater than 0"),
+        (json!({"runtime": 100, "deadline": 2_000_000}), "must be between"),
+        (json!({"runtime": 3_000_000, "deadline": 2_000_000}), "must be <= deadline"),
+        (json!({"runtime": 1_000_000, "deadline": 2_000_000, "period": 1_500_000}), "must be <= period"),
+    ] {
+        let mut case = Case::new("true").with("/process/scheduler", given);
+        case.set("/process/scheduler/policy", json!("SCHED_DEADLINE"));
+        let error = text(&case.run().stderr);
+        assert!(error.contains("process.scheduler") && error.contains(wanted), "{wanted}: {error}");
+    }
+}
+
+#[test]
+fn a_capability_that_nobody_knows_is_not_given_to_an_exec() {
+    require!();
+    let case = Case::new("sleep 1000");
+    case.start();
+    let output = case.exec(&["--cap", "CAP_NONSENSE", &case.id, "true"]);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    assert!(text(&output.stderr).contains("CAP_NONSENSE"), "it must be told: {}", text(&output.stderr));
+}

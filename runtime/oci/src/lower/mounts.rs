@@ -45,7 +45,7 @@ pub(super) fn lower_rootfs(
     }
     let own_dev = spec.mounts.iter().any(|m| clean(&m.destination) == "dev" && is_bind(m));
     if !own_dev {
-        lower_devices(linux, namespaces.has(NsKind::User), out)?;
+        lower_devices(linux, namespaces.has(NsKind::User), facts.euid == 0, out)?;
     } else if !linux.devices.is_empty() {
         out.warnings.push("linux.devices are not made: /dev is a directory of the host".to_owned());
     }
@@ -567,7 +567,12 @@ fn lower_cgroup(
     Ok(())
 }
 
-fn lower_devices(linux: &Linux, user_namespace: bool, out: &mut Lowered) -> Result<(), SpecError> {
+fn lower_devices(
+    linux: &Linux,
+    user_namespace: bool,
+    root: bool,
+    out: &mut Lowered,
+) -> Result<(), SpecError> {
     const DEFAULTS: [(&str, u32, u32); 6] =
         [("null", 1, 3), ("zero", 1, 5), ("full", 1, 7), ("random", 1, 8), ("urandom", 1, 9), ("tty", 5, 0)];
     const LINKS: [(&str, &str); 5] = [
@@ -586,11 +591,11 @@ fn lower_devices(linux: &Linux, user_namespace: bool, out: &mut Lowered) -> Resu
         out.ops.push(if user_namespace {
             Op::DeviceBind { source: c_string("linux.devices", &format!("/dev/{name}"))?, path }
         } else {
-            Op::DeviceNode { path, mode: libc::S_IFCHR | 0o666, major, minor, uid: 0, gid: 0 }
+            Op::DeviceNode { path, mode: libc::S_IFCHR | 0o666, major, minor, uid: 0, gid: 0, outside: false }
         });
     }
     for (i, device) in linux.devices.iter().enumerate() {
-        let op = lower_device(&format!("linux.devices[{i}]"), device, user_namespace)?;
+        let op = lower_device(&format!("linux.devices[{i}]"), device, user_namespace, root)?;
         out.ops.push(op);
     }
     for (to, link) in LINKS {
@@ -599,7 +604,7 @@ fn lower_devices(linux: &Linux, user_namespace: bool, out: &mut Lowered) -> Resu
     Ok(())
 }
 
-fn lower_device(field: &str, device: &Device, user_namespace: bool) -> Result<Op, SpecError> {
+fn lower_device(field: &str, device: &Device, user_namespace: bool, root: bool) -> Result<Op, SpecError> {
     let kind = match device.kind.as_str() {
         "c" | "u" => libc::S_IFCHR,
         "b" => libc::S_IFBLK,
@@ -610,7 +615,8 @@ fn lower_device(field: &str, device: &Device, user_namespace: bool) -> Result<Op
         return Err(invalid(format!("{field}.path"), format!("{:?} is not absolute", device.path)));
     }
     let path = rel(field, &device.path)?;
-    if user_namespace {
+    // An ordinary user can make none, and only pass on what the host has at that place.
+    if user_namespace && kind != libc::S_IFIFO && !root {
         return Ok(Op::DeviceBind { source: c_string(field, &device.path)?, path });
     }
     let number = |n: i64, what: &str| {
@@ -629,5 +635,6 @@ fn lower_device(field: &str, device: &Device, user_namespace: bool) -> Result<Op
         minor: number(device.minor, "minor")?,
         uid: device.uid.unwrap_or(0),
         gid: device.gid.unwrap_or(0),
+        outside: user_namespace && kind != libc::S_IFIFO,
     })
 }

@@ -134,6 +134,9 @@ fn lower_scheduler(s: &Scheduler) -> Result<SchedAttr, SpecError> {
             other => return Err(invalid("process.scheduler.flags", format!("unknown flag {other:?}"))),
         };
     }
+    if s.policy == "SCHED_DEADLINE" {
+        check_deadline(s)?;
+    }
     let priority = u32::try_from(s.priority)
         .map_err(|_| invalid("process.scheduler.priority", "must not be negative"))?;
     Ok(SchedAttr {
@@ -142,10 +145,34 @@ fn lower_scheduler(s: &Scheduler) -> Result<SchedAttr, SpecError> {
         flags,
         nice: s.nice,
         priority,
-        runtime: s.runtime,
-        deadline: s.deadline,
-        period: s.period,
+        runtime: s.runtime.unwrap_or(0),
+        deadline: s.deadline.unwrap_or(0),
+        period: s.period.unwrap_or(0),
     })
+}
+
+/// The kernel answers all of these with the same number.
+fn check_deadline(s: &Scheduler) -> Result<(), SpecError> {
+    // Below it the kernel's clock is too coarse, above it its sums overflow.
+    const RUNTIME: std::ops::RangeInclusive<u64> = 1024..=(1 << 63) - 1;
+    let wrong = |problem: String| {
+        Err(invalid("process.scheduler", format!("sched_setattr: `SCHED_DEADLINE` {problem}")))
+    };
+    let Some(runtime) = s.runtime else { return wrong("requires `runtime`".to_owned()) };
+    let Some(deadline) = s.deadline else { return wrong("requires `deadline`".to_owned()) };
+    if runtime == 0 {
+        return wrong("runtime must be greater than 0".to_owned());
+    }
+    if !RUNTIME.contains(&runtime) {
+        return wrong(format!("runtime {runtime} must be between {} and {}", RUNTIME.start(), RUNTIME.end()));
+    }
+    if runtime > deadline {
+        return wrong(format!("runtime {runtime} must be <= deadline {deadline}"));
+    }
+    match s.period.filter(|p| *p != 0) {
+        Some(period) if deadline > period => wrong(format!("deadline {deadline} must be <= period {period}")),
+        _ => Ok(()),
+    }
 }
 
 fn lower_io_priority(p: &IoPriority) -> Result<Op, SpecError> {
