@@ -1,8 +1,9 @@
 //! What image commands and the daemon tell: progress layer by layer, data for scripts, what failed of several.
 
 use std::fs;
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
+use std::process::{Child, Stdio};
 use std::time::Duration;
 
 use keel_tests::image::{BUSYBOX, architecture};
@@ -202,8 +203,12 @@ fn a_slow_pull_is_told_layer_by_layer_in_status_and_events() {
     registry.push_layout(&layout, "slow", "app/slow:1");
     let slow = Slow::before(&registry, 400 << 10);
     let mut instance = Instance::new();
-    instance.write("web.yaml", &of("web", &format!("{}/app/slow:1", slow.address)));
     instance.start_daemon();
+    let manifest = instance.path().join("web.yaml");
+    fs::write(&manifest, of("web", &format!("{}/app/slow:1", slow.address))).unwrap();
+    // Through the daemon, whose events the command passes on.
+    let mut apply = instance.command(&["apply", "-o", "json", "-f", manifest.to_str().unwrap()]);
+    let mut apply = Ended(apply.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap());
     let pull = eventually_or(
         || instance.keel(&["get", "pod/web", "-o", "yaml"]).all(),
         || {
@@ -226,6 +231,20 @@ fn a_slow_pull_is_told_layer_by_layer_in_status_and_events() {
         || Some(instance.keel(&["events"]).all()).filter(|events| events.contains("s left; layer ")),
     );
     assert!(events.contains("bytes/s"), "{events}");
+    let said = BufReader::new(apply.0.stdout.take().unwrap()).lines().map_while(Result::ok);
+    let told = said.map(|line| serde_json::from_str::<Value>(&line).unwrap());
+    let has_speed = |event: &Value| event["layers"][1]["secondsLeft"].is_u64();
+    assert!(told.take(1000).any(|event| event["type"] == "progress" && has_speed(&event)));
+}
+
+/// A command that is not waited for.
+struct Ended(Child);
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
 }
 
 #[test]

@@ -249,6 +249,11 @@ impl Core {
         self.status.clone()
     }
 
+    /// How far the pull of an image is.
+    pub fn pull(&self, image: &str) -> Option<&keel_plan::PullStatus> {
+        self.pulls.get(image).map(PullRate::status)
+    }
+
     pub fn memory(&self) -> &Memory {
         &self.memory
     }

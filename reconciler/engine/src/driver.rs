@@ -222,8 +222,12 @@ impl<H: Host + 'static> Loop<H> {
                 self.step(Input::ActionFinished { ticket, result });
             }
             Message::Progress { ticket, progress } => {
-                let _ = self.handle.reports.send(Report::Progress(progress.clone()));
+                let image = progress.image.clone();
                 self.step(Input::Progress { ticket, progress });
+                // With the speeds that the core has added.
+                if let Some(pull) = self.core.pull(&image) {
+                    let _ = self.handle.reports.send(Report::Progress(pull.clone()));
+                }
             }
             Message::Preview { desired, reply } => {
                 self.previews.push((desired, reply));
