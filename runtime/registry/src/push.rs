@@ -23,6 +23,8 @@ use crate::transport::{FilePart, Incoming, Outgoing, Payload, same_origin};
 /// How much of a blob one request carries: proxies have limits, the lowest common one being 100 MB, and what is lost with
 /// a connection is sent again.
 pub const DEFAULT_CHUNK_BYTES: u64 = 64 << 20;
+/// Proxies that take less than this are not meant for images.
+const LEAST_CHUNK_BYTES: u64 = 256 << 10;
 /// How often a registry may say that it is elsewhere before it gets the blob whole.
 const MAX_MISPLACED: u32 = 3;
 /// How often the progress of an upload is looked at.
@@ -98,6 +100,8 @@ enum Broken {
     NoPieces(PullError),
     /// The registry has another idea of what is there already.
     Misplaced(PullError),
+    /// Something on the way takes no request of this size.
+    TooMuch(PullError),
     Other(PullError),
 }
 
@@ -239,12 +243,13 @@ async fn send_blob(
 /// POST -> PATCH piece .. PATCH piece -> PUT digest
 ///           |  broken: GET the location says where to go on
 ///           |  no pieces taken: POST -> PUT all of it
+///           |  too much at a time: POST, and smaller pieces
 /// ```
 async fn transfer(
     session: &Session<'_>,
     upload: &Upload,
     tracker: &Tracker,
-    chunk: u64,
+    mut chunk: u64,
 ) -> Result<(), PullError> {
     let mut backoff = Backoff::new(session.retry, session.tracker);
     let mut place: Option<Place> = None;
@@ -261,6 +266,12 @@ async fn transfer(
                 return send_whole(session, upload, tracker).await;
             }
             Err(Broken::Misplaced(_)) => misplaced += 1,
+            Err(Broken::TooMuch(error)) if chunk <= LEAST_CHUNK_BYTES => return Err(error),
+            Err(Broken::TooMuch(error)) => {
+                tracing::debug!(%error, chunk, "smaller pieces");
+                chunk = (chunk.min(upload.size) / 4).max(LEAST_CHUNK_BYTES);
+                place = None;
+            }
             Err(Broken::Other(error)) => backoff.pause(error).await?,
         }
         place = match place {
@@ -419,6 +430,7 @@ impl Session<'_> {
             .await?;
         match response.status().as_u16() {
             201 | 202 | 204 => Ok((self.location(&response, &upload.what)?, range_end(&response))),
+            413 => Err(Broken::TooMuch(self.refusal(response, &upload.what).await)),
             416 => Err(Broken::Misplaced(self.refusal(response, &upload.what).await)),
             400 | 404 | 405 | 411 | 415 | 501 => {
                 Err(Broken::NoPieces(self.refusal(response, &upload.what).await))

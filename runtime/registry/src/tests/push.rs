@@ -247,6 +247,20 @@ async fn a_blob_goes_in_bounded_pieces_of_at_least_what_the_registry_asks_for() 
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn pieces_that_are_too_much_for_a_proxy_get_smaller() {
+    let (bench, source, digest) = pulled().await;
+    let target = |server: &Server| server.reference("1");
+    let server = Server::start(Content::default(), pieces(1 << 20, 0)).await;
+    let client = in_pieces(64 << 20);
+    let pushed = client.push(&bench.store, &source, &target(&server), &[], silent()).await;
+    assert_eq!(pushed.unwrap(), digest);
+    assert!(ranges(&server).len() < 24, "{:?}", ranges(&server));
+    let hopeless = Server::start(Content::default(), pieces(100 << 10, 0)).await;
+    let error = client.push(&bench.store, &source, &target(&hopeless), &[], silent()).await.unwrap_err();
+    assert!(error.to_string().contains("413"), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_piece_that_a_broken_connection_lost_is_sent_again_and_no_other() {
     let (bench, source, digest) = pulled().await;
     let honest_pieces = pieces(1 << 20, 0);
