@@ -26,8 +26,8 @@ pub(crate) const VERB: &str = "compress";
 /// Name of the field in the header of a compressed file: inode number and time of birth of the original, by which a
 /// reader that has it open knows where it is now.
 const ORIGINAL: [u8; 2] = *b"KL";
-/// Runs when nothing else wants to.
-const SCHED_IDLE: u32 = 5;
+/// Containers come first. Not as far behind as it goes: on a host that is always busy, nothing would ever be compressed.
+const NICE: i32 = 10;
 const IOPRIO_CLASS_IDLE: u32 = 3;
 const SIGKILL: i32 = 9;
 
@@ -96,7 +96,7 @@ impl Packing {
 /// The child: standard input to standard output.
 pub(crate) fn run() -> Result<ExitCode, Error> {
     reset_signals();
-    let _ = sched_setattr(&SchedAttr { policy: SCHED_IDLE, ..SchedAttr::default() });
+    let _ = sched_setattr(&SchedAttr { nice: NICE, ..SchedAttr::default() });
     let _ = ioprio_set(IOPRIO_CLASS_IDLE, 0);
     let file = |fd: std::os::fd::BorrowedFd<'_>| fd.try_clone_to_owned().map(File::from);
     let mut input = file(io::stdin().as_fd()).doing("take the file to compress")?;

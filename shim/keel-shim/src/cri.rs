@@ -30,9 +30,8 @@ impl Formatter {
         write_time(&mut self.header, now.duration_since(UNIX_EPOCH).unwrap_or_default());
     }
 
-    /// Hands on `input` of now in records, as many at once as `out` has room for.
+    /// Hands on `input` in records, as many at once as `out` has room for.
     pub(crate) fn records(&mut self, mut input: &[u8], out: &mut [u8], mut each: impl FnMut(&[u8])) {
-        self.set_time(SystemTime::now());
         while !input.is_empty() {
             let (taken, written) = self.format(input, out);
             each(&out[..written]);

@@ -20,7 +20,7 @@ use keel_sys::monitor::{SharedCells, null_stream, splice, tee};
 
 use crate::error::{Context, Error};
 use crate::log::MARK;
-use crate::pump::INPUT;
+use crate::pump::PIPE;
 use crate::replay::parse;
 use crate::rotation::numbered;
 
@@ -48,17 +48,16 @@ impl Progress {
         Ok(Progress { cells: map(dir)?, peek, into_peek })
     }
 
-    /// Reads what waits in the FIFO and leaves it there. 0: end of file.
-    pub(crate) fn look(&self, fifo: &File, buffer: &mut [u8]) -> io::Result<usize> {
-        let waiting = tee(fifo.as_fd(), self.into_peek.as_fd(), buffer.len())?;
-        let mut got = 0;
-        while got < waiting {
-            match keel_sys::file::read(&self.peek, &mut buffer[got..waiting])? {
-                0 => break,
-                n => got += n,
-            }
-        }
-        Ok(got)
+    /// How much waits in the FIFO, where it stays. 0: end of file. It is read by [`Progress::next`], to the end.
+    pub(crate) fn look(&self, fifo: &File) -> io::Result<usize> {
+        tee(fifo.as_fd(), self.into_peek.as_fd(), PIPE)
+    }
+
+    /// The next part of the `left` bytes that were looked at.
+    pub(crate) fn next(&self, buffer: &mut [u8], left: usize) -> usize {
+        let most = left.min(buffer.len());
+        // Nothing can fail: the bytes are there.
+        keel_sys::file::read(&self.peek, &mut buffer[..most]).unwrap_or(0)
     }
 
     pub(crate) fn begin(&self, stream: Stream, (inode, offset): (u64, u64)) {
@@ -83,7 +82,7 @@ impl Progress {
 /// Holds as much as one look: a narrower one would show a part of a batch as if it were all.
 fn wide_pipe() -> Result<(OwnedFd, OwnedFd), Error> {
     let (peek, into_peek) = pipe().doing("create a pipe")?;
-    let _ = set_pipe_size(&peek, INPUT);
+    let _ = set_pipe_size(&peek, PIPE);
     Ok((peek, into_peek))
 }
 
@@ -212,7 +211,8 @@ mod tests {
             let (progress, mut log) = self.open();
             self.writer.write_all(output).unwrap();
             let mut buffer = vec![0; 65536];
-            let got = progress.look(&self.stdout, &mut buffer).unwrap();
+            let waiting = progress.look(&self.stdout).unwrap();
+            let got = progress.next(&mut buffer, waiting);
             assert_eq!(&buffer[..got], output);
             progress.begin(Stream::Stdout, log.position());
             let mut records = vec![0; 1 << 20];

@@ -16,11 +16,13 @@ use crate::log::{Limits, Log, Lost};
 use crate::progress::Progress;
 use crate::writer::Writer;
 
-/// What the container's pipes hold, and one read: twice the kernel's default. Half as many switches between the container
-/// and its monitor, and both buffers still fit the processor's second cache; a quarter of a megabyte does not, and is slower.
-pub(crate) const INPUT: usize = 128 << 10;
-/// Lines of 80 bytes and more take one write for each read.
-pub(crate) const OUTPUT: usize = 192 << 10;
+/// What the container's pipes hold: four times the kernel's default, so that container and monitor wake each other less
+/// often, which costs more than anything else of a look.
+pub(crate) const PIPE: usize = 256 << 10;
+/// What is worked on at once. This and what comes of it stay in the processor's second cache.
+pub(crate) const INPUT: usize = 64 << 10;
+/// Lines of 85 bytes and more take one write.
+pub(crate) const OUTPUT: usize = 96 << 10;
 /// Output is read so often after the end, should it come faster than it can be read.
 const LAST_READS: u32 = 256;
 
@@ -49,14 +51,15 @@ pub(crate) struct Output {
 impl Output {
     pub(crate) fn new(file: File, stream: Stream, in_line: bool) -> Output {
         // A terminal is no pipe, and a host may have no room for it: then it stays as it is.
-        let _ = set_pipe_size(&file, INPUT);
+        let _ = set_pipe_size(&file, PIPE);
         Output { file, stream, formatter: Formatter::new(stream, in_line) }
     }
 }
 
-pub(crate) enum Read<'a> {
-    /// Logged already.
-    Some(&'a [u8]),
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Read {
+    /// In the logs, and told.
+    Some,
     Nothing,
     End,
 }
@@ -93,30 +96,18 @@ impl Pump {
         Ok(Pump { journal, lost, ..Pump::new(log, progress)? })
     }
 
-    /// `seen`: somebody beside the logs wants the bytes.
-    pub(crate) fn read(&mut self, output: &mut Output, seen: bool) -> Read<'_> {
-        if !seen
-            && self.journal.is_none()
-            && self.progress.is_some()
-            && let Some(log) = self.log.as_mut().filter(|log| log.raw)
-            && let Some(moved) = log.take_unseen(&output.file, INPUT)
-        {
-            return match moved {
-                Ok(0) => Read::End,
-                Ok(_) => {
-                    self.warm = true;
-                    Read::Some(&[])
-                }
-                Err(_) => Read::Nothing,
-            };
+    /// What waits in a stream goes to the logs, and to `each` if `seen`: somebody beside the logs wants the bytes.
+    pub(crate) fn read(&mut self, output: &mut Output, seen: bool, mut each: impl FnMut(&[u8])) -> Read {
+        if !seen && let Some(done) = self.move_unseen(output) {
+            return done;
         }
-        let got = match &self.progress {
-            Some(progress) => progress.look(&output.file, &mut self.input),
+        let waiting = match &self.progress {
+            Some(progress) => progress.look(&output.file),
             None => output.file.read(&mut self.input),
         };
-        let got = match got {
+        let waiting = match waiting {
             Ok(0) => return Read::End,
-            Ok(got) => got,
+            Ok(waiting) => waiting,
             Err(e) => {
                 return match e.kind() {
                     io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted => Read::Nothing,
@@ -126,36 +117,72 @@ impl Pump {
             }
         };
         self.warm = true;
-        self.keep(output, got);
-        Read::Some(&self.input[..got])
+        if let (Some(progress), Some(log)) = (&self.progress, self.log.as_ref().filter(|log| !log.raw)) {
+            progress.begin(output.stream, log.position());
+        }
+        output.formatter.set_time(SystemTime::now());
+        let mut done = 0;
+        while done < waiting {
+            let part = match &self.progress {
+                Some(progress) => progress.next(&mut self.input, waiting - done),
+                None => waiting,
+            };
+            if part == 0 {
+                break;
+            }
+            self.keep(output, part);
+            if seen {
+                each(&self.input[..part]);
+            }
+            done += part;
+        }
+        if let Some(progress) = self.progress.as_ref().filter(|_| !self.moves()) {
+            progress.take(&output.file, done);
+        }
+        if let Some(log) = &mut self.log {
+            log.compress_some();
+        }
+        Read::Some
     }
 
-    /// In the logs; then out of the pipe.
-    fn keep(&mut self, output: &mut Output, got: usize) {
-        let bytes = &self.input[..got];
+    /// Bytes leave the pipe for the log's file, and not for nothing.
+    fn moves(&self) -> bool {
+        self.progress.is_some() && self.log.as_ref().is_some_and(|log| log.raw)
+    }
+
+    fn move_unseen(&mut self, output: &Output) -> Option<Read> {
+        if !self.moves() || self.journal.is_some() {
+            return None;
+        }
+        match self.log.as_mut()?.take_unseen(&output.file, PIPE)? {
+            Ok(0) => Some(Read::End),
+            Ok(_) => {
+                self.warm = true;
+                Some(Read::Some)
+            }
+            Err(_) => Some(Read::Nothing),
+        }
+    }
+
+    /// In the logs.
+    fn keep(&mut self, output: &mut Output, part: usize) {
+        let bytes = &self.input[..part];
         if let Some(journal) = &mut self.journal {
             journal.append(output.stream, bytes);
         }
-        let mut in_pipe = got;
         match (&mut self.log, &self.progress) {
-            (Some(log), Some(_)) if log.raw => in_pipe = log.take(&output.file, bytes),
+            (Some(log), Some(progress)) if log.raw => {
+                let refused = log.take(&output.file, bytes);
+                progress.take(&output.file, refused);
+            }
             (Some(log), None) if log.raw => log.append(bytes),
-            (Some(log), progress) => {
-                if let Some(progress) = progress {
-                    progress.begin(output.stream, log.position());
-                }
+            (Some(log), _) => {
                 output.formatter.records(bytes, &mut self.output, |records| log.append(records));
             }
             (None, _) => {}
         }
         if let Some(writer) = &mut self.writer {
             output.formatter.records(bytes, &mut self.output, |records| writer.append(records));
-        }
-        if let Some(progress) = &self.progress {
-            progress.take(&output.file, in_pipe);
-        }
-        if let Some(log) = &mut self.log {
-            log.compress_some();
         }
     }
 
@@ -197,10 +224,10 @@ impl Pump {
 
     /// What is left of a stream whose writers are gone, or are to be heard no longer; then its end in the log.
     pub(crate) fn finish(&mut self, mut output: Output, mut each: impl FnMut(Stream, &[u8])) {
+        let stream = output.stream;
         for _ in 0..LAST_READS {
-            match self.read(&mut output, true) {
-                Read::Some(bytes) => each(output.stream, bytes),
-                Read::Nothing | Read::End => break,
+            if self.read(&mut output, true, |bytes| each(stream, bytes)) != Read::Some {
+                break;
             }
         }
         self.end(output);

@@ -11,7 +11,7 @@ use crate::clients::Client;
 use crate::cri::HEADER;
 use crate::rotation::numbered;
 
-/// Sends the last `what.replay_kib` KiB of the log, as far as `text` holds them, without the log's headers, of which a
+/// Sends as much of the end of the log as `text` holds, without the log's headers, of which a
 /// `raw` one has none: all of it is sent as standard output. `packed` is where messages are put together.
 pub(crate) fn send(
     client: &mut Client,
@@ -21,8 +21,6 @@ pub(crate) fn send(
     text: &mut [u8],
     packed: &mut [u8],
 ) -> io::Result<()> {
-    let wanted = (usize::from(what.replay_kib) << 10).min(text.len());
-    let text = &mut text[..wanted];
     // The current file may just have been rotated.
     let mut start = tail(log, text)?;
     if start > 0 {

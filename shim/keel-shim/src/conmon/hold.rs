@@ -465,12 +465,9 @@ impl Hold {
 
     fn output(&mut self, index: usize) {
         let Some(output) = &mut self.outputs[index] else { return };
-        match self.pump.read(output, true) {
-            Read::Some(bytes) => {
-                let stream = if index == 0 { Stream::Stdout } else { Stream::Stderr };
-                self.clients.broadcast(stream, bytes);
-            }
-            Read::Nothing => {}
+        let stream = if index == 0 { Stream::Stdout } else { Stream::Stderr };
+        match self.pump.read(output, true, |bytes| self.clients.broadcast(stream, bytes)) {
+            Read::Some | Read::Nothing => {}
             Read::End if self.options.terminal && index == 0 => {
                 // Nobody has it open now; the container may open it again.
                 let _ = self.epoll.remove(&output.file);

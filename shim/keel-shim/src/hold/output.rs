@@ -10,13 +10,13 @@ use super::Hold;
 impl Hold {
     pub(super) fn pump(&mut self, index: usize) {
         let Some(output) = &mut self.outputs[index] else { return };
-        match self.pump.read(output, self.clients.attachments() > 0) {
-            Read::Some(bytes) => {
-                let stream = if index == 0 { Stream::Stdout } else { Stream::Stderr };
-                let blocked = self.stdin.as_ref().is_some_and(|s| !s.pending.is_empty());
-                self.clients.broadcast(stream, bytes, &self.epoll, blocked);
-            }
-            Read::Nothing => {}
+        let stream = if index == 0 { Stream::Stdout } else { Stream::Stderr };
+        let blocked = self.stdin.as_ref().is_some_and(|s| !s.pending.is_empty());
+        let (clients, epoll) = (&mut self.clients, &self.epoll);
+        let seen = clients.attachments() > 0;
+        let read = self.pump.read(output, seen, |bytes| clients.broadcast(stream, bytes, epoll, blocked));
+        match read {
+            Read::Some | Read::Nothing => {}
             Read::End => {
                 if let Some(output) = self.outputs[index].take() {
                     let _ = self.epoll.remove(&output.file);

@@ -10,6 +10,7 @@ use std::time::Duration;
 use keel_proto::{Attach, DecodeError, ErrorCode, Exec, MAX_MESSAGE, Phase, Reply, Request, State};
 use keel_sys::epoll::{ERR, HUP, IN, OUT};
 use keel_sys::file::set_cloexec;
+use keel_sys::monitor::Buffer;
 use keel_sys::process::close_range_cloexec;
 use keel_sys::{seqpacket, tty};
 
@@ -23,6 +24,8 @@ use super::Hold;
 
 /// Of a terminal, in rows or columns; programs allocate by it.
 const LARGEST_WINDOW: u16 = 4096;
+/// A socket holds about as much of earlier output; its client may not read.
+const MOST_REPLAY: usize = 192 << 10;
 
 impl Hold {
     /// Not inlined: its message buffer would become part of the frame that sleeps.
@@ -175,10 +178,11 @@ impl Hold {
         client.attach(what);
         if what.replay_kib > 0
             && let Some(log) = &self.memory.options.log.file
+            && let Ok(mut text) = Buffer::new((usize::from(what.replay_kib) << 10).min(MOST_REPLAY))
         {
             self.pump.warm = true;
             let raw = self.memory.options.log.raw;
-            let _ = replay::send(client, log, raw, what, &mut self.pump.output, &mut self.pump.input);
+            let _ = replay::send(client, log, raw, what, &mut text, &mut self.pump.input);
         }
         if let Some(record) = &self.record {
             let _ = client.send(&Reply::Exited { record });
