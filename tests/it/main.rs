@@ -12,6 +12,7 @@ mod images;
 mod images_peers;
 mod images_pull;
 mod images_told;
+mod logs;
 mod manifests;
 mod network;
 mod podspec;

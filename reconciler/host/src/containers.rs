@@ -13,12 +13,14 @@ use std::time::{Duration, Instant};
 
 use keel_engine::ports::Done;
 use keel_manifest::extension::{held_ports, notifies};
+use keel_manifest::logging::LogSettings;
 use keel_manifest::model::{Container, RestartPolicy};
 use keel_plan::{ContainerId, ContainerName, ContainerState, DesiredContainer, DesiredPod, Role};
 use nix::sys::signal::Signal;
 
 use crate::RealHost;
 use crate::error::HostError;
+use crate::logs;
 use crate::observe::{self, Orphan};
 use crate::paths::Paths;
 use crate::records::{ContainerRecord, PodRecord, RECORD_VERSION, runtime_of};
@@ -143,14 +145,16 @@ impl RealHost {
         write_json(&self.paths.container_record(id), &made, Keep::Boot)?;
         // What follows an init container that has succeeded is to be seen to as well.
         let restart = if desired.role == Role::Init { RestartPolicy::Always } else { desired.restart };
-        let mut more = self.shims.restarts(id, restart);
-        more.extend(self.sockets(pod, container, attempt));
+        let logs = LogSettings::of(&pod.annotations).or(&self.config.logs);
+        let mut words = logs::options(&logs, &pod.key, &desired.name.0, &log);
+        words.extend(self.shims.restarts(id, restart));
+        words.extend(self.sockets(pod, container, attempt));
         if notifies(&pod.annotations, container) {
-            more.push("--notify".into());
+            words.push("--notify".into());
         }
-        more.extend(container.tty.then(|| "--tty".into()));
-        more.extend(container.stdin.then(|| "--stdin".into()));
-        self.shims.start(id, &log, &more)?;
+        words.extend(container.tty.then(|| "--tty".into()));
+        words.extend(container.stdin.then(|| "--stdin".into()));
+        self.shims.start(id, &words)?;
         self.dismiss_earlier(pod, desired, attempt);
         Ok(())
     }

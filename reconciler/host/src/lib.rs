@@ -12,6 +12,7 @@ mod facts;
 mod good;
 mod heal;
 mod images;
+mod logs;
 mod observe;
 mod paths;
 mod podinit;
@@ -37,6 +38,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use keel_engine::ports::{ActionError, Done, Host, PortError, ProbeOutcome, ProbeRequest, Progress};
+use keel_manifest::logging::LogSettings;
 use keel_plan::{
     Action, ContainerId, ContainerState, Memory, Observed, ObservedPod, PodId, PodKey, PodMemory,
 };
@@ -63,8 +65,8 @@ pub struct HostConfig {
     pub shim: PathBuf,
     /// Chosen from free private ranges when absent.
     pub subnet: Option<ipnet::Ipv4Net>,
-    pub log_max_bytes: u64,
-    pub log_max_files: u32,
+    /// For what a pod does not say itself.
+    pub logs: LogSettings,
     pub registries: Registries,
     /// When room is made on the disk of images.
     pub eviction: Eviction,

@@ -55,7 +55,7 @@ impl RealHost {
         if let Some(parent) = log.parent() {
             private_dir(parent)?;
         }
-        self.shims.start(&id, &log, &[])
+        self.shims.start(&id, &["--log".into(), log.into()])
     }
 
     pub(crate) fn remove_pod_init(&self, pod: &PodId) -> Result<(), HostError> {

@@ -57,8 +57,8 @@ impl Shims {
         let _ = self.hint.set(hint);
     }
 
-    pub(crate) fn start(&self, id: &ContainerId, log: &Path, more: &[OsString]) -> Result<(), HostError> {
-        self.run("run", id, log, &self.config.runtime, more)
+    pub(crate) fn start(&self, id: &ContainerId, more: &[OsString]) -> Result<(), HostError> {
+        self.run("run", id, &self.config.runtime, more)
     }
 
     /// What has a shim see to the next run when nobody else is there to do it.
@@ -141,10 +141,9 @@ impl Shims {
     }
 
     fn finish_adoption(&self, orphan: &Orphan) -> Result<(), HostError> {
-        let log = self.paths.log(&orphan.pod, &orphan.name, orphan.attempt);
         let done = runtime_of(&self.paths, &orphan.id, &self.config.runtime)
             .map_err(HostError::from)
-            .and_then(|runtime| self.run("adopt", &orphan.id, &log, &runtime, &[]));
+            .and_then(|runtime| self.run("adopt", &orphan.id, &runtime, &[]));
         let mut adoptions = self.lock();
         adoptions.under_way.remove(&orphan.id);
         if done.is_err() {
@@ -167,23 +166,13 @@ impl Shims {
             .unwrap_or_else(PoisonError::into_inner);
     }
 
-    fn run(
-        &self,
-        verb: &str,
-        id: &ContainerId,
-        log: &Path,
-        runtime: &Path,
-        more: &[OsString],
-    ) -> Result<(), HostError> {
+    fn run(&self, verb: &str, id: &ContainerId, runtime: &Path, more: &[OsString]) -> Result<(), HostError> {
         let dir = self.paths.container(id);
         let mut command = Command::new(&self.config.shim);
         command.arg(verb).arg("--id").arg(&id.0).arg("--dir").arg(&dir).arg("--bundle").arg(&dir);
         command.arg("--runtime").arg(runtime);
         command.arg("--runtime-root").arg(self.paths.runtime_root());
         command.arg("--exit-file").arg(self.paths.exit_record(id));
-        command.arg("--log").arg(log);
-        command.arg("--log-max-bytes").arg(self.config.log_max_bytes.to_string());
-        command.arg("--log-max-files").arg(self.config.log_max_files.to_string());
         command.args(more);
         let failed = |message: String| HostError::Start { container: id.to_string(), message };
         let mut child = command

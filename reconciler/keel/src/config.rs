@@ -1,10 +1,12 @@
 //! The configuration file and what wins: flag, environment, file, default.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
+use keel_manifest::logging::LogSettings;
 use serde::Deserialize;
 
 use crate::cli::Global;
@@ -58,6 +60,38 @@ pub(crate) struct Registries {
 pub(crate) struct Logs {
     pub(crate) max_bytes: Option<u64>,
     pub(crate) max_files: Option<u32>,
+    /// `k8s-file`, `raw`, `journald`, `none`, or several with commas between them.
+    pub(crate) driver: Option<String>,
+    /// As `--log-opt` of docker has them.
+    pub(crate) options: BTreeMap<String, String>,
+}
+
+impl Logs {
+    /// What pods get that do not say it themselves.
+    fn lower(&self) -> Result<LogSettings, String> {
+        let mut settings = LogSettings::default();
+        if let Some(driver) = &self.driver {
+            settings.set_drivers(driver).map_err(|problem| format!("driver: {problem}"))?;
+        }
+        for (name, value) in &self.options {
+            settings.set_option(name, value).map_err(|problem| format!("options: {problem}"))?;
+        }
+        for (older, newer, both) in [
+            ("max_bytes", "max-size", self.max_bytes.is_some() && settings.max_bytes.is_some()),
+            ("max_files", "max-file", self.max_files.is_some() && settings.max_files.is_some()),
+        ] {
+            if both {
+                return Err(format!("{older} and options: {newer} are the same: give one"));
+            }
+        }
+        if self.max_files == Some(0) {
+            return Err("max_files must be at least 1".into());
+        }
+        settings.check()?;
+        settings.max_bytes = settings.max_bytes.or(self.max_bytes).or(Some(DEFAULT_LOG_MAX_BYTES));
+        settings.max_files = settings.max_files.or(self.max_files).or(Some(DEFAULT_LOG_MAX_FILES));
+        Ok(settings)
+    }
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Deserialize)]
@@ -90,8 +124,7 @@ pub(crate) struct Settings {
     pub(crate) manifests: Option<PathBuf>,
     pub(crate) subnet: Option<ipnet::Ipv4Net>,
     pub(crate) registries: Registries,
-    pub(crate) log_max_bytes: u64,
-    pub(crate) log_max_files: u32,
+    pub(crate) logs: LogSettings,
     pub(crate) eviction: keel_host::Eviction,
     pub(crate) volatile_rootfs: bool,
     pub(crate) listen: Option<SocketAddr>,
@@ -116,10 +149,8 @@ impl Settings {
         let pick = |flag: &Option<PathBuf>, file: Option<PathBuf>, default: &str| {
             flag.clone().or(file).unwrap_or_else(|| PathBuf::from(default))
         };
-        let log_max_files = config.logs.max_files.unwrap_or(DEFAULT_LOG_MAX_FILES);
-        if log_max_files == 0 {
-            return Err(Failure::invalid("configuration: logs.max_files must be at least 1"));
-        }
+        let logs = config.logs.lower();
+        let logs = logs.map_err(|problem| Failure::invalid(format!("configuration: logs: {problem}")))?;
         let kubelets = keel_host::Eviction::default();
         let above = config.storage.evict_above.unwrap_or(kubelets.above);
         let to = config.storage.evict_to.unwrap_or(kubelets.to.min(above));
@@ -142,8 +173,7 @@ impl Settings {
             manifests: config.manifests,
             subnet: config.network.subnet,
             registries: config.registries,
-            log_max_bytes: config.logs.max_bytes.unwrap_or(DEFAULT_LOG_MAX_BYTES),
-            log_max_files,
+            logs,
             listen: config.api.listen,
             asked_namespace: global.namespace.clone(),
             namespace: global.namespace.clone().unwrap_or_else(|| "default".to_owned()),
@@ -215,7 +245,8 @@ mod tests {
         assert_eq!(settings.run, Path::new("/file-run"));
         assert_eq!(settings.runtime, Path::new("/bin/runc"));
         assert_eq!(settings.subnet, Some("10.9.0.0/16".parse().unwrap()));
-        assert_eq!((settings.log_max_files, settings.log_max_bytes), (2, DEFAULT_LOG_MAX_BYTES));
+        assert_eq!(settings.logs.max_files, Some(2));
+        assert_eq!(settings.logs.max_bytes, Some(DEFAULT_LOG_MAX_BYTES));
         let low = check(Global::default(), "storage: {evict_above: 50}\n").unwrap().eviction;
         assert_eq!(low, keel_host::Eviction { above: 50, to: 50 });
         assert_eq!(check(Global::default(), "# nothing\n\n").unwrap().root, Path::new(DEFAULT_ROOT));
@@ -227,6 +258,20 @@ mod tests {
         assert!(unknown.contains("rootz") && unknown.contains('2'), "{unknown}");
         assert!(check(Global::default(), "network: {subnet: x}\n").is_err());
         assert!(check(Global::default(), "logs: {max_files: 0}\n").is_err());
+        for (wrong, message) in [
+            ("driver: jornald", "logs: driver: no log driver \"jornald\" (did you mean journald?)"),
+            ("options: {mode: fast}", "logs: options: mode: \"fast\" is not blocking or non-blocking"),
+            (
+                "max_bytes: 5000, options: {max-size: 1m}",
+                "logs: max_bytes and options: max-size are the same",
+            ),
+        ] {
+            let failed = check(Global::default(), &format!("logs: {{{wrong}}}\n")).unwrap_err();
+            assert!(failed.contains(message), "{failed}");
+        }
+        let right = "logs: {driver: 'k8s-file,journald', options: {mode: non-blocking, max-age: 1d}}\n";
+        let logs = check(Global::default(), right).unwrap().logs;
+        assert_eq!((logs.non_blocking, logs.max_age_s), (Some(true), Some(86_400)));
         for wrong in ["{evict_above: 101}", "{evict_above: 70, evict_to: 71}"] {
             assert!(check(Global::default(), &format!("storage: {wrong}\n")).is_err(), "{wrong}");
         }

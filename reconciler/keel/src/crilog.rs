@@ -1,9 +1,12 @@
 //! Reading container logs: CRI lines in `<attempt>.log`, older parts in `<attempt>.log.1`, `.2`, ... (newest first).
 
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Seek as _};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::time::UNIX_EPOCH;
+
+use flate2::read::{GzDecoder, MultiGzDecoder};
 
 /// `2026-01-02T15:04:05.123456789Z`
 const TIME: usize = 30;
@@ -11,6 +14,8 @@ const TIME: usize = 30;
 const TAG: usize = TIME + 8;
 /// Time to text: tag and blank follow.
 const HEADER: usize = TAG + 2;
+/// Of a line that has none.
+pub(crate) const NO_TIME: &str = "-";
 /// Bytes read at once.
 const CHUNK: usize = 64 << 10;
 /// A line that is longer is printed in pieces.
@@ -27,18 +32,24 @@ pub(crate) struct Line<'a> {
 /// Joins the parts of lines. Streams are joined apart, because their parts may alternate in the file.
 #[derive(Debug, Default)]
 pub(crate) struct Joiner {
+    /// Lines are text, whatever they look like.
+    raw: bool,
     record: Vec<u8>,
-    parts: [Part; 2],
+    parts: [Begun; 2],
 }
 
 #[derive(Debug, Default)]
-struct Part {
+struct Begun {
     time: String,
     text: Vec<u8>,
     open: bool,
 }
 
 impl Joiner {
+    pub(crate) fn new(raw: bool) -> Joiner {
+        Joiner { raw, ..Joiner::default() }
+    }
+
     /// Takes bytes of the file, calls `each` for every line that is complete.
     pub(crate) fn feed<E>(
         &mut self,
@@ -49,10 +60,10 @@ impl Joiner {
             let (head, rest) = bytes.split_at(end);
             bytes = &rest[1..];
             if self.record.is_empty() {
-                Self::record(&mut self.parts, head, &mut each)?;
+                Self::record(self.raw, &mut self.parts, head, &mut each)?;
             } else {
                 self.record.extend_from_slice(head);
-                Self::record(&mut self.parts, &self.record, &mut each)?;
+                Self::record(self.raw, &mut self.parts, &self.record, &mut each)?;
                 self.record.clear();
             }
         }
@@ -62,6 +73,9 @@ impl Joiner {
 
     /// What has no end yet, at the end of the log.
     pub(crate) fn finish<E>(&mut self, mut each: impl FnMut(Line<'_>) -> Result<(), E>) -> Result<(), E> {
+        if self.raw && !self.record.is_empty() {
+            each(Line { time: NO_TIME, text: &self.record })?;
+        }
         for part in self.parts.iter_mut().filter(|part| part.open) {
             part.flush(&mut each)?;
         }
@@ -69,13 +83,14 @@ impl Joiner {
     }
 
     fn record<E>(
-        parts: &mut [Part; 2],
+        raw: bool,
+        parts: &mut [Begun; 2],
         record: &[u8],
         each: &mut impl FnMut(Line<'_>) -> Result<(), E>,
     ) -> Result<(), E> {
-        let Some((time, stream, full, text)) = split(record) else {
+        let Some((time, stream, full, text)) = split(record).filter(|_| !raw) else {
             // Nothing of ours. Shown as it is: a log viewer that hides lines is worse than one that shows odd ones.
-            return each(Line { time: "-", text: record });
+            return each(Line { time: NO_TIME, text: record });
         };
         let part = &mut parts[stream];
         if full && !part.open {
@@ -90,7 +105,7 @@ impl Joiner {
     }
 }
 
-impl Part {
+impl Begun {
     fn flush<E>(&mut self, each: &mut impl FnMut(Line<'_>) -> Result<(), E>) -> Result<(), E> {
         let result = each(Line { time: &self.time, text: &self.text });
         self.text.clear();
@@ -120,21 +135,22 @@ fn split(record: &[u8]) -> Option<(&str, usize, bool, &[u8])> {
 #[derive(Debug)]
 pub(crate) struct Reader {
     path: PathBuf,
-    current: Option<File>,
+    raw: bool,
+    current: Option<Part>,
     offset: u64,
     /// Parts older than `current` is followed by, oldest last; only for the first pass.
-    pending: Vec<File>,
+    pending: Vec<Part>,
 }
 
 impl Reader {
-    /// `tail`: only the last so many lines. The log need not be there yet.
-    pub(crate) fn open(path: &Path, tail: Option<u64>) -> io::Result<Reader> {
+    /// `tail`: only the last so many lines. The log need not be there yet. A `raw` one has text and nothing else.
+    pub(crate) fn open(path: &Path, raw: bool, tail: Option<u64>) -> io::Result<Reader> {
         let mut newest_first = open_parts(path)?;
         let mut offset = 0;
         if let Some(lines) = tail {
             let mut left = lines;
             for index in 0..newest_first.len() {
-                let (start, found) = tail_start(&newest_first[index], left, index == 0)?;
+                let (start, found) = tail_start(newest_first[index].text()?, raw, left, index == 0)?;
                 left -= found;
                 if left == 0 {
                     newest_first.truncate(index + 1);
@@ -144,20 +160,24 @@ impl Reader {
             }
         }
         let current = newest_first.pop();
-        Ok(Reader { path: path.to_owned(), current, offset, pending: newest_first })
+        Ok(Reader { path: path.to_owned(), raw, current, offset, pending: newest_first })
+    }
+
+    pub(crate) fn is_raw(&self) -> bool {
+        self.raw
     }
 
     /// The next bytes; none: the end of what is written so far.
     pub(crate) fn read(&mut self, buffer: &mut Vec<u8>) -> io::Result<usize> {
         buffer.resize(CHUNK, 0);
         loop {
-            let Some(file) = &self.current else {
+            let Some(part) = &mut self.current else {
                 match self.next_part()? {
                     true => continue,
                     false => return Ok(0),
                 }
             };
-            let count = file.read_at(buffer, self.offset)?;
+            let count = part.text()?.read_at(buffer, self.offset)?;
             if count > 0 {
                 self.offset += count as u64;
                 buffer.truncate(count);
@@ -172,22 +192,21 @@ impl Reader {
 
     /// Goes on to the part after the current one. False: the current one is the newest.
     fn next_part(&mut self) -> io::Result<bool> {
-        if let Some(file) = self.pending.pop() {
-            self.current = Some(file);
+        if let Some(part) = self.pending.pop() {
+            self.current = Some(part);
             self.offset = 0;
             return Ok(true);
         }
-        let Some(current) = &self.current else {
+        let Some(current) = &mut self.current else {
             self.current = open_parts(&self.path)?.pop();
             return Ok(self.current.is_some());
         };
-        let here = identity(current)?;
         let newest_first = open_parts(&self.path)?;
-        let position = newest_first.iter().position(|file| identity(file).is_ok_and(|id| id == here));
+        let position = newest_first.iter().position(|part| part.id == current.id);
         match position {
             Some(0) => Ok(false),
             // Rotated between our last read and now: what was written in between comes first.
-            _ if current.metadata()?.len() > self.offset => Ok(true),
+            _ if current.text()?.metadata()?.len() > self.offset => Ok(true),
             Some(n) => {
                 self.pending = newest_first;
                 self.pending.truncate(n);
@@ -203,36 +222,93 @@ impl Reader {
     }
 }
 
-fn identity(file: &File) -> io::Result<(u64, u64)> {
-    file.metadata().map(|found| (found.dev(), found.ino()))
+/// One file of a log.
+#[derive(Debug)]
+struct Part {
+    file: File,
+    /// Of the file that the container's output was written to, also if this is what compression made of it: inode number
+    /// and nanoseconds of birth, because numbers are given again.
+    id: (u64, u64),
+    packed: bool,
+}
+
+impl Part {
+    fn plain(file: File) -> io::Result<Part> {
+        let found = file.metadata()?;
+        let born = found.created().ok().and_then(|at| at.duration_since(UNIX_EPOCH).ok());
+        let born = born.map_or(0, |at| u64::try_from(at.as_nanos()).unwrap_or(0));
+        Ok(Part { id: (found.ino(), born), file, packed: false })
+    }
+
+    fn packed(file: File) -> io::Result<Part> {
+        /// The monitor's field in the header, and the length of what is in it.
+        const ORIGINAL: [u8; 4] = [b'K', b'L', 16, 0];
+        let plain = Part::plain(file)?;
+        let decoder = GzDecoder::new(&plain.file);
+        let extra = decoder.header().and_then(|header| header.extra()).unwrap_or_default();
+        let number = |bytes: &[u8]| bytes.try_into().map_or(0, u64::from_le_bytes);
+        let id = match extra.strip_prefix(&ORIGINAL) {
+            Some(original @ [_, ..]) if original.len() == 16 => {
+                (number(&original[..8]), number(&original[8..]))
+            }
+            // Somebody else's work.
+            _ => plain.id,
+        };
+        drop(decoder);
+        Ok(Part { id, packed: true, ..plain })
+    }
+
+    /// What the container wrote: unpacked when it is first asked for.
+    fn text(&mut self) -> io::Result<&File> {
+        if self.packed {
+            self.file.rewind()?;
+            let mut unpacked = File::from(keel_sys::memfd::create(c"keel-log")?);
+            io::copy(&mut MultiGzDecoder::new(&self.file), &mut unpacked)?;
+            self.file = unpacked;
+            self.packed = false;
+        }
+        Ok(&self.file)
+    }
 }
 
 /// Every part of a log, newest first. Open files stay what they are when a rotation renames them; one between two of
 /// our looks is noticed and looked at again.
-fn open_parts(path: &Path) -> io::Result<Vec<File>> {
+fn open_parts(path: &Path) -> io::Result<Vec<Part>> {
     loop {
-        let mut parts: Vec<File> = Vec::new();
+        let mut parts: Vec<Part> = Vec::new();
         let mut twice = false;
-        let mut number = 0_u32;
-        loop {
-            let name = if number == 0 { path.to_owned() } else { numbered(path, number) };
-            match File::open(&name) {
-                Ok(file) => {
-                    let id = identity(&file)?;
-                    twice |= parts.iter().any(|known| identity(known).is_ok_and(|known| known == id));
-                    parts.push(file);
+        for number in 0_u32.. {
+            match open_part(path, number)? {
+                Some(part) => {
+                    twice |= parts.iter().any(|known| known.id == part.id);
+                    parts.push(part);
                 }
                 // A rotation that was cut short leaves one hole.
-                Err(e) if e.kind() == io::ErrorKind::NotFound && numbered(path, number + 1).exists() => {}
-                Err(e) if e.kind() == io::ErrorKind::NotFound => break,
-                Err(e) => return Err(e),
+                None if open_part(path, number + 1)?.is_some() => {}
+                None => break,
             }
-            number += 1;
         }
         if !twice {
             return Ok(parts);
         }
     }
+}
+
+/// A file goes only after the compressed one has its name, so it is looked for first.
+fn open_part(path: &Path, number: u32) -> io::Result<Option<Part>> {
+    let plain = if number == 0 { path.to_owned() } else { numbered(path, number) };
+    let mut packed = plain.as_os_str().to_owned();
+    packed.push(".gz");
+    for (name, read) in
+        [(plain, Part::plain as fn(File) -> io::Result<Part>), (packed.into(), Part::packed as _)]
+    {
+        match File::open(&name) {
+            Ok(file) => return read(file).map(Some),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(None)
 }
 
 fn numbered(path: &Path, number: u32) -> PathBuf {
@@ -243,7 +319,7 @@ fn numbered(path: &Path, number: u32) -> PathBuf {
 
 /// Where the last `lines` lines start, and how many of them are in this file. Reads from the end. In the newest part the
 /// last line may have no end yet, and counts.
-fn tail_start(file: &File, lines: u64, newest: bool) -> io::Result<(u64, u64)> {
+fn tail_start(file: &File, raw: bool, lines: u64, newest: bool) -> io::Result<(u64, u64)> {
     let length = file.metadata()?.len();
     if lines == 0 {
         return Ok((length, 0));
@@ -258,10 +334,10 @@ fn tail_start(file: &File, lines: u64, newest: bool) -> io::Result<(u64, u64)> {
             Some(newline) => newline + 1,
             None => 0,
         };
-        let open = newest && end == length && !ends_line(file, start)?;
-        if open {
+        let ends = raw || ends_line(file, start)?;
+        if newest && end == length && !ends {
             found = 1;
-        } else if ends_line(file, start)? {
+        } else if ends {
             if found == lines {
                 return Ok((end, found));
             }
@@ -307,15 +383,14 @@ fn ends_line(file: &File, start: u64) -> io::Result<bool> {
     Ok(file.read_at(&mut tag, start + TAG as u64)? == 1 && tag[0] == b'F')
 }
 
-/// Numbers of the runs that have a log, oldest first.
-pub(crate) fn attempts(directory: &Path) -> io::Result<Vec<u32>> {
+/// Numbers of the runs that have a log, and whether that is a raw one, oldest first.
+pub(crate) fn attempts(directory: &Path) -> io::Result<Vec<(u32, bool)>> {
     let mut found = Vec::new();
     for entry in fs::read_dir(directory)? {
         let name = entry?.file_name();
-        if let Some(number) =
-            name.to_str().and_then(|name| name.strip_suffix(".log")).and_then(|n| n.parse().ok())
-        {
-            found.push(number);
+        let Some((number, kind)) = name.to_str().and_then(|name| name.split_once('.')) else { continue };
+        if let (Ok(number), "log" | "raw") = (number.parse(), kind) {
+            found.push((number, kind == "raw"));
         }
     }
     found.sort_unstable();
@@ -402,7 +477,7 @@ mod tests {
             (Some(4), "b c d e"),
             (Some(99), "a b c d e"),
         ] {
-            assert_eq!(read_all(&mut Reader::open(&path, tail).unwrap()), expected, "{tail:?}");
+            assert_eq!(read_all(&mut Reader::open(&path, false, tail).unwrap()), expected, "{tail:?}");
         }
     }
 
@@ -411,10 +486,10 @@ mod tests {
         let temp = tempfile::tempdir().unwrap();
         let text = part(&["a"]) + &record("stdout", 'P', "b1") + &record("stdout", 'F', "b2") + &part(&["c"]);
         let path = log(temp.path(), &[text]);
-        assert_eq!(read_all(&mut Reader::open(&path, Some(2)).unwrap()), "b1b2 c");
+        assert_eq!(read_all(&mut Reader::open(&path, false, Some(2)).unwrap()), "b1b2 c");
         let many: String = (0..5000).map(|n| record("stdout", 'F', &n.to_string())).collect();
         let path = log(temp.path(), &[many]);
-        assert_eq!(read_all(&mut Reader::open(&path, Some(3)).unwrap()), "4997 4998 4999");
+        assert_eq!(read_all(&mut Reader::open(&path, false, Some(3)).unwrap()), "4997 4998 4999");
     }
 
     #[test]
@@ -431,7 +506,7 @@ mod tests {
             }
             fs::rename(&path, numbered(&path, 1)).unwrap();
         };
-        let mut reader = Reader::open(&path, None).unwrap();
+        let mut reader = Reader::open(&path, false, None).unwrap();
         assert_eq!(read_all(&mut reader), "", "the log may come later");
         append("a");
         assert_eq!(read_all(&mut reader), "a");
@@ -450,12 +525,67 @@ mod tests {
         assert_eq!(read_all(&mut reader), "g");
     }
 
+    /// As the monitor does it: the compressed file has the identity of the one that it replaces.
+    fn compress(path: &Path) {
+        let original = Part::plain(File::open(path).unwrap()).unwrap();
+        let mut extra = b"KL\x10\0".to_vec();
+        extra.extend(original.id.0.to_le_bytes());
+        extra.extend(original.id.1.to_le_bytes());
+        let packed = File::create(format!("{}.gz", path.display())).unwrap();
+        let mut encoder = flate2::GzBuilder::new().extra(extra).write(packed, flate2::Compression::default());
+        encoder.write_all(&fs::read(path).unwrap()).unwrap();
+        encoder.finish().unwrap();
+        fs::remove_file(path).unwrap();
+    }
+
+    #[test]
+    fn compressed_parts_are_read_as_the_others_are_also_while_they_are_made() {
+        let temp = tempfile::tempdir().unwrap();
+        let path = log(temp.path(), &[part(&["a", "b"]), part(&["c"]), part(&["d", "e"])]);
+        compress(&numbered(&path, 2));
+        for (tail, expected) in [(None, "a b c d e"), (Some(3), "c d e"), (Some(4), "b c d e")] {
+            assert_eq!(read_all(&mut Reader::open(&path, false, tail).unwrap()), expected, "{tail:?}");
+        }
+        let mut reader = Reader::open(&path, false, Some(1)).unwrap();
+        assert_eq!(read_all(&mut reader), "e");
+        // What was open is read, and nothing of it or of what was before it again.
+        fs::rename(numbered(&path, 1), numbered(&path, 3)).unwrap();
+        fs::rename(&path, numbered(&path, 1)).unwrap();
+        compress(&numbered(&path, 1));
+        fs::write(&path, part(&["f"])).unwrap();
+        assert_eq!(read_all(&mut reader), "f");
+    }
+
+    #[test]
+    fn lines_of_a_raw_log_are_text_whatever_they_look_like() {
+        let temp = tempfile::tempdir().unwrap();
+        let path = temp.path().join("0.raw");
+        let odd = record("stdout", 'P', "x");
+        fs::write(&path, format!("a\nb\n{odd}no end")).unwrap();
+        let read = |tail| {
+            let mut reader = Reader::open(&path, true, tail).unwrap();
+            let (mut lines, mut buffer, mut joiner) = (Vec::new(), Vec::new(), Joiner::new(true));
+            let mut each = |line: Line<'_>| {
+                lines.push(String::from_utf8_lossy(line.text).into_owned());
+                Ok::<_, Infallible>(())
+            };
+            while reader.read(&mut buffer).unwrap() > 0 {
+                joiner.feed(&buffer, &mut each).unwrap();
+            }
+            joiner.finish(&mut each).unwrap();
+            lines
+        };
+        let odd = odd.trim_end();
+        assert_eq!(read(None), ["a", "b", odd, "no end"]);
+        assert_eq!(read(Some(3)), ["b", odd, "no end"]);
+    }
+
     #[test]
     fn runs_are_found_in_order() {
         let temp = tempfile::tempdir().unwrap();
-        for name in ["10.log", "2.log", "2.log.1", "0.log.new", "x"] {
+        for name in ["10.log", "2.log", "2.log.1", "2.log.2.gz", "3.raw", "0.log.new", "x"] {
             fs::write(temp.path().join(name), "").unwrap();
         }
-        assert_eq!(attempts(temp.path()).unwrap(), [2, 10]);
+        assert_eq!(attempts(temp.path()).unwrap(), [(2, false), (3, true), (10, false)]);
     }
 }

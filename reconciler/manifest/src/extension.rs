@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use crate::known::nearest;
+use crate::logging;
 use crate::model::{Container, ContainerPort, PodSpec, Probe, Protocol};
 use crate::report::{Path, Report};
 
@@ -12,8 +13,6 @@ const HELD_PORTS: &str = "evenkeel.dev/held-ports";
 /// Names of containers that count as started once they have said `READY=1` (sd_notify).
 const NOTIFY: &str = "evenkeel.dev/notify";
 const PREFIX: &str = "evenkeel.dev/";
-/// Where output is kept is a matter of its own.
-const LOG_PREFIX: &str = "evenkeel.dev/log-";
 /// Written by `keel get -o yaml`, and of no effect when it comes back.
 const DECLARED_IN: &str = "evenkeel.dev/declared-in";
 /// As many as a shim holds.
@@ -61,7 +60,7 @@ pub(crate) fn check(r: &mut Report<'_>, annotations: &Annotations, spec: &PodSpe
             HELD_PORTS => held(r, annotations, spec, &here),
             NOTIFY => notify(r, annotations, spec, &here),
             DECLARED_IN => {}
-            key if key.starts_with(LOG_PREFIX) => {}
+            key if key.starts_with(logging::PREFIX) => {}
             _ => {
                 let message = format!("unknown annotation \"{key}\"");
                 let near = nearest(key, [HELD_PORTS, NOTIFY].into_iter());

@@ -26,6 +26,7 @@ mod validate;
 mod walk;
 mod yaml;
 
+pub mod logging;
 pub mod model;
 
 pub use capability::CAPABILITIES;

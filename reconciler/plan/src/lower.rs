@@ -8,7 +8,7 @@ use keel_manifest::model::{
     Container, Deployment, EnvFrom, EnvVarSource, KeySelector, KeyToPath, Pod, PodSpec, PullPolicy,
     ResourceFieldRef, RestartPolicy, Volume,
 };
-use keel_manifest::{Kind, Object, ObjectKey, Quantity};
+use keel_manifest::{Kind, Object, ObjectKey, Quantity, logging};
 use serde_json::Value;
 
 use crate::hash::Hasher;
@@ -245,6 +245,12 @@ impl Template<'_> {
                 }
             };
             hasher.text(&entry.name).text(kind).text(text);
+        }
+        // A running container keeps its log's driver and options.
+        for key in [logging::DRIVER, logging::OPTIONS] {
+            if let Some(value) = self.annotations.get(key) {
+                hasher.text(key).text(value);
+            }
         }
         // A file mounted by subPath does not follow its volume, so its contents belong to the container.
         for mount in &container.volume_mounts {

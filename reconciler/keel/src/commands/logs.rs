@@ -7,11 +7,12 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use inotify::{Inotify, WatchMask};
 use keel_api::Status;
+use keel_manifest::logging::{self, LogSettings};
 use keel_plan::{ContainerId, PodId, PodKey};
 
 use crate::cli::Logs;
 use crate::context::Context;
-use crate::crilog::{Joiner, Line, Reader, attempts};
+use crate::crilog::{Joiner, Line, NO_TIME, Reader, attempts};
 use crate::failure::{Failure, Outcome};
 use crate::text::time_nanos;
 use crate::{object, world};
@@ -66,7 +67,8 @@ struct Printer {
 
 impl Printer {
     fn print(&self, prefix: &str, line: Line<'_>, out: &mut impl Write) -> io::Result<()> {
-        if self.since.as_deref().is_some_and(|since| line.time < since) {
+        // Without a time, a line may be younger.
+        if self.since.as_deref().is_some_and(|since| line.time < since && line.time != NO_TIME) {
             return Ok(());
         }
         if self.prefix {
@@ -242,8 +244,11 @@ fn open(context: &Context, args: &Logs, pod: &PodKey, container: &str) -> Outcom
         Err(error) => return Err(Failure::io("read directory", directory.display(), &error)),
     };
     let back = usize::from(args.previous);
-    let Some(&attempt) = runs.iter().rev().nth(back) else {
+    let Some(&(attempt, raw)) = runs.iter().rev().nth(back) else {
         let name = &pod.name;
+        if let Some(failure) = kept_elsewhere(context, pod, container) {
+            return Err(failure);
+        }
         return Err(match (runs.is_empty(), args.previous) {
             (false, true) => {
                 Failure::not_found(format!("container {container} of pod {name} has run only once"))
@@ -252,17 +257,39 @@ fn open(context: &Context, args: &Logs, pod: &PodKey, container: &str) -> Outcom
                 .hint(format!("see why: keel describe pod/{name}")),
         });
     };
-    let path = context.paths.log(&PodId::of(pod), container, attempt);
-    let reader =
-        Reader::open(&path, args.tail).map_err(|error| Failure::io("open log", path.display(), &error))?;
+    let mut path = context.paths.log(&PodId::of(pod), container, attempt);
+    if raw {
+        path.set_extension("raw");
+    }
+    let reader = Reader::open(&path, raw, args.tail)
+        .map_err(|error| Failure::io("open log", path.display(), &error))?;
     Ok(Source {
         id: world::container_id(pod, container, attempt),
         prefix: format!("[pod/{}/{container}] ", pod.name),
+        joiner: Joiner::new(reader.is_raw()),
         reader,
-        joiner: Joiner::default(),
         buffer: Vec::new(),
         directory,
     })
+}
+
+/// A pod whose log drivers write no file.
+fn kept_elsewhere(context: &Context, pod: &PodKey, container: &str) -> Option<Failure> {
+    let declared = keel_host::declared_pod(&context.paths, &PodId::of(pod))?;
+    let settings = LogSettings::of(&declared.annotations).or(&context.settings.logs);
+    let drivers = settings.drivers.unwrap_or_default();
+    if drivers.file.is_some() {
+        return None;
+    }
+    let (kept, hint) = if drivers.journal {
+        ("in the journal", format!("journalctl CONTAINER_NAME={}-{container}", pod.name))
+    } else {
+        ("nowhere: its log driver is none", format!("choose another by the annotation {}", logging::DRIVER))
+    };
+    Some(
+        Failure::failed(format!("output of container {container} of pod {} is kept {kept}", pod.name))
+            .hint(hint),
+    )
 }
 
 #[cfg(test)]

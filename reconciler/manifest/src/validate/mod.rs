@@ -8,6 +8,7 @@ mod syntax;
 use std::collections::BTreeMap;
 
 use crate::extension;
+use crate::logging::{self, LogSettings};
 use crate::model::{
     ConfigMap, Deployment, IntOrString, LabelOperator, LabelSelector, ObjectMeta, Secret, StrategyType,
 };
@@ -25,11 +26,20 @@ pub(crate) fn object(r: &mut Report<'_>, kind: &Kind, path: &Path<'_>) {
     match kind {
         Kind::Pod(pod) => {
             meta(r, &pod.metadata, &metadata);
+            log_settings(r, &pod.metadata.annotations, &metadata.key("annotations"));
             pod::spec(r, &pod.spec, &path.key("spec"));
             extension::check(r, &pod.metadata.annotations, &pod.spec, &metadata.key("annotations"));
         }
         Kind::Deployment(deployment) => {
             meta(r, &deployment.metadata, &metadata);
+            for key in deployment.metadata.annotations.keys().filter(|key| key.starts_with(logging::PREFIX)) {
+                let help = "write it in spec.template.metadata.annotations";
+                r.warn(
+                    &metadata.key("annotations").key(key),
+                    "has no effect on a Deployment",
+                    Some(help.into()),
+                );
+            }
             self::deployment(r, deployment, &path.key("spec"));
         }
         Kind::ConfigMap(map) => {
@@ -70,6 +80,28 @@ fn annotations(r: &mut Report<'_>, annotations: &BTreeMap<String, String>, path:
     }
 }
 
+/// Of a pod: where its output is kept.
+fn log_settings(r: &mut Report<'_>, annotations: &BTreeMap<String, String>, path: &Path<'_>) {
+    let mut settings = LogSettings::default();
+    let mut failed = false;
+    for (key, value) in annotations.iter().filter(|(key, _)| key.starts_with(logging::PREFIX)) {
+        let problems: Vec<String> = match key.as_str() {
+            logging::DRIVER => settings.set_drivers(value).err().into_iter().collect(),
+            logging::OPTIONS => {
+                let words = logging::options(value);
+                words.filter_map(|(name, value)| settings.set_option(name, value).err()).collect()
+            }
+            _ => vec![format!("is none of {}, {}", logging::DRIVER, logging::OPTIONS)],
+        };
+        failed |= !problems.is_empty();
+        problems.into_iter().for_each(|problem| r.error(&path.key(key), problem));
+    }
+    if let (false, Err(problem)) = (failed, settings.check()) {
+        let key = if annotations.contains_key(logging::OPTIONS) { logging::OPTIONS } else { logging::DRIVER };
+        r.error(&path.key(key), problem);
+    }
+}
+
 fn deployment(r: &mut Report<'_>, deployment: &Deployment, path: &Path<'_>) {
     let spec = &deployment.spec;
     let template = path.key("template");
@@ -81,6 +113,7 @@ fn deployment(r: &mut Report<'_>, deployment: &Deployment, path: &Path<'_>) {
     let metadata = template.key("metadata");
     labels(r, &spec.template.metadata.labels, &metadata.key("labels"));
     annotations(r, &spec.template.metadata.annotations, &metadata.key("annotations"));
+    log_settings(r, &spec.template.metadata.annotations, &metadata.key("annotations"));
     extension::check(
         r,
         &spec.template.metadata.annotations,
