@@ -514,26 +514,12 @@ fn missing_layers(store: &Store, layers: Vec<LayerPlan>, tracker: &Tracker) -> V
     missing
 }
 
-/// Refuses a pull that cannot fit before it has filled the disk: a layer needs its own size for the blob
-/// and, unpacked, at least that again.
+/// Refuses a pull that cannot fit before it has filled the disk.
 fn preflight(store: &Store, reference: &Reference, layers: &[LayerPlan]) -> Result<(), PullError> {
-    let needed = layers
-        .iter()
-        .map(|l| {
-            let unpacked = if l.diff_id.is_some() { l.descriptor.size } else { 0 };
-            l.descriptor.size.saturating_sub(store.partial_len(&l.descriptor.digest)) + unpacked
-        })
-        .fold(0, u64::saturating_add);
-    // Not knowing the free space is no reason to refuse.
-    let Ok(space) = store.space() else { return Ok(()) };
-    if space.free_bytes >= needed {
-        return Ok(());
-    }
-    let detail = format!("at least {needed} bytes are needed, {} are free", space.free_bytes);
-    Err(PullError::DiskFull {
-        what: format!("image {reference}"),
-        source: std::io::Error::new(std::io::ErrorKind::StorageFull, detail).into(),
-    })
+    let needed = layers.iter().map(|l| (l.descriptor.digest, l.descriptor.size, l.diff_id));
+    store
+        .preflight(needed)
+        .map_err(|source| PullError::DiskFull { what: format!("image {reference}"), source: source.into() })
 }
 
 /// A pull under way. One that fails or is dropped publishes the layers that are complete: the next try need

@@ -193,6 +193,9 @@ impl Store {
         let all = found.all_layers();
         let leased = all.iter().flat_map(|layer| [Some(layer.blob), layer.diff_id]).flatten();
         let _lease = self.lease(leased.chain(found.index.iter().flat_map(Index::digests)));
+        let needed = all.iter().map(|layer| (layer.blob, layer.size, layer.diff_id));
+        self.preflight(needed)
+            .map_err(|source| ImportError::Layer { reference: reference.clone(), source: source.into() })?;
         let total_bytes = all.iter().map(|layer| layer.size).sum();
         let done_bytes = AtomicU64::new(0);
         let layers_done = AtomicU32::new(0);

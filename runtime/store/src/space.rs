@@ -1,6 +1,7 @@
 //! Free space and inodes.
 
 use crate::fsio::{At, FsError};
+use crate::{Digest, Store};
 use std::io;
 use std::os::fd::AsFd;
 use std::path::Path;
@@ -24,6 +25,45 @@ impl Space {
         };
         let inodes = self.free_inodes.map_or(0, |free| percent(self.used_inodes, free));
         percent(self.used_bytes, self.free_bytes).max(inodes)
+    }
+}
+
+/// What a layer that is not there takes besides its content: its directory and record, the root of its files, its blob.
+const INODES_OF_LAYER: u64 = 4;
+
+impl Store {
+    /// Refuses what cannot fit before it has filled the disk; gives the error of a full one, with the figures. Each layer
+    /// (blob, its size, diff id) needs its own size for the blob and, where it is unpacked, at least that again. How many
+    /// files it has is not known yet.
+    pub fn preflight(
+        &self,
+        layers: impl IntoIterator<Item = (Digest, u64, Option<Digest>)>,
+    ) -> Result<(), FsError> {
+        let (mut bytes, mut inodes) = (0u64, 0u64);
+        for (blob, size, diff_id) in layers {
+            if !self.has_blob(&blob) {
+                bytes = bytes.saturating_add(size.saturating_sub(self.partial_len(&blob)));
+                inodes += 1;
+            }
+            if diff_id.is_some_and(|diff_id| !self.has_layer(&diff_id)) {
+                bytes = bytes.saturating_add(size);
+                inodes += INODES_OF_LAYER - 1;
+            }
+        }
+        // Not knowing the free space is no reason to refuse.
+        let Ok(space) = self.space() else { return Ok(()) };
+        if space.free_bytes >= bytes && space.free_inodes.is_none_or(|free| free >= inodes) {
+            return Ok(());
+        }
+        let free_inodes = match space.free_inodes {
+            Some(free) => format!(" and {free} inodes"),
+            None => String::new(),
+        };
+        let figures = format!(
+            "at least {bytes} bytes and {inodes} inodes are needed, {} bytes{free_inodes} are free",
+            space.free_bytes
+        );
+        Err(io::Error::new(io::ErrorKind::StorageFull, figures)).at("make room in", &self.inner.layers_dir())
     }
 }
 

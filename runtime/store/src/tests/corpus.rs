@@ -7,7 +7,7 @@ use crate::tar::{Entry, Kind};
 use crate::{Digest, Options, Store};
 use std::os::unix::fs::MetadataExt;
 
-fn chain(error: &dyn std::error::Error) -> String {
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
     while let Some(e) = source {

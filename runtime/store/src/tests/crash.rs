@@ -172,6 +172,27 @@ fn a_full_disk_is_said_and_leaves_no_half_layer() {
     }
 }
 
+#[test]
+fn an_import_that_cannot_fit_is_refused_with_the_figures_before_it_writes() {
+    let bench = Bench::new();
+    let small = tmpfs(bench.dir.path(), "size=4m,nr_inodes=30");
+    let store = Store::open(&small.0.join("root")).unwrap();
+    let large = Tar::default().file("f", &"x".repeat(3 << 20)).end();
+    let many: Vec<Vec<u8>> = (0..8).map(|i| Tar::default().file("f", &i.to_string()).end()).collect();
+    for (name, layers, free) in [("large", vec![large], "bytes"), ("many", many, "inodes")] {
+        bench.image(name, &layers);
+        let path = bench.path(name);
+        let mut file = std::fs::File::create(&path).unwrap();
+        bench.store.save(&[name], crate::SaveFormat::OciArchive, &mut file, &|_| {}).unwrap();
+        let refused = store.import(&path, &crate::ImportOptions::default(), &|_| {}).unwrap_err();
+        assert!(is_no_space(&refused), "{refused:?}");
+        let said = super::corpus::chain(&refused);
+        assert!(said.contains("are needed") && said.contains(free), "{said}");
+        assert_eq!(listing(&store.inner.partial_dir()), "", "{name}");
+        assert_eq!(listing(&store.inner.layers_dir()), "", "{name}");
+    }
+}
+
 /// An ext4 of its own in a file; `None`, said aloud, where loop devices cannot be had.
 fn ext4(dir: &Path) -> Option<Mounted> {
     let image = dir.join("disk");
