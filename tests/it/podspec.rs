@@ -14,6 +14,7 @@ mod process;
 mod resources;
 mod runc;
 mod security;
+mod users;
 mod volumes;
 
 /// What a container runs that only waits.

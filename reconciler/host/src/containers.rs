@@ -4,6 +4,7 @@
 use std::ffi::OsString;
 use std::fs;
 use std::io;
+use std::os::fd::AsFd;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -108,7 +109,7 @@ impl RealHost {
             runtime: Some(self.config.runtime.clone()),
         };
         write_json(&self.paths.container_record(id), &made, Keep::Boot)?;
-        self.mount_rootfs(&image, id)?;
+        self.mount_rootfs(pod, &image, id)?;
         let user = self.user(pod, container, &image.config, id)?;
         let log = self.paths.log(&pod.id, &desired.name.0, attempt);
         let log_dir = log.parent().unwrap_or(Path::new("/"));
@@ -207,7 +208,12 @@ impl RealHost {
         }
     }
 
-    fn mount_rootfs(&self, image: &keel_store::Image, id: &ContainerId) -> Result<(), HostError> {
+    fn mount_rootfs(
+        &self,
+        pod: &DesiredPod,
+        image: &keel_store::Image,
+        id: &ContainerId,
+    ) -> Result<(), HostError> {
         let target = self.paths.rootfs(id);
         private_dir(&target)?;
         let state = self.paths.container_state(id);
@@ -216,9 +222,16 @@ impl RealHost {
         private_dir(&upper)?;
         private_dir(&work)?;
         let layer = Some((upper.as_path(), work.as_path()));
+        let users = match pod.spec.has_own_users() {
+            true => {
+                let path = self.paths.pod_namespaces(&pod.id).join("user");
+                Some(fs::File::open(&path).at("open", &path)?)
+            }
+            false => None,
+        };
         let options = keel_store::RootfsOptions {
             volatile: self.config.volatile_rootfs,
-            ..keel_store::RootfsOptions::default()
+            user_namespace: users.as_ref().map(AsFd::as_fd),
         };
         self.store
             .mount_rootfs_with(image, layer, &target, options)

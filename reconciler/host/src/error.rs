@@ -20,6 +20,8 @@ pub enum HostError {
     OtherRun { root: PathBuf, run: PathBuf },
     #[error("image store")]
     Store(#[source] Box<dyn std::error::Error + Send + Sync>),
+    #[error("pod {0}: every range of ids for pods with users of their own is taken")]
+    NoIds(String),
     #[error("image {0} is not in the store")]
     ImageMissing(String),
     #[error("image {0} is not in the store, and imagePullPolicy is Never")]
@@ -90,6 +92,7 @@ impl HostError {
         match self {
             HostError::ImageMissing(_) | HostError::Pull { .. } | HostError::Cancelled(_) => "ErrImagePull",
             HostError::NeverPulled(_) => "ErrImageNeverPull",
+            HostError::NoIds(_) => "FailedCreatePodSandBox",
             HostError::Spec(_) | HostError::User { .. } => "CreateContainerConfigError",
             HostError::Volume(_) => "FailedMount",
             HostError::Network { .. } | HostError::Publish(_) => "FailedNetwork",

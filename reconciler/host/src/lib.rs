@@ -11,6 +11,7 @@ mod execprobe;
 mod facts;
 mod good;
 mod heal;
+mod ids;
 mod images;
 mod logs;
 mod observe;

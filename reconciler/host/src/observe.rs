@@ -176,7 +176,8 @@ fn pod_is_whole(paths: &Paths, record: &PodRecord) -> bool {
     let pinned = paths.pod_namespaces(&record.pod.id);
     let on_network = record.pod.spec.host_network || is_namespace(&pinned.join("net"));
     let has_init = podinit::is_whole(paths, &record.pod);
-    on_network && has_init && (record.pod.spec.host_ipc || is_namespace(&pinned.join("ipc")))
+    let has_users = record.first_id.is_none() || is_namespace(&pinned.join("user"));
+    on_network && has_init && has_users && (record.pod.spec.host_ipc || is_namespace(&pinned.join("ipc")))
 }
 
 /// A pinned namespace is a file of nsfs; what is left after an unmount is an empty regular file.

@@ -4,6 +4,7 @@
 //! It is a container like the others, of the shim's own program and nothing else, that no planner knows.
 
 use std::fs;
+use std::os::unix::fs::chown;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -38,7 +39,7 @@ impl RealHost {
         }
     }
 
-    pub(crate) fn start_pod_init(&self, pod: &DesiredPod) -> Result<(), HostError> {
+    pub(crate) fn start_pod_init(&self, pod: &DesiredPod, first_id: Option<u32>) -> Result<(), HostError> {
         if is_whole(&self.paths, pod) {
             return Ok(());
         }
@@ -49,6 +50,12 @@ impl RealHost {
         private_dir(&rootfs)?;
         fs::write(rootfs.join("init"), b"").at("create", rootfs.join("init"))?;
         private_dir(&rootfs.join("proc"))?;
+        // What the runtime makes in there it makes as the pod's root.
+        if first_id.is_some() {
+            for path in [&rootfs, &rootfs.join("proc"), &rootfs.join("init")] {
+                chown(path, first_id, first_id).at("change owner of", path)?;
+            }
+        }
         let config = self.pod_init_spec(pod, &id).to_string();
         write_file(&dir.join("config.json"), config.as_bytes(), Keep::Boot)?;
         let log = self.paths.log(&pod.id, NAME, 0);
@@ -81,6 +88,9 @@ impl RealHost {
         if !pod.spec.host_network {
             namespaces.push(json!({"type": "network", "path": pinned("net")}));
             namespaces.push(json!({"type": "uts", "path": pinned("uts")}));
+        }
+        if pod.spec.has_own_users() {
+            namespaces.push(json!({"type": "user", "path": pinned("user")}));
         }
         json!({
             "ociVersion": "1.2.0",

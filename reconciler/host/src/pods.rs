@@ -19,6 +19,7 @@ use serde::{Deserialize, Serialize};
 use crate::RealHost;
 use crate::containers::private_dir;
 use crate::error::HostError;
+use crate::ids;
 use crate::observe;
 use crate::paths::Paths;
 use crate::records::{PodRecord, RECORD_VERSION};
@@ -64,6 +65,7 @@ impl RealHost {
                 created_at: observe::now(),
                 ready: false,
                 ip: None,
+                first_id: None,
                 pod: pod.clone(),
             },
         };
@@ -72,18 +74,21 @@ impl RealHost {
             if !pod.spec.host_network && record.ip.is_none() {
                 record.ip = Some(self.choose_address(&pod.key)?);
             }
+            if pod.spec.has_own_users() && record.first_id.is_none() {
+                record.first_id = Some(ids::choose(&self.paths, &pod.id)?);
+            }
             write_json(&path, &record, Keep::Boot)?;
         }
 
         if let Some(ip) = record.ip {
             self.check_ports(pod, ip)?;
         }
-        self.create_namespaces(pod, record.ip)?;
+        self.create_namespaces(pod, record.ip, record.first_id)?;
         volumes::create(&self.paths, pod)?;
         self.write_network_files(pod, record.ip)?;
         self.create_cgroup(pod)?;
         if pod.spec.share_process_namespace && !pod.spec.host_pid {
-            self.start_pod_init(pod)?;
+            self.start_pod_init(pod, record.first_id)?;
         }
         record.ready = true;
         write_json(&path, &record, Keep::Boot)?;
@@ -314,7 +319,12 @@ impl RealHost {
             .ok_or_else(|| network(&key.to_string(), io::Error::other("no address assigned")))
     }
 
-    fn create_namespaces(&self, pod: &DesiredPod, ip: Option<Ipv4Addr>) -> Result<(), HostError> {
+    fn create_namespaces(
+        &self,
+        pod: &DesiredPod,
+        ip: Option<Ipv4Addr>,
+        first_id: Option<u32>,
+    ) -> Result<(), HostError> {
         let dir = self.paths.pod_namespaces(&pod.id);
         let key = pod.key.to_string();
         let mut kinds = Vec::new();
@@ -325,7 +335,13 @@ impl RealHost {
             kinds.push(NamespaceKind::Ipc);
         }
         if let Some(process) = self.living_process(&pod.id)? {
+            let user = first_id.map(|_| NamespaceKind::User);
+            let kinds: Vec<_> = kinds.iter().copied().chain(user).collect();
             keel_net::pin_namespaces_of(&dir, &kinds, process.as_fd())
+                .map_err(|source| network(&key, source))?;
+        }
+        if let Some(first) = first_id {
+            keel_net::create_owned_namespaces(&dir, &kinds, first, ids::RANGE)
                 .map_err(|source| network(&key, source))?;
         }
         keel_net::create_namespaces(&dir, &kinds, &self.hostname(pod))

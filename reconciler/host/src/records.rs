@@ -22,6 +22,9 @@ pub(crate) struct PodRecord {
     /// Written false before the first side effect and true after the last.
     pub(crate) ready: bool,
     pub(crate) ip: Option<Ipv4Addr>,
+    /// The host's id that is the pod's root, for a pod with users of its own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) first_id: Option<u32>,
     pub(crate) pod: Arc<DesiredPod>,
 }
 

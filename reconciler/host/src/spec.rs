@@ -411,6 +411,9 @@ fn lower_namespaces(context: &Context<'_>) -> Value {
     if !spec.host_ipc {
         list.push(json!({"type": "ipc", "path": pinned("ipc")}));
     }
+    if spec.has_own_users() {
+        list.push(json!({"type": "user", "path": pinned("user")}));
+    }
     if !spec.host_pid {
         list.push(match &context.pid_namespace {
             Some(path) => json!({"type": "pid", "path": path}),
@@ -436,8 +439,11 @@ fn lower_mounts(context: &Context<'_>, privileged: bool) -> Vec<Value> {
         system("/sys", "sysfs", "sysfs", &["nosuid", "noexec", "nodev", writable]),
         system("/sys/fs/cgroup", "cgroup", "cgroup", &["nosuid", "noexec", "nodev", "relatime", writable]),
     ];
+    // What belongs to the host's root belongs to the pod's, and what the pod writes to the host's users of those numbers.
+    let mapped = context.pod.spec.has_own_users().then_some("idmap");
     let bind = |source: &Path, target: &str, options: &[&str]| {
         let mut all = vec!["rbind", "rprivate"];
+        all.extend(mapped);
         all.extend(options);
         json!({"destination": target, "type": "bind", "source": source, "options": all})
     };
@@ -464,6 +470,7 @@ fn lower_mounts(context: &Context<'_>, privileged: bool) -> Vec<Value> {
     volumes.sort_by_key(|m| m.target.split('/').filter(|part| !part.is_empty()).count());
     for mount in volumes {
         let mut options = vec!["rbind", "rprivate"];
+        options.extend(mapped);
         options.push(if mount.read_only { "ro" } else { "rw" });
         mounts.push(
             json!({"destination": mount.target, "type": "bind", "source": mount.source, "options": options}),

@@ -41,7 +41,6 @@ pub(crate) const FIELDS: &[KnownFields] = &[
             "activeDeadlineSeconds",
             "ephemeralContainers",
             "evictionResponders",
-            "hostUsers",
             "hostnameOverride",
             "readinessGates",
             "resourceClaims",

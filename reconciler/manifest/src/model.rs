@@ -220,6 +220,9 @@ pub struct PodSpec {
     /// Use the host's System V IPC and POSIX message queues.
     #[serde(default, rename = "hostIPC", skip_serializing_if = "is_false")]
     pub host_ipc: bool,
+    /// False: users of the pod, its root among them, are users of the host without any rights.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub host_users: Option<bool>,
     /// Containers of the pod see and signal each other's processes.
     #[serde(default, skip_serializing_if = "is_false")]
     pub share_process_namespace: bool,
@@ -235,6 +238,13 @@ pub struct PodSpec {
     /// Additions to resolv.conf.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub dns_config: Option<DnsConfig>,
+}
+
+impl PodSpec {
+    /// The pod has ids of its own, none of them the host's.
+    pub fn has_own_users(&self) -> bool {
+        self.host_users == Some(false)
+    }
 }
 
 /// One process tree made from an image.

@@ -30,8 +30,8 @@ pub use filter::watch::FilterWatch;
 pub use keel_sys::netlink::NetlinkError;
 pub use link::{POD_LINK, Traffic};
 pub use namespace::{
-    NamespaceError, NamespaceKind, create_namespaces, in_netns, observe_namespaces, pin_namespaces_of,
-    remove_namespaces,
+    NamespaceError, NamespaceKind, create_namespaces, create_owned_namespaces, in_netns, observe_namespaces,
+    pin_namespaces_of, remove_namespaces,
 };
 pub use net::{Attached, BridgeReport, Net, NetError, NetPortError, Observed, observe_used_subnets};
 pub use port::{PortError, PortHolder, check_host_port};

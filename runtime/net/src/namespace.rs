@@ -1,4 +1,4 @@
-//! A pod's net, ipc and uts namespaces, kept alive by bind mounts and not by a process.
+//! A pod's net, ipc and uts namespaces, and the user namespace that they belong to where it has one of its own, kept alive by bind mounts and not by a process.
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -36,10 +36,13 @@ pub enum NamespaceKind {
     Net,
     Ipc,
     Uts,
+    /// Only by [`create_owned_namespaces`].
+    User,
 }
 
 impl NamespaceKind {
-    pub const ALL: [NamespaceKind; 3] = [NamespaceKind::Net, NamespaceKind::Ipc, NamespaceKind::Uts];
+    pub const ALL: [NamespaceKind; 4] =
+        [NamespaceKind::Net, NamespaceKind::Ipc, NamespaceKind::Uts, NamespaceKind::User];
 
     /// File name, here and under `/proc/<pid>/ns`.
     pub fn name(self) -> &'static str {
@@ -47,6 +50,7 @@ impl NamespaceKind {
             NamespaceKind::Net => "net",
             NamespaceKind::Ipc => "ipc",
             NamespaceKind::Uts => "uts",
+            NamespaceKind::User => "user",
         }
     }
 
@@ -55,6 +59,7 @@ impl NamespaceKind {
             NamespaceKind::Net => CloneFlags::CLONE_NEWNET,
             NamespaceKind::Ipc => CloneFlags::CLONE_NEWIPC,
             NamespaceKind::Uts => CloneFlags::CLONE_NEWUTS,
+            NamespaceKind::User => CloneFlags::CLONE_NEWUSER,
         }
     }
 }
@@ -67,6 +72,8 @@ pub enum NamespaceError {
     Thread { source: io::Error },
     #[error("create the {kinds} namespace")]
     Unshare { kinds: String, source: io::Error },
+    #[error("map the ids of the user namespace by {}", path.display())]
+    Map { path: PathBuf, source: io::Error },
     #[error("enter the namespace {}", path.display())]
     Enter { path: PathBuf, source: io::Error },
     #[error("set the host name {name:?}")]
@@ -97,6 +104,41 @@ pub fn create_namespaces(dir: &Path, kinds: &[NamespaceKind], hostname: &str) ->
             .map_err(|source| NamespaceError::Thread { source })?;
         worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     })
+}
+
+/// Creates a user namespace whose ids from 0 on are the host's from `first_id` on, and namespaces of `kinds` that
+/// belong to it. [`create_namespaces`] sets them up. Nobody is inside yet: what a creation that died half-way has left
+/// is replaced.
+pub fn create_owned_namespaces(
+    dir: &Path,
+    kinds: &[NamespaceKind],
+    first_id: u32,
+    ids: u32,
+) -> Result<(), NamespaceError> {
+    let all = || kinds.iter().copied().chain([NamespaceKind::User]);
+    if all().all(|kind| is_pinned(&dir.join(kind.name()))) {
+        return Ok(());
+    }
+    remove_namespaces(dir)?;
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(dir)
+        .map_err(|source| NamespaceError::CreateDir { path: dir.to_owned(), source })?;
+    let flags = all().fold(CloneFlags::empty(), |flags, kind| flags | kind.flag());
+    let made = keel_sys::process::in_new_namespaces(flags.bits(), |pid| {
+        for map in ["uid_map", "gid_map"] {
+            let path = PathBuf::from(format!("/proc/{pid}/{map}"));
+            fs::write(&path, format!("0 {first_id} {ids}\n"))
+                .map_err(|source| NamespaceError::Map { path, source })?;
+        }
+        // The user namespace last: with it the others are there.
+        all().try_for_each(|kind| pin(&dir.join(kind.name()), &format!("/proc/{pid}/ns/{}", kind.name())))
+    });
+    made.map_err(|source| NamespaceError::Unshare {
+        kinds: all().map(|kind| kind.name()).collect::<Vec<_>>().join(", "),
+        source,
+    })?
 }
 
 /// Pins those namespaces of a living process that `dir` lacks: somebody has unmounted them, and whoever is inside goes on

@@ -481,7 +481,11 @@ impl Machine<'_> {
 
     fn bind_root(&mut self, path: &CStr, private_parent: bool) -> Done {
         let flags = libc::O_PATH | libc::O_DIRECTORY;
-        let place = file::openat(file::cwd(), path, flags, 0).at(Step::OpenSource)?;
+        let place = match file::openat(file::cwd(), path, flags, 0) {
+            // In a directory that the root of a user namespace may not search.
+            Err(e) if errno(&e) == libc::EACCES => self.ask_for_source()?,
+            other => other.at(Step::OpenSource)?,
+        };
         if private_parent {
             // The mount below must not pass the new one on to its peers.
             let mut here = file::dup_above(&place, 3).at(Step::OpenSource)?;

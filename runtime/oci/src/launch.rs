@@ -267,10 +267,13 @@ fn clone_source(
     namespace: &OwnedFd,
     step: &mut Step,
 ) -> std::io::Result<OwnedFd> {
+    process::setns(namespace, NsKind::Mount.flag())?;
+    if let Op::BindRoot { path, .. } = op {
+        return file::openat(file::cwd(), path, libc::O_PATH | libc::O_DIRECTORY, 0);
+    }
     let Op::Bind { source, recursive, follow, idmap, .. } = op else {
         return Err(std::io::ErrorKind::InvalidInput.into());
     };
-    process::setns(namespace, NsKind::Mount.flag())?;
     let tree = mount::clone_tree(file::cwd(), source, *recursive, *follow)?;
     if let Some((slot, recursive)) = idmap {
         *step = Step::SetAttr;

@@ -62,6 +62,28 @@ pub unsafe fn clone(flags: u64, cgroup: Option<BorrowedFd<'_>>) -> io::Result<Cl
     }
 }
 
+/// Runs `f` while a process lives in new namespaces, whose number it is given. That process does nothing.
+pub fn in_new_namespaces<T>(flags: i32, f: impl FnOnce(i32) -> T) -> io::Result<T> {
+    let (ours, theirs) = crate::socket::pair()?;
+    // SAFETY: other threads may hold locks, and the child needs none of them: it closes, waits for the end of the
+    // conversation and exits, by system calls alone.
+    let cloned = unsafe { clone(flags as u64, None) };
+    match cloned? {
+        Cloned::Child => {
+            drop(ours);
+            let _ = set_parent_death_signal(libc::SIGKILL);
+            let _ = crate::socket::recv(&theirs, &mut [0u8; 4]);
+            exit_now(0)
+        }
+        Cloned::Parent { pid, .. } => {
+            drop(theirs);
+            let done = f(pid);
+            drop(ours);
+            wait_pid(pid).map(|_| done)
+        }
+    }
+}
+
 pub fn pidfd_open(pid: i32) -> io::Result<OwnedFd> {
     // SAFETY: plain numbers.
     check_fd(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) })

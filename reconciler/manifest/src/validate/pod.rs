@@ -108,6 +108,15 @@ fn names_and_dns(r: &mut Report<'_>, spec: &PodSpec, path: &Path<'_>) {
             "must be absent when hostPID is true: the host's processes are shared",
         );
     }
+    if spec.has_own_users() {
+        for (name, shared) in
+            [("hostNetwork", spec.host_network), ("hostPID", spec.host_pid), ("hostIPC", spec.host_ipc)]
+        {
+            if shared {
+                r.error(&path.key(name), "must be absent when hostUsers is false");
+            }
+        }
+    }
     let aliases = path.key("hostAliases");
     for (index, alias) in spec.host_aliases.iter().enumerate() {
         let here = aliases.index(index);
