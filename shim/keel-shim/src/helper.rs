@@ -113,7 +113,7 @@ pub(crate) struct Helper(());
 const NUMBER: i32 = 2;
 
 impl Helper {
-    /// Before anything else is opened, and before rights are given up.
+    /// Before rights are given up.
     pub(crate) fn start(options: &Options) -> Result<Helper, Error> {
         let (ours, theirs) = seqpacket::pair().doing("create a pair of sockets")?;
         spawn_helper(theirs, |socket| serve(&socket, options)).doing("split off the helper")?;

@@ -20,7 +20,7 @@ use keel_sys::process::{block_signals, pidfd_send_signal, read_signal, set_name}
 
 use crate::args::Inherited;
 use crate::clients::Clients;
-use crate::confine::confine;
+use crate::confine::{confine, filter};
 use crate::error::{Context, Error};
 use crate::helper::{Helper, Task};
 use crate::machine::{Effect, Event, step};
@@ -56,14 +56,15 @@ const CLIENTS: u64 = 16;
 const SESSIONS: u64 = 64;
 
 pub(crate) fn run(inherited: &Inherited) -> Result<ExitCode, Error> {
-    let memory = Memory::load(&inherited.dir)?;
-    // Without one, what it does is refused; the rest works.
-    let helper = match inherited.helper {
+    let mut hold = Hold::new(inherited)?;
+    // Late, so that the two share most of their memory. Without a helper, what it does is refused; the rest works.
+    let filter = filter();
+    hold.helper = match inherited.helper {
         true => Some(Helper::inherited()),
-        false => Helper::start(&memory.options).ok(),
+        false => Helper::start(&hold.memory.options).ok(),
     };
-    let mut hold = Hold::new(inherited, memory, helper)?;
-    confine();
+    confine(&filter);
+    drop(filter);
     hold.begin();
     while hold.phase != Phase::Gone {
         hold.turn()?;
@@ -131,7 +132,7 @@ struct Ended {
 }
 
 impl Hold {
-    fn new(inherited: &Inherited, memory: Memory, helper: Option<Helper>) -> Result<Hold, Error> {
+    fn new(inherited: &Inherited) -> Result<Hold, Error> {
         let take = |fd: Option<i32>| fd.map(take_inherited).transpose().doing("take inherited descriptor");
         let pidfd = take(inherited.pidfd)?;
         let listener = take(inherited.listener)?;
@@ -142,6 +143,7 @@ impl Hold {
         let sockets = inherited.sockets.iter().map(|fd| take_inherited(*fd)).collect::<Result<_, _>>();
         let sockets = sockets.doing("take inherited descriptor")?;
         let _ = set_name(c"keel-shim");
+        let memory = Memory::load(&inherited.dir)?;
         let o = &memory.options;
         let mut pump = Pump::of(o, memory.lost)?;
         let within = match &o.log.file {
@@ -171,7 +173,7 @@ impl Hold {
             restart: restart::State::default(),
             notify: notify.map(Into::into),
             sockets,
-            helper,
+            helper: None,
             memory,
         })
     }

@@ -85,6 +85,24 @@ fn monitors_of(program: &str) -> Outcome<Vec<u32>> {
     Ok(found)
 }
 
+/// A monitor, and the process that it may have split off.
+fn with_helpers(pid: u32) -> Outcome<Footprint> {
+    let mut sum = footprint(pid)?;
+    let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
+    for child in children.split_whitespace() {
+        let name = std::fs::read_to_string(format!("/proc/{child}/comm")).unwrap_or_default();
+        if let (Ok(child), "keel-helper") = (child.parse(), name.trim_end()) {
+            let one = footprint(child)?;
+            sum.rss_kb += one.rss_kb;
+            sum.pss_kb += one.pss_kb;
+            sum.uss_kb += one.uss_kb;
+            sum.threads += one.threads;
+            sum.fds += one.fds;
+        }
+    }
+    Ok(sum)
+}
+
 struct Table {
     daemon_rss: Measure,
     daemon_pss: Measure,
@@ -150,7 +168,7 @@ impl Table {
         std::thread::sleep(IDLE);
         for (&pid, before) in pids.iter().zip(&before) {
             self.sleeps.sample(name, sleeps_since(pid, before));
-            let one = footprint(pid)?;
+            let one = with_helpers(pid)?;
             self.rss.sample(name, one.rss_kb);
             self.pss.sample(name, one.pss_kb);
             self.uss.sample(name, one.uss_kb);
