@@ -131,7 +131,7 @@ fn an_index_comes_from_containerd_and_podman_to_us_with_its_digest() {
 
 #[test]
 fn an_archive_of_an_index_keeps_all_platforms_both_ways() {
-    if missing(&["skopeo", "containerd"]) {
+    if missing(&["skopeo", "podman", "containerd"]) {
         return;
     }
     let (layout, index, _) = multi();
@@ -153,6 +153,15 @@ fn an_archive_of_an_index_keeps_all_platforms_both_ways() {
     assert!(imported.all().contains(&index), "{}", imported.all());
     let ours = at(instance.path(), "ours.tar");
     instance.keel(&["image", "save", image, "-o", &ours]).expect_code(0);
+
+    let all = at(dir.path(), "all");
+    let mut skopeo = Command::new("skopeo");
+    skopeo.args(["copy", "-q", "--all", "--preserve-digests", "--insecure-policy"]);
+    run(skopeo.args([format!("oci-archive:{ours}:{image}"), format!("dir:{all}")]));
+    assert_eq!(digest_of(&fs::read(format!("{all}/manifest.json")).unwrap()), index);
+    let podman = Podman { dir: work() };
+    podman.ok(&["load", "-q", "-i", &ours]);
+    assert!(podman.ok(&["images", "--format", "{{.Repository}}:{{.Tag}}"]).contains(image));
 
     let containerd = Containerd::start(dir.path());
     containerd.ok(&["images", "import", "--all-platforms", &ours]);

@@ -4,6 +4,8 @@ use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::process::{Child, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use keel_tests::image::{BUSYBOX, architecture};
@@ -159,6 +161,8 @@ fn an_endless_manifest_costs_a_pull_no_memory() {
 /// Passes connections on, and what comes back only so fast.
 struct Slow {
     address: String,
+    /// Bytes that came back so far.
+    passed: Arc<AtomicU64>,
 }
 
 impl Slow {
@@ -166,26 +170,30 @@ impl Slow {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap().to_string();
         let to = registry.address.clone();
+        let passed: Arc<AtomicU64> = Arc::default();
+        let count = passed.clone();
         // The threads end with their connections, and those with the registry and the client.
         std::thread::spawn(move || {
             while let Ok((near, _)) = listener.accept() {
                 let Ok(far) = TcpStream::connect(&to) else { return };
                 let (near_reads, far_writes) = (near.try_clone().unwrap(), far.try_clone().unwrap());
-                std::thread::spawn(move || pass(near_reads, far_writes, usize::MAX));
-                std::thread::spawn(move || pass(far, near, bytes_per_second));
+                let count = count.clone();
+                std::thread::spawn(move || pass(near_reads, far_writes, usize::MAX, &AtomicU64::new(0)));
+                std::thread::spawn(move || pass(far, near, bytes_per_second, &count));
             }
         });
-        Slow { address }
+        Slow { address, passed }
     }
 }
 
-fn pass(mut from: TcpStream, mut to: TcpStream, bytes_per_second: usize) {
+fn pass(mut from: TcpStream, mut to: TcpStream, bytes_per_second: usize, count: &AtomicU64) {
     const STEPS: usize = 20;
     let mut buffer = vec![0; (bytes_per_second / STEPS).clamp(1, 64 << 10)];
     while let Ok(n) = from.read(&mut buffer) {
         if n == 0 || to.write_all(&buffer[..n]).is_err() {
             break;
         }
+        count.fetch_add(n as u64, Ordering::Relaxed);
         if bytes_per_second != usize::MAX {
             std::thread::sleep(Duration::from_millis(1000 / STEPS as u64));
         }
@@ -245,6 +253,43 @@ impl Drop for Ended {
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
+}
+
+#[test]
+fn a_pull_of_all_platforms_that_is_killed_goes_on_where_it_was() {
+    const SIZE: usize = 4 << 20;
+    let registry = Registry::start();
+    let mut layout = Layout::new();
+    let own = layout.image(None, architecture(), &[Layer::busybox(Packing::Gzip)]);
+    let other = if architecture() == "arm64" { "amd64" } else { "arm64" };
+    let foreign = layout.image(None, other, &[Layer::noise(Packing::Plain, "noise", SIZE)]);
+    let index = layout.index("multi", &[(architecture(), &own), (other, &foreign)]);
+    registry.push_layout(&layout, "multi", "app/multi:1");
+    let slow = Slow::before(&registry, 2 << 20);
+    let image = format!("{}/app/multi:1", slow.address);
+    let instance = Instance::new();
+    let arrived = || {
+        let partial = fs::read_dir(instance.root().join("partial")).into_iter().flatten().flatten();
+        partial.filter_map(|dir| fs::metadata(dir.path().join("data")).ok()).map(|m| m.len()).max()
+    };
+    for step in 1..=3 {
+        let mut pull = instance.command(&["image", "pull", "-a", &image]);
+        let pull = Ended(pull.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap());
+        let enough = step * (SIZE as u64) / 5;
+        eventually_or(|| format!("{:?} bytes", arrived()), || (arrived() > Some(enough)).then_some(()));
+        drop(pull);
+        assert_eq!(
+            instance.keel(&["image", "ls", "-o", "name"]).expect_code(0).stdout,
+            "",
+            "half is nothing"
+        );
+    }
+    instance.keel(&["image", "pull", "-a", &image]).expect_code(0);
+    let seen = instance.keel(&["image", "inspect", &image]).expect_code(0).json();
+    assert_eq!(seen["index"]["digest"], index.as_str());
+    instance.keel(&["image", "verify"]).expect_code(0);
+    let passed = slow.passed.load(Ordering::Relaxed);
+    assert!(passed < 2 * SIZE as u64, "{passed} bytes for {SIZE}: what was there came again");
 }
 
 #[test]
