@@ -68,7 +68,7 @@ const VALUES: [&str; 22] = [
 const SEEDS: [&str; 3] = [
     r#"{"ociVersion":"1.3.0","root":{"path":"r"},"hostname":"h","domainname":"d","annotations":{"a":"b"},
     "process":{"args":["a","b"],"cwd":"/","env":["PATH=/bin","A=b"],"user":{"uid":1,"gid":2,"umask":18,"additionalGids":[3]},
-    "rlimits":[{"type":"RLIMIT_NOFILE","soft":1,"hard":2}],"scheduler":{"policy":"SCHED_DEADLINE","runtime":1,"deadline":2,"period":3,"flags":["SCHED_FLAG_RECLAIM"]},
+    "rlimits":[{"type":"RLIMIT_NOFILE","soft":1,"hard":2}],"scheduler":{"policy":"SCHED_DEADLINE","runtime":10000,"deadline":20000,"period":30000,"flags":["SCHED_FLAG_RECLAIM"]},
     "ioPriority":{"class":"IOPRIO_CLASS_BE","priority":3},"execCPUAffinity":{"initial":"0-3","final":"0"},"oomScoreAdj":5,
     "capabilities":{"bounding":["CAP_KILL"],"effective":["CAP_KILL"],"permitted":["CAP_KILL"],"inheritable":[],"ambient":["CAP_KILL"]},
     "consoleSize":{"height":1,"width":2}},

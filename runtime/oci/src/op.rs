@@ -158,6 +158,8 @@ pub struct Target {
     pub path: Rel,
     /// No component may be a symbolic link (`/proc`, `/sys`, `/dev`).
     pub real: bool,
+    /// A link at the end of the path is itself the target.
+    pub link: bool,
 }
 
 /// One option of a file system: `key` alone is a flag.

@@ -495,3 +495,19 @@ fn a_capability_that_nobody_knows_is_not_given_to_an_exec() {
     assert!(output.status.success(), "{}", text(&output.stderr));
     assert!(text(&output.stderr).contains("CAP_NONSENSE"), "it must be told: {}", text(&output.stderr));
 }
+
+#[test]
+fn a_mount_may_cover_a_link_itself() {
+    require!(ours);
+    let mut case = Case::new("cat /data/link");
+    symlink("nowhere", case.rootfs().join("data/link")).unwrap();
+    fs::write(case.path("file"), "found\n").unwrap();
+    bind(&case.path("file"), "/data/link", &["bind", "dest-nofollow"], &mut case);
+    assert_eq!(case.output(), "found\n");
+    assert!(!case.rootfs().join("data/nowhere").exists());
+    let mut case = Case::new("readlink /data/link");
+    symlink("nowhere", case.rootfs().join("data/link")).unwrap();
+    symlink("elsewhere", case.path("other")).unwrap();
+    bind(&case.path("other"), "/data/link", &["bind", "dest-nofollow", "src-nofollow"], &mut case);
+    assert_eq!(case.output(), "elsewhere\n");
+}

@@ -53,7 +53,7 @@ pub(super) fn lower_rootfs(
     if let Some(mount) = spec.mounts.iter().find(|m| clean(&m.destination) == "dev" && !is_bind(m))
         && parse_options("mounts", mount)?.read_only
     {
-        let target = Target { path: rel("mounts", "/dev")?, real: true };
+        let target = Target { path: rel("mounts", "/dev")?, real: true, link: false };
         let attr = Attr { set: mount::ATTR_RDONLY, ..Attr::default() };
         out.ops.push(Op::Remount { target, attr, recursive: false });
     }
@@ -178,7 +178,7 @@ struct Options {
     remount: bool,
     copy_up: bool,
     follow_source: bool,
-    real_target: bool,
+    link_target: bool,
     idmap: Option<bool>,
     /// Options of the superblock and of the file system.
     data: Vec<String>,
@@ -238,7 +238,7 @@ fn parse_options(field: &str, mount: &Mount) -> Result<Options, SpecError> {
             "remount" => o.remount = true,
             "tmpcopyup" => o.copy_up = true,
             "src-nofollow" => o.follow_source = false,
-            "dest-nofollow" => o.real_target = true,
+            "dest-nofollow" => o.link_target = true,
             "idmap" => o.idmap = Some(false),
             "ridmap" => o.idmap = Some(true),
             recursive if recursive.starts_with('r') && attribute(&recursive[1..]).is_some() => {
@@ -284,9 +284,8 @@ fn lower_mount(
     let path = rel(&field, below_root(&mount.destination, &request.rootfs))?;
     let kind = mount.kind.as_deref().unwrap_or("none");
     check_proc(&field, mount, kind, &path)?;
-    let real =
-        options.real_target || matches!(kind, "proc" | "sysfs") || is_bind(mount) && path.as_str() == "proc";
-    let target = Target { path, real };
+    let real = matches!(kind, "proc" | "sysfs") || is_bind(mount) && path.as_str() == "proc";
+    let target = Target { path, real, link: options.link_target };
     if options.remount {
         if let Some(word) = options.data.first() {
             return Err(unsupported(
@@ -486,7 +485,9 @@ fn lower_cgroup(
     }
     let attr = options_attr.set;
     let propagation = options.propagation & !libc::MS_REC;
-    let below = |name: &str| rel(field, &format!("/{base}/{name}")).map(|path| Target { path, real: false });
+    let below = |name: &str| {
+        rel(field, &format!("/{base}/{name}")).map(|path| Target { path, real: false, link: false })
+    };
     let path = if request.borrowed_cgroup { "own" } else { &request.cgroup };
     let mut own = facts.layout.cgroup(path).map_err(|e| invalid("linux.cgroupsPath", e.to_string()))?;
     if request.borrowed_cgroup {

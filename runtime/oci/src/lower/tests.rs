@@ -91,7 +91,7 @@ fn the_order_of_a_minimal_container() {
     let lowered = lowered("{}", Mode::V1).unwrap();
     assert_eq!(
         names(&lowered.ops).join(" "),
-        "JoinCgroup NotDumpable NewSession SessionKeyring PrivateProcfs Propagation BindRoot \
+        "JoinCgroup ResetAffinity NotDumpable NewSession SessionKeyring PrivateProcfs Propagation BindRoot \
          DeviceNode DeviceNode DeviceNode DeviceNode DeviceNode DeviceNode \
          Symlink Symlink Symlink Symlink Symlink Directory PivotRoot OwnStdio FindExecutable CloseUnneeded Ready \
          BoundingSet KeepCapabilities Groups Gid Uid WorkingDirectory Capabilities Umask Exec"
@@ -129,10 +129,10 @@ fn bind_mount_options() {
     );
     assert_eq!(
         text,
-        "Bind { source: \"/srv\", target: Target { path: /data, real: false }, recursive: true, follow: true, \
+        "Bind { source: \"/srv\", target: Target { path: /data, real: false, link: false }, recursive: true, follow: true, \
          attr: Attr { set: 3, clear: 0, propagation: 0, userns_fd: 0 }, \
          tree_attr: Attr { set: 8, clear: 0, propagation: 0, userns_fd: 0 }, \
-         propagation: 262144, propagate_tree: true, only_procfs: false, idmap: None }\n"
+         propagation: 262144, propagate_tree: true, only_procfs: false, idmap: None, outside: false }\n"
     );
 }
 
@@ -146,7 +146,7 @@ fn a_tmpfs_that_is_copied_up_turns_read_only_after_the_copy() {
     );
     assert_eq!(
         text,
-        "FileSystem { kind: \"tmpfs\", target: Target { path: /var, real: false }, options: \
+        "FileSystem { kind: \"tmpfs\", target: Target { path: /var, real: false, link: false }, options: \
          [FsOption { key: \"source\", value: Some(\"t\") }, FsOption { key: \"size\", value: Some(\"1m\") }], \
          attr: 4, propagation: 0, copy_up: true, read_only_after: true }\n"
     );
