@@ -134,6 +134,19 @@ pub(crate) fn read_small(path: &Path, limit: u64) -> Result<Option<Vec<u8>>, FsE
     Ok(Some(bytes))
 }
 
+/// As [`read_small`], with nothing for what the disk does not give any more. It is asked twice: what is only hard to read
+/// is not lost.
+pub(crate) fn read_what_is_left(path: &Path, limit: u64) -> Result<Option<Vec<u8>>, FsError> {
+    let damaged = |e: &FsError| is_damage(&e.source);
+    match read_small(path, limit) {
+        Err(e) if damaged(&e) => match read_small(path, limit) {
+            Err(e) if damaged(&e) => Ok(Some(Vec::new())),
+            other => other,
+        },
+        other => other,
+    }
+}
+
 /// The names in a directory, sorted; empty when the directory is not there.
 pub(crate) fn list(dir: &Path) -> Result<Vec<std::ffi::OsString>, FsError> {
     let entries = match fs::read_dir(dir) {

@@ -140,13 +140,7 @@ impl Store {
 
 /// `None` when there is none; one that does not read is set aside.
 fn read(path: &Path) -> Result<Option<Owner>, FsError> {
-    let bytes = match fsio::read_small(path, MAX_RECORD) {
-        Err(e) if fsio::is_damage(&e.source) => Vec::new(),
-        other => match other? {
-            Some(bytes) => bytes,
-            None => return Ok(None),
-        },
-    };
+    let Some(bytes) = fsio::read_what_is_left(path, MAX_RECORD)? else { return Ok(None) };
     let parsed = serde_json::from_slice(&bytes).ok();
     if parsed.is_none() {
         fs::rename(path, path.with_extension("json.damaged")).at("set aside", path)?;

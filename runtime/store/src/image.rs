@@ -251,13 +251,7 @@ impl Store {
 
     /// `None` when there is none or when it is damaged, which sets it aside.
     pub(crate) fn read_record(&self, path: &Path) -> Result<Option<ImageRecord>, FsError> {
-        let bytes = match fsio::read_small(path, MAX_RECORD) {
-            Err(e) if fsio::is_damage(&e.source) => Vec::new(),
-            other => match other? {
-                Some(bytes) => bytes,
-                None => return Ok(None),
-            },
-        };
+        let Some(bytes) = fsio::read_what_is_left(path, MAX_RECORD)? else { return Ok(None) };
         match serde_json::from_slice(&bytes) {
             Ok(record) => Ok(Some(record)),
             Err(_) => {
@@ -269,7 +263,8 @@ impl Store {
 
     /// The record with its config; `None` sets a record aside whose config is lost or damaged.
     fn load(&self, record: ImageRecord, path: &Path) -> Result<Option<Image>, FsError> {
-        let config = match self.read_blob(&record.config, MAX_CONFIG) {
+        let read = || self.read_blob(&record.config, MAX_CONFIG);
+        let config = match read().or_else(|_| read()) {
             Ok(Some(bytes)) => serde_json::from_slice(&bytes).ok(),
             Ok(None) | Err(BlobError::WrongDigest { .. }) => None,
             Err(BlobError::Fs(e)) if !fsio::is_damage(&e.source) => return Err(e),

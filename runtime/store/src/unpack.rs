@@ -284,14 +284,19 @@ impl Unpacker {
     fn dir(&mut self, path: &LayerPath, entry: &Entry) -> Result<(), UnpackError> {
         let parent = self.open_parent(path)?;
         let real = LayerPath::join(&parent.physical, path.name().to_bytes());
-        let made = match file::mkdirat(parent.fd, path.name(), 0o700) {
+        let create_mode = entry.mode & 0o777;
+        let made = match file::mkdirat(parent.fd, path.name(), create_mode) {
             Err(e) if e.raw_os_error() == Some(libc::EEXIST) => {
                 if stat(parent.fd, path)?.is_dir() {
                     false
                 } else {
                     self.remove(&real)?;
                     let parent = self.open_parent(path)?;
-                    path_at(path, "create the directory", file::mkdirat(parent.fd, path.name(), 0o700))?;
+                    path_at(
+                        path,
+                        "create the directory",
+                        file::mkdirat(parent.fd, path.name(), create_mode),
+                    )?;
                     // What lower layers have here was hidden by the thing that this directory replaces.
                     set_opaque(parent.fd, path)?;
                     true
@@ -302,7 +307,8 @@ impl Unpacker {
         let parent = self.open_parent(path)?;
         let fd = parent.fd.try_clone_to_owned().map_err(|e| io_error(entry, "open the directory", e))?;
         let (uid, gid) = owner(entry)?;
-        if (uid, gid) != (0, 0) || parent.setgid || !made {
+        let setgid = parent.setgid;
+        if (uid, gid) != (0, 0) || setgid || !made {
             at(
                 entry,
                 "change the owner",
@@ -310,7 +316,10 @@ impl Unpacker {
             )?;
         }
         self.xattrs(fd.as_fd(), path.name(), entry)?;
-        at(entry, "change the mode", file::fchmodat(&fd, path.name(), entry.mode))?;
+        // A group that is inherited comes with its bit.
+        if !made || setgid || entry.mode != create_mode || entry.mode & self.umask != 0 {
+            at(entry, "change the mode", file::fchmodat(&fd, path.name(), entry.mode))?;
+        }
         let key = real.to_bytes();
         if let Some(current) = &mut self.current
             && current.physical == key

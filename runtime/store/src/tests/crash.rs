@@ -37,10 +37,30 @@ fn worker() {
             return;
         }
         println!("committed {reference}");
+        let [tag, other, copy] =
+            ["tag", "other", "copy"].map(|name| format!("keel.test/{name}{}:{round}", std::process::id()));
+        let done = store.tag_image(&reference, &tag).is_ok()
+            && store.tag_image(&reference, &other).is_ok()
+            && store.remove_image(&other).is_ok()
+            && copy_by_archive(&store, &reference, &copy).is_some();
+        if !done {
+            return;
+        }
+        println!("committed {tag}\ncommitted {copy}");
         if round % 3 == 2 {
             let _ = store.collect_garbage(&Roots::default());
         }
     }
+}
+
+/// Saves an image and imports it under another name.
+fn copy_by_archive(store: &Store, reference: &str, name: &str) -> Option<()> {
+    let path = store.root().with_file_name("archive.tar");
+    let mut file = std::fs::File::create(&path).ok()?;
+    store.save(&[reference], crate::SaveFormat::OciArchive, &mut file, &|_| {}).ok()?;
+    let options =
+        crate::ImportOptions { reference: Some(name.to_owned()), unpinned: true, ..Default::default() };
+    store.import(&path, &options, &|_| {}).ok().map(drop)
 }
 
 /// What must hold after any death: the store opens, every image it lists is whole, nothing unfinished is left.

@@ -15,7 +15,8 @@ const POINTS: usize = 24;
 const IMPORTED: i32 = 40;
 const FAILED: i32 = 41;
 
-/// Not a test: imports an archive and says how that went by its exit code.
+/// Not a test: imports an archive, tags its image, removes the tag, collects what is left of that, and says how that went
+/// by its exit code.
 #[test]
 #[ignore = "the process that other tests trace"]
 fn importer() {
@@ -24,8 +25,12 @@ fn importer() {
     std::io::stdin().read_line(&mut String::new()).unwrap();
     let archive = std::env::var_os("KEEL_STORE_ARCHIVE").unwrap();
     let imported = Store::open(Path::new(&root)).map_err(|error| error.to_string()).and_then(|store| {
+        let failed = |error: &dyn std::error::Error| error.to_string();
         let options = ImportOptions::default();
-        store.import(Path::new(&archive), &options, &|_| {}).map_err(|error| error.to_string())
+        store.import(Path::new(&archive), &options, &|_| {}).map_err(|error| failed(&error))?;
+        store.tag_image("keel.test/faulty:1", "keel.test/other:1").map_err(|error| failed(&error))?;
+        store.remove_image("keel.test/other:1").map_err(|error| failed(&error))?;
+        store.collect_garbage(&Roots::default()).map_err(|error| failed(&error))
     });
     std::process::exit(if imported.is_ok() { IMPORTED } else { FAILED });
 }
