@@ -179,7 +179,8 @@ fn boot(kernel: &Kernel) -> String {
         .arg(DEADLINE.as_secs().to_string())
         .args(["qemu-system-x86_64", "-accel", "tcg", "-M", "pc", "-cpu", "qemu64", "-smp", "1", "-m", "1G"])
         .args(["-display", "none", "-nodefaults", "-no-reboot", "-serial", "stdio"])
-        .args(["-append", "console=ttyS0 loglevel=1 panic=-1 mitigations=off"])
+        // systemd's progress of a slow boot would redraw the lines of the results.
+        .args(["-append", "console=ttyS0 loglevel=1 panic=-1 mitigations=off systemd.show_status=error"])
         .arg("-kernel")
         .arg(&kernel.image)
         .arg("-initrd")
