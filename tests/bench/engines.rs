@@ -21,6 +21,9 @@ pub(crate) trait Engine {
     /// Starts an idle container on the host's network; returns when the command does.
     fn start(&self, name: &str) -> Outcome<Duration>;
     fn remove(&self, names: &[String]) -> Outcome;
+    /// Starts a container of the engine that runs `program`, mounted as `/bench`, and answers its process; its output goes
+    /// where the engine's monitor is the cheapest, `log` if that takes a file.
+    fn talk(&self, name: &str, program: &Path, words: &[&str], log: &Path) -> Outcome<u32>;
     /// Pulls from a registry on the loopback and unpacks.
     fn pull(&self, reference: &str) -> Outcome<Usage>;
     /// Long-running processes of the engine itself.
@@ -53,12 +56,21 @@ fn installed(program: &str) -> Outcome {
 struct Podman {
     root: PathBuf,
     run: PathBuf,
+    /// In place of its own.
+    conmon: Option<PathBuf>,
+}
+
+/// podman with our monitor in conmon's place.
+pub(crate) fn podman_with(conmon: PathBuf, work: &Work, disk: &Path) -> Outcome<Box<dyn Engine>> {
+    let mut podman = Podman::new(work, disk)?;
+    podman.conmon = Some(conmon);
+    Ok(Box::new(podman))
 }
 
 impl Podman {
     fn new(work: &Work, disk: &Path) -> Outcome<Podman> {
         installed("podman")?;
-        Ok(Podman { root: disk.join("podman"), run: work.run("podman")? })
+        Ok(Podman { root: disk.join("podman"), run: work.run("podman")?, conmon: None })
     }
 
     fn command(&self, arguments: &[&str]) -> Command {
@@ -66,6 +78,9 @@ impl Podman {
         command.arg("--root").arg(&self.root).arg("--runroot").arg(self.run.join("root"));
         command.arg("--tmpdir").arg(self.run.join("tmp"));
         command.args(["--storage-driver", "overlay", "--cgroup-manager", "cgroupfs"]);
+        if let Some(conmon) = &self.conmon {
+            command.arg("--conmon").arg(conmon);
+        }
         command.args(["--runtime", "runc", "--events-backend", "file"]).args(arguments);
         command
     }
@@ -89,6 +104,10 @@ impl Engine for Podman {
 
     fn remove(&self, names: &[String]) -> Outcome {
         wall(self.command(&["rm", "-f", "-t", "0"]).args(names)).map(drop)
+    }
+
+    fn talk(&self, name: &str, _: &Path, _: &[&str], _: &Path) -> Outcome<u32> {
+        Err(Failure::new(format!("{name}: conmon is measured by itself")))
     }
 
     fn pull(&self, reference: &str) -> Outcome<Usage> {
@@ -172,6 +191,17 @@ impl Engine for Containerd {
         Ok(())
     }
 
+    fn talk(&self, name: &str, program: &Path, words: &[&str], log: &Path) -> Outcome<u32> {
+        let mount = format!("type=bind,src={},dst=/bench,options=rbind:ro", program.display());
+        let mut command = self.command(&["run", "-d", "--net-host", "--mount", &mount]);
+        command.arg("--log-uri").arg(format!("file://{}", log.display())).args([BUSYBOX, name, "/bench"]);
+        wall(command.args(words))?;
+        let tasks = output(&mut self.command(&["task", "ls"]))?;
+        let pid =
+            tasks.lines().find_map(|line| line.strip_prefix(name)?.split_whitespace().next()?.parse().ok());
+        pid.ok_or_else(|| Failure::new(format!("no task {name} in: {tasks}")))
+    }
+
     fn pull(&self, reference: &str) -> Outcome<Usage> {
         with_daemons(self, || {
             usage(&self.command(&["image", "pull", "--plain-http", "--snapshotter", "overlayfs", reference]))
@@ -245,6 +275,14 @@ impl Engine for Docker {
 
     fn remove(&self, names: &[String]) -> Outcome {
         wall(self.command(&["rm", "-f"]).args(names)).map(drop)
+    }
+
+    fn talk(&self, name: &str, program: &Path, words: &[&str], _: &Path) -> Outcome<u32> {
+        let mount = format!("{}:/bench:ro", program.display());
+        let mut command = self.command(&["run", "-d", "--network=host", "--name", name, "-v", &mount]);
+        wall(command.args([BUSYBOX, "/bench"]).args(words))?;
+        let pid = output(&mut self.command(&["inspect", "-f", "{{.State.Pid}}", name]))?;
+        pid.trim().parse().map_err(|_| Failure::new(format!("docker says {pid:?} for the process of {name}")))
     }
 
     fn pull(&self, reference: &str) -> Outcome<Usage> {

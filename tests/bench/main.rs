@@ -31,7 +31,7 @@ Rows (default: all), medians of COUNT samples (default 10):
     memory    the idle daemon with 50 pods, and the monitors of 10 containers
     plan      parsing and planning 5,000 manifests
     runtime   run, create, start, delete and exec, against crun and runc
-    log       container output per processor second, against conmon
+    log       container output per processor second, against conmon, containerd's shim and dockerd
     pull      pull and unpack of a large image, against podman, ctr and docker
 
     --image DIR   keep the large image there, and take it from there the next time

@@ -7,11 +7,11 @@ use std::process::Command;
 use std::time::Duration;
 
 use crate::bundle::{Runtime, bundle};
-use crate::engines::present;
+use crate::engines::{Engine, engine, present};
 use crate::failure::{Doing, Failure, Outcome};
 use crate::host::Work;
 use crate::keel::{bin, first_number};
-use crate::measure::{SELDOM, await_some, cpu_s, output, wall, written};
+use crate::measure::{SELDOM, await_some, cpu_s, output, parent, wall, written};
 use crate::report::{Aim, Measure};
 
 /// Line length in bytes, newline included; how much of it is written; what a processor second should do.
@@ -39,7 +39,38 @@ pub(crate) fn logs(work: &Work, count: usize) -> Outcome<Vec<Measure>> {
         }
         measures.push(measure);
     }
+    let peers = work.state("peers-log")?;
+    let archive = keel_tests::image::busybox_archive_in(work.path());
+    for (engine_name, contender) in [("ctr", "containerd-shim, raw"), ("docker", "dockerd, json-file")] {
+        let Some(engine) = present(engine_name, engine(engine_name, work, &peers)) else { continue };
+        engine.load(&archive)?;
+        for ((line, total, _), measure) in LOADS.iter().zip(&mut measures) {
+            for n in 0..count.min(PEER_COUNT) {
+                let name = format!("talk-{line}-{n}");
+                measure
+                    .sample(contender, by_engine(work, engine.as_ref(), &name, *line, total / PEER_SHARE)?);
+            }
+        }
+    }
     Ok(measures)
+}
+
+/// dockerd writes 1 MB of two-byte lines a second.
+const PEER_COUNT: usize = 3;
+const PEER_SHARE: u64 = 8;
+
+/// Of the daemons and the container's shim together, from the start of the container until they rest.
+fn by_engine(work: &Work, engine: &dyn Engine, name: &str, line: usize, total: u64) -> Outcome<f64> {
+    let exe = std::env::current_exe().doing("find the running program")?;
+    let daemons = |shim: Option<u32>| engine.daemons().into_iter().chain(shim).map(cpu_s).sum::<f64>();
+    let before = daemons(None);
+    let log = work.run("log-peer")?.join(name);
+    let container = engine.talk(name, &exe, &[GENERATE, &line.to_string(), &total.to_string()], &log)?;
+    let shim = parent(container);
+    let used = drained_by(container, total as f64, || daemons(shim) - before);
+    engine.remove(&[name.to_owned()])?;
+    let _ = fs::remove_file(&log);
+    Ok(total as f64 / 1e6 / used?)
 }
 
 const ID: &str = "log";
@@ -70,17 +101,26 @@ fn rate(runtime: &Runtime, total: u64, start: impl FnOnce() -> Outcome<Logged>) 
 
 /// Processor seconds of the monitor from its start until all output is in the log.
 fn drained(logged: &Logged, total: f64) -> Outcome<f64> {
+    drained_by(logged.container, total, || cpu_s(logged.monitor))
+}
+
+fn drained_by(container: u32, total: f64, cpu: impl Fn() -> f64) -> Outcome<f64> {
     await_some("the container has written its lines", SELDOM, || {
-        (written(logged.container) >= total).then_some(())
+        (written(container) >= total).then_some(())
     })?;
-    let mut last = cpu_s(logged.monitor);
+    // Never close to anything: the first look has nothing to compare with.
+    let mut last = f64::NAN;
     await_some("the monitor comes to rest", QUIET, || {
-        let now = cpu_s(logged.monitor);
-        let is_quiet = now > 0.0 && (now - last).abs() < f64::EPSILON;
+        let now = cpu();
+        // A daemon does a little all the time; what a log costs is seen above that.
+        let is_quiet = now > 0.0 && now - last < REST;
         last = now;
         is_quiet.then_some(now)
     })
 }
+
+/// Processor seconds within [`QUIET`]: a hundredth of a processor.
+const REST: f64 = 0.003;
 
 fn files(dir: &Path) -> Vec<PathBuf> {
     let entries = fs::read_dir(dir).into_iter().flatten().flatten();

@@ -2,10 +2,10 @@
 
 use std::time::Duration;
 
-use crate::engines::{Engine, engine, present};
+use crate::engines::{Engine, engine, podman_with, present};
 use crate::failure::{Doing, Failure, Outcome};
 use crate::host::Work;
-use crate::keel::Keel;
+use crate::keel::{Keel, bin};
 use crate::measure::{Footprint, footprint, parent, sleeps, sleeps_since};
 use crate::report::{Aim, Measure};
 
@@ -27,6 +27,15 @@ pub(crate) fn memory(work: &Work, count: usize) -> Outcome<Vec<Measure>> {
         let names = start(engine.as_ref(), "mon", MONITORS)?;
         table.monitors(monitor, &monitors_of(monitor)?)?;
         engine.remove(&names)?;
+    }
+    let conmon = work.path().join("conmon");
+    std::os::unix::fs::symlink(bin("keel-shim")?, &conmon).doing_at("link", &conmon)?;
+    let disk = work.state("peers-conmon")?;
+    if let Some(podman) = present("podman", podman_with(conmon, work, &disk)) {
+        podman.load(&archive)?;
+        let names = start(podman.as_ref(), "own", MONITORS)?;
+        table.monitors("keel-shim as podman's conmon", &monitors_of("keel-shim")?)?;
+        podman.remove(&names)?;
     }
     if let Some(docker) = present("docker", engine("docker", work, &peers)) {
         docker.load(&archive)?;

@@ -195,6 +195,8 @@ fn a_log_that_hangs_does_not_stop_a_container_that_shall_not_wait_and_every_line
     let lost = container.client().state().unwrap().log_lost_lines;
     assert!(lost > 100_000, "{lost}");
     kill(Pid::from_raw(writers[0]), Signal::SIGCONT).unwrap();
+    // Until there is room for more.
+    poll("the buffer in the log", || container.log_size() > 50_000);
     fs::write(container.dir.join("rootfs/on"), "").unwrap();
     let record = container.exit();
     assert_eq!(record.code, 4);
