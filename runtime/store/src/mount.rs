@@ -314,6 +314,19 @@ fn overlay_error(
     MountError::Overlay { target: target.to_owned(), step, messages, source }
 }
 
+/// The way of `lowerdir+`, where the kernel has it.
+#[cfg(test)]
+pub(crate) fn check_by_context(store: &Store, image: &Image, target: &Path) {
+    let stack = Stack::new(store.lowers(image).unwrap(), None);
+    match apply_by_context(&stack, target) {
+        Ok(()) => {}
+        Err(Attempt::Unsupported) => return eprintln!("SKIPPED: this kernel has no lowerdir+"),
+        Err(Attempt::Failed(e)) => panic!("{e:?}"),
+    }
+    assert_eq!(std::fs::read_dir(target).unwrap().count(), 129);
+    unmount_rootfs(target).unwrap();
+}
+
 /// The way of older kernels, which the new ones still have.
 #[cfg(test)]
 pub(crate) fn check_classic(store: &Store, image: &Image, target: &Path) {

@@ -58,8 +58,7 @@ fn copy_by_archive(store: &Store, reference: &str, name: &str) -> Option<()> {
     let path = store.root().with_file_name("archive.tar");
     let mut file = std::fs::File::create(&path).ok()?;
     store.save(&[reference], crate::SaveFormat::OciArchive, &mut file, &|_| {}).ok()?;
-    let options =
-        crate::ImportOptions { reference: Some(name.to_owned()), unpinned: true, ..Default::default() };
+    let options = crate::ImportOptions { reference: Some(name.to_owned()), unpinned: true };
     store.import(&path, &options, &|_| {}).ok().map(drop)
 }
 

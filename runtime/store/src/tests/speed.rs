@@ -66,7 +66,7 @@ fn resume_at_nine_tenths() {
 }
 
 #[test]
-fn one_sync_makes_many_layers_durable() {
+fn an_image_of_128_layers_is_mounted_by_both_interfaces() {
     let bench = Bench::new();
     let layers: Vec<Vec<u8>> = (0..128)
         .map(|i| Tar::default().file(&format!("f{i}"), "x").file("top", &i.to_string()).end())
@@ -78,6 +78,7 @@ fn one_sync_makes_many_layers_durable() {
     let (upper, work) = (bench.path("u"), bench.path("w"));
     std::fs::create_dir(&upper).unwrap();
     std::fs::create_dir(&work).unwrap();
+    crate::mount::check_by_context(&bench.store, &image, &target);
     for writable in [None, Some((&*upper, &*work))] {
         bench.store.mount_rootfs(&image, writable, &target).unwrap();
         assert_eq!(std::fs::read_to_string(target.join("top")).unwrap(), "127");
