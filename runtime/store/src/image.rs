@@ -264,7 +264,12 @@ impl Store {
     /// The record with its config; `None` sets a record aside whose config is lost or damaged.
     fn load(&self, record: ImageRecord, path: &Path) -> Result<Option<Image>, FsError> {
         let read = || self.read_blob(&record.config, MAX_CONFIG);
-        let config = match read().or_else(|_| read()) {
+        // Asked twice: what is only hard to read is not lost.
+        let found = match read() {
+            Ok(Some(bytes)) => Ok(Some(bytes)),
+            _ => read(),
+        };
+        let config = match found {
             Ok(Some(bytes)) => serde_json::from_slice(&bytes).ok(),
             Ok(None) | Err(BlobError::WrongDigest { .. }) => None,
             Err(BlobError::Fs(e)) if !fsio::is_damage(&e.source) => return Err(e),
