@@ -1118,14 +1118,7 @@ fn set_attributes(tree: &OwnedFd, attr: &Attr, recursive: bool) -> Done {
     if attr.set == 0 && attr.clear == 0 {
         return Ok(());
     }
-    match mount::set_attr(tree, attr, recursive) {
-        // In a user namespace what the host set is locked; then what can only be added is added.
-        Err(e) if errno(&e) == libc::EPERM && attr.clear != 0 => {
-            let clear = if attr.set & mount::ATTR_ATIME != 0 { mount::ATTR_ATIME } else { 0 };
-            mount::set_attr(tree, &Attr { clear, ..*attr }, recursive).at(Step::SetAttr)
-        }
-        other => other.at(Step::SetAttr),
-    }
+    mount::set_attr(tree, attr, recursive).at(Step::SetAttr)
 }
 
 fn set_propagation(tree: &OwnedFd, flag: u64, recursive: bool) -> Done {

@@ -162,6 +162,23 @@ fn a_bind_source_need_not_be_reachable_for_the_containers_root() {
 }
 
 #[test]
+fn what_the_host_forbids_on_a_mount_is_not_allowed_in_a_user_namespace() {
+    require!(ours);
+    let mut case = with_user_namespace(Case::new("true"));
+    let dir = case.path("volume");
+    fs::create_dir(&dir).unwrap();
+    let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", "ro,nosuid", "t"]).arg(&dir).status();
+    assert!(mounted.unwrap().success());
+    bind(&dir, "/data", &["rbind", "rw"], &mut case);
+    own_by(&case.rootfs(), 100_000);
+    let output = case.run();
+    let _ = Command::new("umount").arg(&dir).status();
+    let error = text(&output.stderr);
+    assert!(!output.status.success(), "{}", text(&output.stdout));
+    assert!(error.contains("permitted") || error.contains("locked"), "{error}");
+}
+
+#[test]
 fn an_idmapped_mount_goes_into_a_user_namespace() {
     require!(ours);
     let mut case = with_user_namespace(Case::new("stat -c %u /data/file"));
