@@ -70,9 +70,12 @@ struct Pod {
     ip: Ipv4Addr,
 }
 
+/// What a pod's containers share.
+const SHARED: [NamespaceKind; 3] = [NamespaceKind::Net, NamespaceKind::Ipc, NamespaceKind::Uts];
+
 fn add_pod(net: &Net, dir: &Path, id: &str, n: u32) -> Pod {
     let ns = dir.join(id);
-    create_namespaces(&ns, &NamespaceKind::ALL, id).unwrap();
+    create_namespaces(&ns, &SHARED, id).unwrap();
     let ip = nth(net.config(), n);
     net.attach(id, &ns.join("net"), ip).unwrap();
     Pod { ns: ns.join("net"), ip }

@@ -10,14 +10,14 @@ fn creation_repairs_what_is_half_made_and_removal_tolerates_absence() {
         std::fs::write(ns.join("net"), "").unwrap();
         create_namespaces(&ns, &[NamespaceKind::Uts], "half").unwrap();
         assert_eq!(observe_namespaces(&ns), [NamespaceKind::Uts]);
-        create_namespaces(&ns, &NamespaceKind::ALL, "whole").unwrap();
-        assert_eq!(observe_namespaces(&ns), NamespaceKind::ALL);
+        create_namespaces(&ns, &SHARED, "whole").unwrap();
+        assert_eq!(observe_namespaces(&ns), SHARED);
         let name = run(&format!("nsenter --uts={} hostname", ns.join("uts").display()));
         assert_eq!(name.trim(), "whole");
         let inode =
             |kind: &str| std::os::unix::fs::MetadataExt::ino(&std::fs::metadata(ns.join(kind)).unwrap());
         let before = (inode("net"), inode("ipc"), inode("uts"));
-        create_namespaces(&ns, &NamespaceKind::ALL, "whole").unwrap();
+        create_namespaces(&ns, &SHARED, "whole").unwrap();
         assert_eq!(before, (inode("net"), inode("ipc"), inode("uts")), "what exists is kept");
         let settings = in_netns(&ns.join("net"), || {
             run("sysctl -n net.ipv4.ip_unprivileged_port_start net.ipv4.ping_group_range; ip -br link")
