@@ -268,16 +268,38 @@ pub fn splice(from: BorrowedFd<'_>, to: BorrowedFd<'_>, len: usize) -> io::Resul
 pub fn shed_memory() {
     // SAFETY: the callback only reads what it is given, and its data pointer is not used.
     unsafe { libc::dl_iterate_phdr(Some(shed_segments), ptr::null_mut()) };
-    let here = 0u8;
+    shed_stack();
+}
+
+/// Inlined, the caller's frame is its own: only the register tells where the part in use ends. The address of a local
+/// variable may be kilobytes above it.
+#[inline(always)]
+fn shed_stack() {
     // Far enough below this frame for the call of madvise itself.
     const MARGIN: usize = 2 << 10;
     const DEPTH: usize = 256 << 10;
     const PAGE: usize = 4096;
-    let top = (&raw const here as usize).saturating_sub(MARGIN) & !(PAGE - 1);
+    let top = stack_pointer().saturating_sub(MARGIN) & !(PAGE - 1);
     let bottom = top.saturating_sub(DEPTH);
     // SAFETY: nothing below the stack pointer and its red zone is in use by this thread, and a single-threaded program
     // has nothing else right below its stack: a gap is kept there. Unmapped pages in the range only give ENOMEM.
     unsafe { libc::madvise(bottom as *mut _, top - bottom, libc::MADV_DONTNEED) };
+}
+
+#[inline(always)]
+fn stack_pointer() -> usize {
+    let pointer: usize;
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: copies a register.
+    unsafe {
+        std::arch::asm!("mov {}, rsp", out(reg) pointer, options(nomem, nostack, preserves_flags));
+    }
+    #[cfg(target_arch = "aarch64")]
+    // SAFETY: copies a register.
+    unsafe {
+        std::arch::asm!("mov {}, sp", out(reg) pointer, options(nomem, nostack, preserves_flags));
+    }
+    pointer
 }
 
 /// Drops the pages of the read-only segments: private, never written, so the file has the same contents.
@@ -465,6 +487,24 @@ mod tests {
         // SAFETY: as in `shed_memory`.
         unsafe { libc::dl_iterate_phdr(Some(shed_segments), ptr::null_mut()) };
         assert_eq!(format!("{:?}", vec![1, 2, 3]), "[1, 2, 3]");
+    }
+
+    #[test]
+    fn the_stack_in_use_stays_whatever_the_size_and_place_of_the_frame() {
+        /// Each level lies elsewhere in its page, the large variable above or below the small ones.
+        #[inline(never)]
+        fn level(left: u8) {
+            let mut filled = [left; 3 << 10];
+            std::hint::black_box(&mut filled);
+            shed_stack();
+            assert!(std::hint::black_box(&filled).iter().all(|byte| *byte == left));
+            if left > 0 {
+                level(left - 1);
+            }
+        }
+        // Its own stack goes on below the deepest level for longer than is given back.
+        let thread = std::thread::Builder::new().stack_size(4 << 20).spawn(|| level(200)).unwrap();
+        thread.join().unwrap();
     }
 
     #[test]
