@@ -18,7 +18,7 @@ fn root_in_a_pod_with_users_of_its_own_is_nobody_on_the_host_and_owns_what_the_i
     let instance = up(&pod("web", "hostUsers: false", WAIT));
     let pid = pid_of(&instance, "main");
     let first = uid_of(pid);
-    assert!(first >= LOWEST && first % 65536 == 0, "{first:#x}");
+    assert!(first >= LOWEST && first.is_multiple_of(65536), "{first:#x}");
     let map = fs::read_to_string(format!("/proc/{pid}/uid_map")).unwrap();
     assert_eq!(map.split_whitespace().collect::<Vec<_>>(), ["0", &first.to_string(), "65536"]);
     assert_eq!(sh(&instance, "web", "id -u; stat -c %u:%g / /bin/busybox"), "0\n0:0\n0:0");
