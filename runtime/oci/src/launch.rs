@@ -64,6 +64,25 @@ pub(crate) fn launch(mut launch: Launch<'_>) -> Result<Launched, RuntimeError> {
     }
 }
 
+/// The end of a process in between: a number (what it made, or an error's) and the step that it came to. Allocates nothing.
+fn tell_and_exit(tell: &OwnedFd, number: i32, step: u32) -> ! {
+    let mut told = [0u8; 8];
+    told[..4].copy_from_slice(&number.to_ne_bytes());
+    told[4..].copy_from_slice(&step.to_ne_bytes());
+    let _ = file::write_once(tell, &told);
+    process::exit_now(0)
+}
+
+/// What it told; `None` when it died before.
+fn hear_end(answer: &OwnedFd, pid: i32) -> Result<Option<(i32, u32)>, RuntimeError> {
+    let mut told = [0u8; 8];
+    let read = file::read(answer, &mut told);
+    let _ = process::wait_pid(pid);
+    let whole = read.map_err(sys_error("read from the process in between"))? == told.len();
+    let [a, b, c, d, e, f, g, h] = told;
+    Ok(whole.then(|| (i32::from_ne_bytes([a, b, c, d]), u32::from_ne_bytes([e, f, g, h]))))
+}
+
 /// The steps of the process in between, as it tells them.
 const STEPS: [&str; 4] =
     ["forbid tracing", "join the user namespace", "enter namespaces inside the user namespace", "clone"];
@@ -81,13 +100,8 @@ fn launch_within(
     match unsafe { process::clone(0, None) }.map_err(sys_error("clone"))? {
         process::Cloned::Parent { pid, .. } => {
             drop(tell);
-            let mut told = [0u8; 8];
-            let read = file::read(&answer, &mut told);
-            let _ = process::wait_pid(pid);
-            let read = read.map_err(sys_error("read from the process in between"))?;
-            let [a, b, c, d, e, f, g, h] = told;
-            let (number, step) = (i32::from_ne_bytes([a, b, c, d]), u32::from_ne_bytes([e, f, g, h]));
-            if read < told.len() || number <= 0 {
+            let (number, step) = hear_end(&answer, pid)?.unwrap_or_default();
+            if number <= 0 {
                 let what = STEPS.get(step as usize).copied().unwrap_or("clone");
                 return Err(sys_error(what)(std::io::Error::from_raw_os_error(-number)));
             }
@@ -123,11 +137,7 @@ fn launch_within(
                 Ok(process::Cloned::Parent { pid, .. }) => pid,
                 Err(e) => -keel_sys::errno(&e),
             };
-            let mut told = [0u8; 8];
-            told[..4].copy_from_slice(&number.to_ne_bytes());
-            told[4..].copy_from_slice(&step.to_ne_bytes());
-            let _ = file::write_once(&tell, &told);
-            process::exit_now(0)
+            tell_and_exit(&tell, number, step)
         }
     }
 }
@@ -297,17 +307,10 @@ pub(crate) fn send_source(launched: &Launched, op: &Op) -> Result<(), RuntimeErr
     match unsafe { process::clone(0, None) }.map_err(sys_error("clone"))? {
         process::Cloned::Parent { pid, .. } => {
             drop(tell);
-            let mut told = [0u8; 8];
-            let read = file::read(&answer, &mut told);
-            let _ = process::wait_pid(pid);
-            let [a, b, c, d, e, f, g, h] = told;
-            match (
-                read.map_err(sys_error("read from the process in between"))?,
-                i32::from_ne_bytes([a, b, c, d]),
-            ) {
-                (8, 0) => Ok(()),
-                (8, errno) => Err(failed(Step::from_number(u32::from_ne_bytes([e, f, g, h])), errno)),
-                _ => Err(failed(Step::OpenSource, libc::EIO)),
+            match hear_end(&answer, pid)? {
+                Some((0, _)) => Ok(()),
+                Some((errno, step)) => Err(failed(Step::from_number(step), errno)),
+                None => Err(failed(Step::OpenSource, libc::EIO)),
             }
         }
         process::Cloned::Child => {
@@ -321,11 +324,7 @@ pub(crate) fn send_source(launched: &Launched, op: &Op) -> Result<(), RuntimeErr
                 socket::send_fd(&launched.sync, b"go", &tree)
             };
             let errno = go().map_or_else(|e| keel_sys::errno(&e), |()| 0);
-            let mut told = [0u8; 8];
-            told[..4].copy_from_slice(&errno.to_ne_bytes());
-            told[4..].copy_from_slice(&(step as u32).to_ne_bytes());
-            let _ = file::write_once(&tell, &told);
-            process::exit_now(0)
+            tell_and_exit(&tell, errno, step as u32)
         }
     }
 }
