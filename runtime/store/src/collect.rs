@@ -7,7 +7,7 @@ use crate::fsio::{self, At, FsError, TEMPORARY};
 use crate::image::{self, ImageError, ImageRecord, MAX_CONFIG, MAX_MANIFEST};
 use crate::{Digest, Store, canonical_reference};
 use std::collections::BTreeSet;
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
@@ -142,8 +142,8 @@ impl Store {
     }
 
     /// Removes the compressed blobs of layers that are unpacked or for other platforms: the next thing to go when the
-    /// disk is full. Images run as before; saving, pushing and repairing them needs the blobs again. Those of images that came without a registry
-    /// go last, until there is `enough` room.
+    /// disk is full. Images run as before; saving, pushing and repairing them needs the blobs again. Those of images
+    /// that came without a registry go last, until there is `enough` room.
     pub fn drop_unpacked_blobs(&self, enough: &dyn Fn() -> bool) -> Result<Collected, ImageError> {
         let _commit = self.inner.commit();
         let mut done = Collected::default();
@@ -258,17 +258,26 @@ impl Store {
     /// that it had then, so the good layer in its place keeps the bad one until it is not mounted either.
     pub(crate) fn sweep_aside(&self) -> Result<(), FsError> {
         let dir = self.inner.layers_dir();
-        let names = fsio::list(&dir)?.into_iter();
-        let aside: Vec<_> = names.filter(|name| name.as_bytes().starts_with(ASIDE.as_bytes())).collect();
-        if aside.is_empty() {
+        let notes = format!(".{STACK}");
+        let names = fsio::list(&dir)?;
+        let (aside, notes) = (with_prefix(&names, ASIDE), with_prefix(&names, &notes));
+        if aside.is_empty() && notes.is_empty() {
             return Ok(());
         }
         let mounted = mounted_layers(&dir)?;
-        for name in aside {
-            let hex = name.to_str().and_then(|name| name.strip_prefix(ASIDE)?.get(..64));
-            let id = hex.and_then(|hex| Digest::from_hex(hex).ok());
+        for (name, rest) in aside {
+            let id = rest.get(..64).and_then(|hex| Digest::from_hex(hex).ok());
             if !id.is_some_and(|id| mounted.contains(&id)) {
                 fsio::remove_tree(&dir.join(name))?;
+            }
+        }
+        // While its layers are there, a mount may be about to be made.
+        for (name, _) in notes {
+            let path = dir.join(name);
+            let layers = read_stack(&path)?;
+            let all_there = layers.iter().all(|id| mounted.contains(id) || self.inner.layer_dir(id).exists());
+            if layers.is_empty() || !all_there {
+                fsio::remove_file(&path)?;
             }
         }
         Ok(())
@@ -279,15 +288,36 @@ impl Store {
 fn other_platforms(record: &ImageRecord) -> Vec<Digest> {
     let own: BTreeSet<Digest> = record.layers.iter().map(|layer| layer.blob_digest).collect();
     let blobs = record.index.iter().flat_map(|index| &index.members).flat_map(|member| &member.blobs);
-    let layers =
-        blobs.filter(|blob| blob.media_type.contains(".layer.") || blob.media_type.contains(".rootfs."));
+    let layers = blobs.filter(|blob| blob.is_layer());
     layers.map(|blob| blob.digest).filter(|digest| !own.contains(digest)).collect()
 }
 
 /// Names of damaged layers that a container may still run on: this, the diff id, and something unique.
 const ASIDE: &str = ".aside-";
 
+/// A mount whose options name its layers by descriptors is called this and a piece of a digest; a file of that name, with
+/// a dot in front, lists them.
+const STACK: &str = "overlay-";
+/// 500 layers.
+const MAX_STACK: u64 = 64 << 10;
+
+fn read_stack(path: &Path) -> Result<Vec<Digest>, FsError> {
+    let text = fsio::read_small(path, MAX_STACK)?.unwrap_or_default();
+    Ok(String::from_utf8_lossy(&text).lines().filter_map(|hex| Digest::from_hex(hex).ok()).collect())
+}
+
 impl crate::store::Inner {
+    /// Notes the layers of a mount that cannot tell them; gives what the mount is to be called.
+    pub(crate) fn note_stack(&self, layers: &[Digest]) -> Result<String, FsError> {
+        let text: String = layers.iter().map(|id| format!("{}\n", id.hex())).collect();
+        let name = format!("{STACK}{}", &Digest::of(text.as_bytes()).hex()[..16]);
+        let path = self.layers_dir().join(format!(".{name}"));
+        if fsio::read_small(&path, MAX_STACK)?.as_deref() != Some(text.as_bytes()) {
+            fsio::write_for_this_boot(&path, text.as_bytes())?;
+        }
+        Ok(name)
+    }
+
     /// Gives the place of a layer free. A container that runs on it goes on.
     pub(crate) fn set_layer_aside(&self, diff_id: &Digest) -> Result<(), FsError> {
         let away = self.layers_dir().join(format!("{ASIDE}{}-{}", diff_id.hex(), fsio::unique()));
@@ -307,8 +337,13 @@ impl crate::store::Inner {
     }
 }
 
+/// Names that begin so, with what follows.
+fn with_prefix<'n>(names: &'n [OsString], prefix: &str) -> Vec<(&'n OsString, &'n str)> {
+    names.iter().filter_map(|name| Some((name, name.to_str()?.strip_prefix(prefix)?))).collect()
+}
+
 /// Entries of a directory that are named by a digest.
-fn digests(dir: &Path) -> Result<Vec<(std::ffi::OsString, Digest)>, FsError> {
+fn digests(dir: &Path) -> Result<Vec<(OsString, Digest)>, FsError> {
     let names = fsio::list(dir)?.into_iter();
     Ok(names.filter_map(|name| Some((name.clone(), Digest::from_hex(name.to_str()?).ok()?))).collect())
 }
@@ -320,6 +355,11 @@ pub(crate) fn mounted_layers(layers: &Path) -> Result<BTreeSet<Digest>, FsError>
     let prefix = escape(layers.as_os_str());
     let mut found = BTreeSet::new();
     for line in text.split(|&b| b == b'\n').filter(|line| line.windows(9).any(|w| w == b" overlay ")) {
+        let source =
+            line.split(|&b| b == b' ').rev().nth(1).and_then(|source| std::str::from_utf8(source).ok());
+        if let Some(name) = source.filter(|source| source.starts_with(STACK) && !source.contains('/')) {
+            found.extend(read_stack(&layers.join(format!(".{name}")))?);
+        }
         let mut rest = line;
         while let Some(at) = rest.windows(prefix.len()).position(|w| w == prefix) {
             rest = &rest[at + prefix.len()..];

@@ -2,6 +2,7 @@
 
 use crate::fsio::{At, FsError};
 use crate::layer::LayerRecord;
+use crate::store::Inner;
 use crate::{Digest, Image, Store};
 use keel_sys::{file, mount};
 use std::collections::BTreeSet;
@@ -15,6 +16,8 @@ use std::path::{Path, PathBuf};
 
 /// `fsconfig(2)` takes values of at most 255 bytes.
 const MAX_VALUE: usize = 255;
+/// Where a directory that is held open has a short name.
+const DESCRIPTORS: &str = "/proc/self/fd/";
 /// Mounts on one directory that [`unmount_rootfs`] takes off; more than a crash or two cannot pile up.
 const MAX_STACKED: usize = 16;
 /// Never what the host's module parameters say: an image must look the same everywhere, and attributes in a
@@ -60,6 +63,8 @@ pub(crate) struct Stack {
     pub(crate) lowers: Vec<PathBuf>,
     pub(crate) upper: Option<(PathBuf, PathBuf)>,
     pub(crate) volatile: bool,
+    /// The layers that the lowers are.
+    layers: Vec<Digest>,
     /// Held until the mount is made: lowers may be named by descriptor.
     _held: Vec<OwnedFd>,
 }
@@ -98,7 +103,7 @@ impl Store {
             }
             crate::fixup::adopt_root(&stack.lowers[0], upper)?;
         }
-        apply(&stack, target)
+        apply(&self.inner, &stack, target)
     }
 
     pub fn unmount_rootfs(&self, target: &Path) -> Result<(), FsError> {
@@ -124,7 +129,15 @@ impl Store {
 impl Stack {
     pub(crate) fn new(lowers: Vec<PathBuf>, upper: Option<(&Path, &Path)>) -> Stack {
         let upper = upper.map(|(upper, work)| (upper.to_owned(), work.to_owned()));
-        Stack { lowers, upper, volatile: false, _held: Vec::new() }
+        let layer = |lower: &PathBuf| Digest::from_hex(lower.parent()?.file_name()?.to_str()?).ok();
+        let layers = lowers.iter().filter_map(layer).collect();
+        Stack { lowers, upper, volatile: false, layers, _held: Vec::new() }
+    }
+
+    /// What the mount is to be called: a collection that cannot see the layers in its options finds them by this.
+    fn source(&self, inner: &Inner, by_name: bool) -> Result<CString, FsError> {
+        let source = if by_name { "overlay".to_owned() } else { inner.note_stack(&self.layers)? };
+        CString::new(source).map_err(io::Error::from).at("name a mount of", &inner.layers_dir())
     }
 
     /// Puts detached copies of the lowers, whose owners are those of the namespace, in the place of the lowers.
@@ -139,7 +152,7 @@ impl Stack {
             let path = file::c_path(&*lower).map_err(failed("name a layer"))?;
             let copy = mount::clone_tree(file::cwd(), &path, false, false).map_err(failed("open a layer"))?;
             mount::set_attr(&copy, &attr, false).map_err(failed("map the owners of a layer"))?;
-            *lower = format!("/proc/self/fd/{}", copy.as_raw_fd()).into();
+            *lower = format!("{DESCRIPTORS}{}", copy.as_raw_fd()).into();
             self._held.push(copy);
         }
         Ok(())
@@ -191,9 +204,9 @@ pub fn unmount_rootfs(target: &Path) -> Result<(), FsError> {
     Ok(())
 }
 
-fn apply(stack: &Stack, target: &Path) -> Result<(), MountError> {
-    match apply_by_context(stack, target) {
-        Err(Attempt::Unsupported) => apply_classic(stack, target),
+fn apply(inner: &Inner, stack: &Stack, target: &Path) -> Result<(), MountError> {
+    match apply_by_context(inner, stack, target) {
+        Err(Attempt::Unsupported) => apply_classic(inner, stack, target),
         Err(Attempt::Failed(e)) => Err(e),
         Ok(()) => Ok(()),
     }
@@ -206,14 +219,16 @@ enum Attempt {
 }
 
 /// The new interface (Linux 6.7 for `lowerdir+`): one call per layer, no limit but the kernel's 500 layers.
-fn apply_by_context(stack: &Stack, target: &Path) -> Result<(), Attempt> {
+fn apply_by_context(inner: &Inner, stack: &Stack, target: &Path) -> Result<(), Attempt> {
     let context = match mount::fsopen(c"overlay") {
         Err(e) if e.raw_os_error() == Some(libc::ENOSYS) => return Err(Attempt::Unsupported),
         other => other.map_err(|e| Attempt::Failed(overlay_error(target, "open a context", None, e)))?,
     };
     let failed = |step, source| Attempt::Failed(overlay_error(target, step, Some(&context), source));
+    let mut by_name = true;
     for (i, lower) in stack.lowers.iter().enumerate() {
         let (value, _held) = value(lower).map_err(|e| failed("name a layer", e))?;
+        by_name &= !value.to_bytes().starts_with(DESCRIPTORS.as_bytes());
         match mount::fsconfig(&context, c"lowerdir+", Some(&value)) {
             Err(e) if i == 0 && e.raw_os_error() == Some(libc::EINVAL) => return Err(Attempt::Unsupported),
             other => other.map_err(|e| failed("add a layer", e))?,
@@ -232,7 +247,8 @@ fn apply_by_context(stack: &Stack, target: &Path) -> Result<(), Attempt> {
     if stack.volatile {
         mount::fsconfig(&context, c"volatile", None).map_err(|e| failed("set an option", e))?;
     }
-    mount::fsconfig(&context, c"source", Some(c"overlay")).map_err(|e| failed("set the source", e))?;
+    let source = stack.source(inner, by_name).map_err(|e| Attempt::Failed(e.into()))?;
+    mount::fsconfig(&context, c"source", Some(&source)).map_err(|e| failed("set the source", e))?;
     let mounted = match mount::fsmount(&context, 0) {
         // Before 6.5 a context takes any option, and finds out here which it does not know.
         Err(e) if e.raw_os_error() == Some(libc::EINVAL) => return Err(Attempt::Unsupported),
@@ -246,12 +262,12 @@ fn apply_by_context(stack: &Stack, target: &Path) -> Result<(), Attempt> {
 
 /// The old interface has one page for all options. Every directory is held open and named by its descriptor, which is
 /// short and free of the characters that the option parser would take for its own.
-fn apply_classic(stack: &Stack, target: &Path) -> Result<(), MountError> {
+fn apply_classic(inner: &Inner, stack: &Stack, target: &Path) -> Result<(), MountError> {
     let failed = |step, source| overlay_error(target, step, None, source);
     let mut held = Vec::new();
     let mut name = |path: &Path| -> io::Result<String> {
         let fd = open_dir(path)?;
-        let name = format!("/proc/self/fd/{}", fd.as_raw_fd());
+        let name = format!("{DESCRIPTORS}{}", fd.as_raw_fd());
         held.push(fd);
         Ok(name)
     };
@@ -276,7 +292,8 @@ fn apply_classic(stack: &Stack, target: &Path) -> Result<(), MountError> {
     }
     let options = CString::new(options).map_err(|e| failed("write the options", e.into()))?;
     let path = file::c_path(target).map_err(|e| failed("open the target", e))?;
-    mount::mount(c"overlay", &path, c"overlay", 0, Some(&options)).map_err(|e| failed("mount it", e))
+    let source = stack.source(inner, false)?;
+    mount::mount(&source, &path, c"overlay", 0, Some(&options)).map_err(|e| failed("mount it", e))
 }
 
 /// A path as a value for the kernel: itself, or by descriptor when it is too long or has the escape character that
@@ -287,7 +304,7 @@ fn value(path: &Path) -> io::Result<(CString, Option<OwnedFd>)> {
         return Ok((file::c_path(path)?, None));
     }
     let fd = open_dir(path)?;
-    let name = CString::new(format!("/proc/self/fd/{}", fd.as_raw_fd())).map_err(io::Error::from)?;
+    let name = CString::new(format!("{DESCRIPTORS}{}", fd.as_raw_fd())).map_err(io::Error::from)?;
     Ok((name, Some(fd)))
 }
 
@@ -318,7 +335,7 @@ fn overlay_error(
 #[cfg(test)]
 pub(crate) fn check_by_context(store: &Store, image: &Image, target: &Path) {
     let stack = Stack::new(store.lowers(image).unwrap(), None);
-    match apply_by_context(&stack, target) {
+    match apply_by_context(&store.inner, &stack, target) {
         Ok(()) => {}
         Err(Attempt::Unsupported) => return eprintln!("SKIPPED: this kernel has no lowerdir+"),
         Err(Attempt::Failed(e)) => panic!("{e:?}"),
@@ -329,9 +346,14 @@ pub(crate) fn check_by_context(store: &Store, image: &Image, target: &Path) {
 
 /// The way of older kernels, which the new ones still have.
 #[cfg(test)]
-pub(crate) fn check_classic(store: &Store, image: &Image, target: &Path) {
+pub(crate) fn mount_classic(store: &Store, image: &Image, target: &Path) {
     let stack = Stack::new(store.lowers(image).unwrap(), None);
-    apply_classic(&stack, target).unwrap();
+    apply_classic(&store.inner, &stack, target).unwrap();
+}
+
+#[cfg(test)]
+pub(crate) fn check_classic(store: &Store, image: &Image, target: &Path) {
+    mount_classic(store, image, target);
     assert_eq!(std::fs::read_dir(target).unwrap().count(), 129);
     unmount_rootfs(target).unwrap();
 }

@@ -1,8 +1,10 @@
 //! Damage that is met while the store is in use.
 
 use super::import::run;
+use super::rootfs::UserNamespace;
 use super::{Bench, Tar, ingest, listing, manifest};
-use crate::{BlobError, Depth, Digest, Image, LayerError, MountError, Roots, Store};
+use crate::{BlobError, Depth, Digest, Image, LayerError, MountError, RootfsOptions, Roots, Store};
+use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::process::Command;
 
@@ -106,11 +108,26 @@ fn an_image_that_cannot_be_healed_is_set_aside_by_its_first_use_and_comes_back_w
 
 #[test]
 fn a_container_on_a_damaged_layer_keeps_it_until_it_ends() {
+    keeps_its_damaged_layer(|store, image, target| store.mount_rootfs(image, None, target).unwrap());
+}
+
+#[test]
+fn so_does_one_whose_layers_are_mounted_by_descriptor() {
+    // As kernels without `lowerdir+` have it.
+    keeps_its_damaged_layer(crate::mount::mount_classic);
+    keeps_its_damaged_layer(|store, image, target| {
+        let namespace = UserNamespace::new();
+        let options = RootfsOptions { user_namespace: Some(namespace.1.as_fd()), ..RootfsOptions::default() };
+        store.mount_rootfs_with(image, None, target, options).unwrap();
+    });
+}
+
+fn keeps_its_damaged_layer(mount: impl Fn(&Store, &Image, &std::path::Path)) {
     let mut bench = Bench::new();
     let image = bench.image("a", &[layer("a"), layer("b")]);
     let target = bench.path("mnt");
     std::fs::create_dir(&target).unwrap();
-    bench.store.mount_rootfs(&image, None, &target).unwrap();
+    mount(&bench.store, &image, &target);
     std::fs::remove_file(fs_of(&bench, &image, 0).join("a")).unwrap();
     std::fs::write(fs_of(&bench, &image, 0).join("left"), "left").unwrap();
     let report = bench.store.verify(Depth::Quick, true).unwrap();
@@ -119,10 +136,16 @@ fn a_container_on_a_damaged_layer_keeps_it_until_it_ends() {
     bench.store.collect_garbage(&Roots { references: ["a".into()].into(), ..Roots::default() }).unwrap();
     assert_eq!(std::fs::read_to_string(target.join("left")).unwrap(), "left");
     assert!(listing(&bench.store.inner.layers_dir()).contains(".aside-"));
+    // Nothing is known of it any more but that it is mounted.
+    bench.store.collect_garbage(&Roots::default()).unwrap();
+    assert_eq!(std::fs::read_to_string(target.join("b")).unwrap(), "b");
+    bench.image("a", &[layer("a"), layer("b")]);
     bench.store.unmount_rootfs(&target).unwrap();
     bench.reopen();
     assert!(!listing(&bench.store.inner.layers_dir()).contains(".aside-"));
     assert_eq!(bench.store.verify(Depth::Full, false).unwrap().damage, []);
+    bench.store.collect_garbage(&Roots::default()).unwrap();
+    assert_eq!(listing(&bench.store.inner.layers_dir()), "");
 }
 
 #[test]

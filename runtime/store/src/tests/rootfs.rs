@@ -10,10 +10,10 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 /// A user namespace whose ids begin at 100000, and the process that keeps it.
-struct UserNamespace(Child, File);
+pub(super) struct UserNamespace(Child, pub(super) File);
 
 impl UserNamespace {
-    fn new() -> UserNamespace {
+    pub(super) fn new() -> UserNamespace {
         let child = Command::new("unshare")
             .args(["--user", "cat"])
             .stdin(Stdio::piped())
