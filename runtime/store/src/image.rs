@@ -6,6 +6,7 @@ use crate::fsio::{self, At, FsError};
 use crate::{Digest, Index, ReferenceError, Store, canonical_reference};
 use oci_spec::image::{ImageConfiguration, ImageManifest};
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -270,7 +271,7 @@ impl Store {
             _ => read(),
         };
         let config = match found {
-            Ok(Some(bytes)) => serde_json::from_slice(&bytes).ok(),
+            Ok(Some(bytes)) => parse_config(&bytes).ok(),
             Ok(None) | Err(BlobError::WrongDigest { .. }) => None,
             Err(BlobError::Fs(e)) if !fsio::is_damage(&e.source) => return Err(e),
             Err(_) => None,
@@ -314,14 +315,14 @@ pub(crate) fn index_json(records: &[ImageRecord]) -> Vec<u8> {
             Some(index) => (&index.media_type, index.digest, index.size),
             None => (&record.manifest.media_type, record.manifest.digest, record.manifest.size),
         };
-        serde_json::json!({
+        json!({
             "mediaType": media_type,
             "digest": digest,
             "size": size,
             "annotations": { "org.opencontainers.image.ref.name": record.reference },
         })
     });
-    let index = serde_json::json!({
+    let index = json!({
         "schemaVersion": 2,
         "mediaType": "application/vnd.oci.image.index.v1+json",
         "manifests": manifests.collect::<Vec<_>>(),
@@ -342,6 +343,33 @@ pub(crate) fn config_digest(manifest: &[u8]) -> Result<Digest, CommitError> {
     digest.parse().map_err(|e| CommitError::Mismatch(format!("{e}")))
 }
 
+/// Configs of old and of odd builders leave out what the specification asks for; every engine runs them.
+fn parse_config(config: &[u8]) -> Result<ImageConfiguration, serde_json::Error> {
+    serde_json::from_slice(config).or_else(|refused| {
+        let mut value: Value = serde_json::from_slice(config)?;
+        let Some(image) = value.as_object_mut() else { return Err(refused) };
+        let or = |fields: &mut Map<String, Value>, name: &str, default: Value| {
+            if fields.get(name).is_none_or(Value::is_null) {
+                fields.insert(name.to_owned(), default);
+            }
+        };
+        or(image, "architecture", "".into());
+        or(image, "os", "linux".into());
+        or(image, "rootfs", json!({"type": "layers"}));
+        if let Some(rootfs) = image["rootfs"].as_object_mut() {
+            or(rootfs, "diff_ids", json!([]));
+        }
+        // Sets, written as maps to nothing.
+        for set in ["Volumes", "ExposedPorts"] {
+            let found = image.get_mut("config").and_then(|config| config.get_mut(set)?.as_object_mut());
+            for nothing in found.into_iter().flat_map(Map::values_mut).filter(|value| value.is_null()) {
+                *nothing = json!({});
+            }
+        }
+        serde_json::from_value(value)
+    })
+}
+
 /// Pure: from the bytes of an image's manifest and config to its layers.
 pub(crate) fn lower(manifest: &[u8], media_type: &str, config: &[u8]) -> Result<Lowered, CommitError> {
     if manifest.len() as u64 > MAX_MANIFEST {
@@ -354,7 +382,7 @@ pub(crate) fn lower(manifest: &[u8], media_type: &str, config: &[u8]) -> Result<
         return Err(CommitError::MediaType(media_type.to_owned()));
     }
     let parsed: ImageManifest = serde_json::from_slice(manifest).map_err(CommitError::Manifest)?;
-    let image: ImageConfiguration = serde_json::from_slice(config).map_err(CommitError::Config)?;
+    let image = parse_config(config).map_err(CommitError::Config)?;
     let stated = parsed.config().digest().to_string();
     let actual = Digest::of(config).to_string();
     if stated != actual {

@@ -420,7 +420,10 @@ fn whole_index(archive: &Archive, descriptor: &Descriptor) -> Result<Option<Inde
 
 /// Goes down through indexes to the manifest for this machine.
 fn choose(archive: &Archive, mut group: Vec<Descriptor>, nesting: usize) -> Result<Descriptor, ImportError> {
-    let chosen = if group.len() == 1 {
+    // A single one is what its author says; in an index even that has to be for this machine, if it says what for.
+    let chosen = if let [one] = &group[..]
+        && (nesting == 0 || one.platform.is_none())
+    {
         0
     } else {
         let wanted = builder::architecture();
@@ -440,7 +443,6 @@ fn choose(archive: &Archive, mut group: Vec<Descriptor>, nesting: usize) -> Resu
     }
     let bytes = read_blob(archive, &descriptor.digest, MAX_MANIFEST)?;
     let index: List = json(archive, &blob_name(&descriptor.digest), &bytes)?;
-    // Even a single entry must be for this machine: an index says what it is for.
     let runnable: Vec<Descriptor> = index
         .manifests
         .into_iter()
@@ -491,11 +493,10 @@ fn lower_docker_image(archive: &Archive, image: DockerImage) -> Result<Found, Im
     }
     #[derive(Deserialize)]
     struct RootFs {
-        #[serde(default)]
-        diff_ids: Vec<Digest>,
+        diff_ids: Option<Vec<Digest>>,
     }
     let config = read_named(archive, &image.config, MAX_CONFIG)?;
-    let diff_ids = json::<Config>(archive, &image.config, &config)?.rootfs.diff_ids;
+    let diff_ids = json::<Config>(archive, &image.config, &config)?.rootfs.diff_ids.unwrap_or_default();
     let names = image.layers.unwrap_or_default();
     if names.len() != diff_ids.len() {
         let text =

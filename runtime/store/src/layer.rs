@@ -23,8 +23,6 @@ const CHUNK: usize = 128 * 1024;
 /// Pieces between the writer of a blob and the unpacker of its layer. Bounds memory; the network waits when unpacking
 /// is slower.
 const CHUNKS_IN_FLIGHT: usize = 8;
-/// From here on the compression ratio of a layer is looked at.
-const RATIO_FROM: u64 = 1 << 30;
 const MAX_RECORD: u64 = 64 << 20;
 
 #[derive(Debug, thiserror::Error)]
@@ -368,7 +366,7 @@ impl Inner {
         let budget = Budget {
             max_bytes: options.max_layer_bytes,
             max_ratio: options.max_ratio,
-            ratio_from: RATIO_FROM,
+            ratio_from: options.ratio_from,
         };
         let fs_path = layer.path.join("fs");
         DirBuilder::new().mode(0o755).create(&fs_path).at("create", &fs_path)?;

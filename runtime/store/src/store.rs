@@ -55,8 +55,10 @@ pub struct Options {
     pub max_layer_entries: u64,
     /// Bytes of one layer after inflating.
     pub max_layer_bytes: u64,
-    /// Inflated bytes per compressed byte, looked at from 1 GiB on. Deflate ends at 1032; real layers are below 20.
+    /// Inflated bytes per compressed byte. Deflate ends at 1032; real layers are below 20.
     pub max_ratio: u64,
+    /// Inflated bytes from which on the ratio is looked at: small layers of zeros are common and harmless.
+    pub ratio_from: u64,
     /// Processor time that unpacking one layer may take. A slow network takes none; real layers take seconds.
     pub max_layer_cpu: std::time::Duration,
 }
@@ -67,6 +69,7 @@ impl Default for Options {
             max_layer_entries: 4_000_000,
             max_layer_bytes: 128 << 30,
             max_ratio: 200,
+            ratio_from: 1 << 30,
             max_layer_cpu: std::time::Duration::from_secs(3600),
         }
     }

@@ -581,8 +581,7 @@ impl Unpacker {
     /// Where the target of a hard link is, without making anything.
     fn find(&mut self, target: &LayerPath) -> Result<Found, UnpackError> {
         let opened = if target.parent().is_empty() {
-            let root = self.root.try_clone();
-            Some((path_at(target, "open the root", root)?, Vec::new()))
+            Some((self.open_root(target)?, Vec::new()))
         } else {
             match open_plain(self.root.as_fd(), target.parent()) {
                 Ok(fd) => Some((fd, target.parent().to_bytes().to_vec())),
@@ -610,33 +609,32 @@ impl Unpacker {
         };
         let parent = path.parent().to_bytes();
         let mut todo: VecDeque<Vec<u8>> = parent.split(|&b| b == b'/').map(<[u8]>::to_vec).collect();
-        let mut stack: Vec<(Vec<u8>, OwnedFd)> = Vec::new();
+        // Where it is so far: one descriptor, however deep.
+        let (mut at, mut dir) = (Vec::new(), self.open_root(path)?);
         let mut links = 0;
         while let Some(name) = todo.pop_front() {
             match &name[..] {
                 b"" | b"." => continue,
                 b".." => {
-                    stack.pop();
+                    at.truncate(at.iter().rposition(|&b| b == b'/').unwrap_or(0));
+                    let above = tree::open_dir(self.root.as_fd(), &at);
+                    dir = path_at(path, "open the directory", above)?;
                     continue;
                 }
                 _ => {}
             }
-            let physical = match stack.last() {
-                Some((parent, _)) => [parent, &b"/"[..], &name].concat(),
-                None => name.clone(),
-            };
+            let physical = tree::join(&at, &name);
             let here = match LayerPath::parse(&physical) {
                 Ok(Some(here)) => here,
                 Ok(None) => continue,
                 Err(source) => return Err(UnpackError::Path { path: show(&physical), source }),
             };
-            let dir = stack.last().map_or(self.root.as_fd(), |(_, fd)| fd.as_fd());
-            let opened = file::openat(dir, here.name(), libc::O_PATH | libc::O_NOFOLLOW, 0);
+            let opened = file::openat(&dir, here.name(), libc::O_PATH | libc::O_NOFOLLOW, 0);
             let (fd, hidden) = match opened {
                 Ok(fd) => {
                     let stat = path_at(&here, "look at", file::fstat(&fd))?;
                     if stat.is_dir() {
-                        stack.push((physical, fd));
+                        (at, dir) = (physical, fd);
                         continue;
                     }
                     if stat.is_symlink() {
@@ -648,7 +646,7 @@ impl Unpacker {
                         let target =
                             path_at(&here, "read the link", file::readlinkat(&fd, c"", &mut buffer))?;
                         if target.starts_with(b"/") {
-                            stack.clear();
+                            (at, dir) = (Vec::new(), self.open_root(path)?);
                         }
                         for part in target.split(|&b| b == b'/').rev() {
                             todo.push_front(part.to_vec());
@@ -667,31 +665,29 @@ impl Unpacker {
                 if !hidden {
                     return fail("its parent is not a directory");
                 }
-                path_at(&here, "replace the whiteout", file::unlinkat(dir, here.name(), 0))?;
+                path_at(&here, "replace the whiteout", file::unlinkat(&dir, here.name(), 0))?;
                 self.recount = true;
             }
-            path_at(&here, "create the directory", file::mkdirat(dir, here.name(), 0o755))?;
+            path_at(&here, "create the directory", file::mkdirat(&dir, here.name(), 0o755))?;
             path_at(
                 &here,
                 "change the owner",
-                file::fchownat(dir, here.name(), 0, 0, libc::AT_SYMLINK_NOFOLLOW),
+                file::fchownat(&dir, here.name(), 0, 0, libc::AT_SYMLINK_NOFOLLOW),
             )?;
-            path_at(&here, "change the mode", file::fchmodat(dir, here.name(), 0o755))?;
+            path_at(&here, "change the mode", file::fchmodat(&dir, here.name(), 0o755))?;
             if hidden {
-                set_opaque(dir, &here)?;
+                set_opaque(dir.as_fd(), &here)?;
             }
             let flags = libc::O_PATH | libc::O_DIRECTORY | libc::O_NOFOLLOW;
-            let fd = path_at(&here, "open the directory", file::openat(dir, here.name(), flags, 0))?;
+            let fd = path_at(&here, "open the directory", file::openat(&dir, here.name(), flags, 0))?;
             self.done.implicit_dirs.insert(physical.clone());
-            stack.push((physical, fd));
+            (at, dir) = (physical, fd);
         }
-        match stack.pop() {
-            Some((physical, fd)) => Ok(Some((fd, physical))),
-            None => {
-                let root = path_at(path, "open the root", self.root.try_clone())?;
-                Ok(Some((root, Vec::new())))
-            }
-        }
+        Ok(Some((dir, at)))
+    }
+
+    fn open_root(&self, path: &LayerPath) -> Result<OwnedFd, UnpackError> {
+        path_at(path, "open the root", self.root.try_clone())
     }
 
     /// Now and then: is the disk nearly full (then unpacking stops with the error that a full one would give), does

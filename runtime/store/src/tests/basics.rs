@@ -186,12 +186,57 @@ fn commit_checks_what_belongs_together() {
     };
     let oci = crate::image::OCI_MANIFEST;
     assert_eq!(commit(&m, oci, &c), format!("layer {id} is not in the store"));
-    assert!(commit(&m, oci, b"{}").starts_with("config is not valid"));
+    assert!(commit(&m, oci, b"{").starts_with("config is not valid"));
     assert!(commit(b"{}", oci, &c).starts_with("manifest is not valid"));
     assert!(commit(&m, "application/vnd.docker.distribution.manifest.v1+json", &c).contains("v1+json"));
     let (_, other) = manifest(&[], &[], "x");
     assert!(commit(&m, oci, &other).starts_with("manifest names config"));
     assert!(bench.store.images().unwrap().is_empty());
+}
+
+#[test]
+fn configs_of_odd_builders_are_read_as_every_engine_reads_them() {
+    let bench = Bench::new();
+    let tar = Tar::default().file("f", "").end();
+    ingest(&bench.store, &tar, &Digest::of(&tar)).unwrap();
+    let commit = |layers: &[Digest], config: &serde_json::Value| {
+        let config = config.to_string();
+        let blobs: Vec<_> = layers
+            .iter()
+            .map(|id| {
+                serde_json::json!({
+            "mediaType": "application/vnd.oci.image.layer.v1.tar", "digest": id, "size": tar.len()})
+            })
+            .collect();
+        let manifest = serde_json::json!({"schemaVersion": 2, "layers": blobs, "config": {
+            "mediaType": "application/vnd.oci.image.config.v1+json",
+            "digest": Digest::of(config.as_bytes()), "size": config.len()}});
+        let manifest = manifest.to_string();
+        let oci = crate::image::OCI_MANIFEST;
+        bench.store.commit_image("x", manifest.as_bytes(), oci, config.as_bytes(), false)
+    };
+    let id = Digest::of(&tar);
+    let rootfs = serde_json::json!({"type": "layers", "diff_ids": [id]});
+    for odd in [
+        serde_json::json!({"rootfs": rootfs, "os": "linux", "config": {"Cmd": ["/f"]}}),
+        serde_json::json!({"rootfs": rootfs, "architecture": "amd64", "os": null, "config": {"Cmd": ["/f"]}}),
+        serde_json::json!({"rootfs": rootfs, "architecture": "amd64", "os": "linux", "config": {
+            "Cmd": ["/f"], "Volumes": {"/v": null}, "ExposedPorts": {"80/tcp": null}, "Env": null}}),
+    ] {
+        commit(&[id], &odd).unwrap();
+        let image = bench.store.image("x").unwrap().unwrap();
+        let run = image.config.config().as_ref().unwrap();
+        assert_eq!(run.cmd().as_deref().unwrap(), ["/f"], "{odd}");
+        assert_eq!(image.config.os().to_string(), "linux");
+    }
+    for rootfs in
+        [serde_json::json!({"type": "layers"}), serde_json::json!({"type": "layers", "diff_ids": null})]
+    {
+        let nothing = serde_json::json!({"architecture": "amd64", "os": "linux", "rootfs": rootfs});
+        assert!(commit(&[], &nothing).unwrap().layers.is_empty());
+    }
+    let wrong = serde_json::json!({"architecture": 1, "os": "linux", "rootfs": rootfs});
+    assert!(commit(&[id], &wrong).unwrap_err().to_string().starts_with("config is not valid"));
 }
 
 #[test]

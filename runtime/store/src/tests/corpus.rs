@@ -516,13 +516,17 @@ fn headers() {
     layer[148..155].copy_from_slice(format!("{sum:06o}\0").as_bytes());
     check(layer, "f\\xff: file 644 \"\"");
     check(
-        tar().file("f", "x").bytes[..700].to_vec(),
-        "error: archive ends in the middle of an entry (at byte 700)",
+        tar().file("f", "xyz").bytes[..514].to_vec(),
+        "error: archive ends in the middle of an entry (at byte 514)",
     );
     check(
         tar().file("f", "x").bytes[..100].to_vec(),
         "error: archive ends in the middle of an entry (at byte 100)",
     );
+    // What fills up the last block may be missing, as in layers that `umoci insert` writes.
+    for len in [513, 700, 1023] {
+        check(tar().file("f", "x").bytes[..len].to_vec(), "f: file 644 \"x\"");
+    }
     check([vec![0; 512], tar().file("f", "").end()].concat(), &fail("0: a lone zero block"));
     check([tar().file("f", "1").bytes, vec![0; 512]].concat(), "f: file 644 \"1\"");
     // What follows the end mark belongs to the digest and to nothing else.
@@ -642,6 +646,19 @@ fn bounds() {
     assert!(fail(four).ends_with("layer has more than 3 entries"));
     let big = tar().with(plain("f", Kind::File), &vec![1; 2 << 20]).end();
     assert!(fail(big).ends_with("layer inflates to more than 1048576 bytes"));
+    let options = Options { max_ratio: 100, ratio_from: 1 << 20, ..Options::default() };
+    let wary = Store::open_with(&dir.path().join("wary"), options).unwrap();
+    let zeros = |len| {
+        let tar = tar().with(plain("f", Kind::File), &vec![0; len]).end();
+        let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+        std::io::Write::write_all(&mut gzip, &tar).unwrap();
+        (gzip.finish().unwrap(), Digest::of(&tar))
+    };
+    let (bomb, id) = zeros(4 << 20);
+    let refused = chain(&ingest(&wary, &bomb, &id).unwrap_err());
+    assert!(refused.ends_with("layer inflates to more than 100 times its size"), "{refused}");
+    let (small, id) = zeros(1 << 19);
+    ingest(&wary, &small, &id).unwrap();
     let options = Options { max_layer_cpu: std::time::Duration::ZERO, ..Options::default() };
     let hasty = Store::open_with(&dir.path().join("hasty"), options).unwrap();
     let many = (0..8192).fold(tar().file("a", ""), |tar, _| tar.hard_link("a", "a")).end();
@@ -651,6 +668,20 @@ fn bounds() {
         assert!(fail(magic.to_vec()).contains("only gzip, zstd and no compression are OCI layers"));
     }
     assert_eq!(listing(&store.inner.layers_dir()), "");
+}
+
+#[test]
+fn deep_paths_cost_no_descriptors() {
+    let exe = std::env::current_exe().unwrap();
+    let name = "tests::corpus::types_change_and_the_last_entry_wins";
+    let out = std::process::Command::new("sh")
+        .args(["-c", "ulimit -n 40; exec \"$0\" --exact \"$1\""])
+        .arg(exe)
+        .arg(name)
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&out.stdout);
+    assert!(out.status.success() && said.contains("1 passed"), "{said}");
 }
 
 /// Random damage to real archives: any result will do but a panic, a hang, or a file outside. The seed is fixed;

@@ -190,6 +190,15 @@ fn an_index_gives_this_machines_image() {
     let dir = layout(&bench, "bad", &top(&nested, "multi"), &[nested.as_bytes(), &m, &c, &tar]);
     let error = import(&bench, &dir).unwrap_err().to_string();
     assert_eq!(error, format!("image has no variant for linux/{mine}; it has linux/riscv99, linux/sparc"));
+
+    // One that is alone in its index is for what the index says, too.
+    let alone = serde_json::json!({"schemaVersion": 2, "manifests": [
+        {"mediaType": crate::image::OCI_MANIFEST, "digest": Digest::of(&m), "size": 1,
+         "platform": {"os": "linux", "architecture": "sparc"}}]})
+    .to_string();
+    let dir = layout(&bench, "alone", &top(&alone, "multi"), &[alone.as_bytes(), &m, &c, &tar]);
+    let error = import(&bench, &dir).unwrap_err().to_string();
+    assert_eq!(error, format!("image has no variant for linux/{mine}; it has linux/sparc"));
 }
 
 #[test]
