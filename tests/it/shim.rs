@@ -1,5 +1,6 @@
 //! The container monitor with real containers: exits, logs, control, and its own death.
 
+mod clients;
 mod logs;
 
 use std::fs;
@@ -15,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use keel_proto::{
     Attach, Attachment, Client, ClientError, ErrorCode, Event, Exec, ExitRecord, MAX_MESSAGE, Phase, Reply,
-    Session, SpareReaders, Stream,
+    Request, Session, SpareReaders, Stream,
 };
 use keel_tests::free_port;
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
@@ -252,7 +253,7 @@ fn a_running_shim_is_not_replaced_and_a_foreign_directory_not_adopted() {
     assert!(refused.starts_with("error shim ") && refused.contains("still runs"), "{refused}");
     let out = Command::new(&rig.shim).args(["adopt", "--dir", "/nowhere"]).output().unwrap();
     assert_eq!(out.status.code(), Some(1));
-    assert!(out.stdout.starts_with(b"error read /nowhere/shim.conf"), "{out:?}");
+    assert!(out.stdout.starts_with(b"error open /nowhere"), "{out:?}");
 }
 
 /// Options that make a shim call a script which notes each call in `calls`, and answers with its `answers` in turn.

@@ -1,5 +1,6 @@
 //! Taking over a container whose shim was killed.
 
+use std::fs::File;
 use std::process::ExitCode;
 
 use keel_proto::{ExitRecord, file};
@@ -46,6 +47,9 @@ fn adopt(options: &AdoptOptions) -> Result<Adopted, Error> {
     let given_pidfd = take(options.pidfd)?;
     let terminal = take(options.terminal)?;
     detach()?;
+    // Until this shim is known by its file: two at a time would both find the old one gone.
+    let opened = File::open(&dir).at("open", &dir)?;
+    opened.lock().at("lock", &dir)?;
     let mut memory = Memory::load(&dir)?;
     memory.options.dir.clone_from(&dir);
     if let Some(runtime) = &options.runtime {

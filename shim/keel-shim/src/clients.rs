@@ -15,6 +15,8 @@ pub(crate) const MAX_CLIENTS: usize = 16;
 pub(crate) struct Clients {
     slots: Vec<Option<Client>>,
     first_token: u64,
+    /// The container takes no input: nobody who has some is listened to.
+    input_blocked: bool,
 }
 
 pub(crate) struct Client {
@@ -48,6 +50,10 @@ impl Client {
         self.attached = Some(what);
     }
 
+    pub(crate) fn is_attached(&self) -> bool {
+        self.attached.is_some()
+    }
+
     pub(crate) fn has_stdin(&self) -> bool {
         self.attached.is_some_and(|a| a.stdin)
     }
@@ -59,19 +65,14 @@ impl Client {
         })
     }
 
-    /// `Err`: the connection is of no more use.
-    pub(crate) fn output(&mut self, stream: Stream, bytes: &[u8]) -> io::Result<()> {
+    /// What it does not take now is missed. That it has gone is told by its socket, as of any other client.
+    pub(crate) fn output(&mut self, stream: Stream, bytes: &[u8]) {
         for part in bytes.chunks(MAX_DATA) {
-            if self.missed > 0 && !self.tell_gap()? {
+            let behind = self.missed > 0 && !self.tell_gap().unwrap_or(false);
+            if behind || self.send(&Reply::Data { stream, bytes: part }).is_err() {
                 self.missed += part.len() as u64;
-                continue;
-            }
-            match self.send(&Reply::Data { stream, bytes: part }) {
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => self.missed += part.len() as u64,
-                other => other?,
             }
         }
-        Ok(())
     }
 
     fn tell_gap(&mut self) -> io::Result<bool> {
@@ -83,8 +84,8 @@ impl Client {
         Ok(true)
     }
 
-    fn interest(&self, stdin_blocked: bool) -> u32 {
-        let read = if self.paused || stdin_blocked && self.has_stdin() { 0 } else { IN };
+    fn interest(&self, input_blocked: bool) -> u32 {
+        let read = if self.paused || input_blocked && self.has_stdin() { 0 } else { IN };
         let write = if self.missed > 0 || self.choked { OUT } else { 0 };
         read | write
     }
@@ -93,7 +94,7 @@ impl Client {
 impl Clients {
     /// Client `i` is known to epoll as `first_token + i`.
     pub(crate) fn new(first_token: u64) -> Clients {
-        Clients { slots: Vec::new(), first_token }
+        Clients { slots: Vec::new(), first_token, input_blocked: false }
     }
 
     pub(crate) fn accept(&mut self, listener: &OwnedFd, epoll: &Epoll) {
@@ -147,28 +148,34 @@ impl Clients {
         u16::try_from(attached.count()).unwrap_or(u16::MAX)
     }
 
-    pub(crate) fn broadcast(&mut self, stream: Stream, bytes: &[u8], epoll: &Epoll, stdin_blocked: bool) {
-        let first = self.first_token;
-        for (slot, i) in self.slots.iter_mut().zip(first..) {
-            let Some(client) = slot.as_mut().filter(|c| c.wants(stream)) else { continue };
-            let behind = client.missed > 0;
-            let sent = client.output(stream, bytes);
-            if sent.is_err() {
-                *slot = None;
-            } else if behind != (client.missed > 0) {
-                let _ = epoll.modify(&client.socket, client.interest(stdin_blocked), i);
+    pub(crate) fn broadcast(&mut self, stream: Stream, bytes: &[u8], epoll: &Epoll) {
+        let (first, blocked) = (self.first_token, self.input_blocked);
+        for (client, token) in self.slots.iter_mut().zip(first..).filter_map(|(s, i)| Some((s.as_mut()?, i)))
+        {
+            if client.wants(stream) {
+                let behind = client.missed > 0;
+                client.output(stream, bytes);
+                if behind != (client.missed > 0) {
+                    let _ = epoll.modify(&client.socket, client.interest(blocked), token);
+                }
             }
         }
     }
 
     /// The socket has room again. `false`: close it.
-    pub(crate) fn writable(&mut self, index: usize, epoll: &Epoll, stdin_blocked: bool) -> bool {
-        let token = self.first_token + index as u64;
+    pub(crate) fn writable(&mut self, index: usize, epoll: &Epoll) -> bool {
         let Some(client) = self.get(index) else { return true };
         if client.missed > 0 && client.tell_gap().is_err() {
             return false;
         }
-        epoll.modify(&client.socket, client.interest(stdin_blocked), token).is_ok()
+        self.watch(index, epoll).is_ok()
+    }
+
+    /// Waits for what is of interest from now on.
+    pub(crate) fn watch(&mut self, index: usize, epoll: &Epoll) -> io::Result<()> {
+        let (token, blocked) = (self.first_token + index as u64, self.input_blocked);
+        let Some(client) = self.get(index) else { return Ok(()) };
+        epoll.modify(&client.socket, client.interest(blocked), token)
     }
 
     pub(crate) fn pause(&mut self, index: usize, paused: bool, epoll: &Epoll) {
@@ -180,20 +187,17 @@ impl Clients {
     }
 
     fn change(&mut self, index: usize, epoll: &Epoll, change: impl FnOnce(&mut Client)) {
-        let token = self.first_token + index as u64;
         if let Some(client) = self.get(index) {
             change(client);
-            let _ = epoll.modify(&client.socket, client.interest(false), token);
+            let _ = self.watch(index, epoll);
         }
     }
 
     /// Stops or resumes listening to those who feed the container's input.
     pub(crate) fn block_stdin(&mut self, blocked: bool, epoll: &Epoll) {
-        let first = self.first_token;
-        for (client, token) in self.slots.iter().zip(first..).filter_map(|(s, i)| Some((s.as_ref()?, i))) {
-            if client.has_stdin() {
-                let _ = epoll.modify(&client.socket, client.interest(blocked), token);
-            }
+        self.input_blocked = blocked;
+        for index in 0..self.slots.len() {
+            let _ = self.watch(index, epoll);
         }
     }
 

@@ -21,6 +21,8 @@ const MODE: u32 = 0o777;
 /// Service managers read no more either.
 const LONGEST: usize = 4096;
 const READY: &[u8] = b"READY=1";
+/// A container that never stops talking must not keep its monitor from anything else.
+const AT_ONCE: usize = 8;
 
 /// What a container may say of itself. Anything else, such as which process is the main one or which descriptors to
 /// keep, would have the host act on the container's word.
@@ -42,12 +44,13 @@ pub(crate) fn listen(bundle: &Path) -> Result<UnixDatagram, Error> {
     Ok(socket)
 }
 
-/// Passes on what waits, as far as it may be. True: the container is ready.
+/// Passes on some of what waits, as far as it may be. True: the container is ready.
 #[inline(never)]
 pub(crate) fn forward(from: &UnixDatagram, to: Option<&OsString>) -> bool {
     let mut buffer = [0; LONGEST];
     let mut ready = false;
-    while let Ok(got) = from.recv(&mut buffer) {
+    for _ in 0..AT_ONCE {
+        let Ok(got) = from.recv(&mut buffer) else { break };
         let message = allowed(&buffer[..got]);
         ready |= message.split(|b| *b == b'\n').any(|line| line == READY);
         if let Some(to) = to.filter(|_| !message.is_empty()) {
@@ -87,5 +90,21 @@ mod tests {
         check("MAINPID=1\nREADY=1\r\nSTATUS=at work\nFDSTORE=1\n", "READY=1\nSTATUS=at work");
         check("STOPPING=1\nEXTEND_TIMEOUT_USEC=5", "STOPPING=1\nEXTEND_TIMEOUT_USEC=5");
         check("READY=10\nXREADY=1\nBARRIER=1", "");
+    }
+
+    #[test]
+    fn a_container_that_does_not_stop_talking_does_not_stop_its_monitor() {
+        let dir = std::env::temp_dir().join(format!("keel-notify-{}", std::process::id()));
+        fs::create_dir_all(dir.join(file::NOTIFY)).unwrap();
+        let socket = listen(&dir).unwrap();
+        let container = UnixDatagram::unbound().unwrap();
+        container.connect(dir.join(file::NOTIFY).join(NAME)).unwrap();
+        container.set_nonblocking(true).unwrap();
+        // As many as wait at once on any host.
+        let sent = (0..AT_ONCE + 2).take_while(|_| container.send(b"READY=1").is_ok()).count();
+        assert!(sent > AT_ONCE);
+        assert!(forward(&socket, None));
+        assert_eq!((0..sent).take_while(|_| socket.recv(&mut [0; 8]).is_ok()).count(), sent - AT_ONCE);
+        fs::remove_dir_all(dir).unwrap();
     }
 }

@@ -6,41 +6,55 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use keel_proto::{Attach, MAX_DATA, Stream};
+use keel_sys::monitor::Buffer;
 
 use crate::clients::Client;
 use crate::cri::HEADER;
 use crate::rotation::numbered;
 
-/// Sends as much of the end of the log as `text` holds, without the log's headers, of which a
-/// `raw` one has none: all of it is sent as standard output. `packed` is where messages are put together.
+/// Of the log, to find so much output in: in front of a line of two bytes is twenty times as much.
+const WIDEST: usize = 4 << 20;
+
+/// Sends the end of the output, `most` bytes at most and whole records unless the last is larger, without the log's
+/// headers. A `raw` log has none: all of it is sent as standard output. `packed` is where messages are put together.
 pub(crate) fn send(
     client: &mut Client,
     log: &Path,
     raw: bool,
     what: Attach,
-    text: &mut [u8],
+    most: usize,
     packed: &mut [u8],
 ) -> io::Result<()> {
-    // The current file may just have been rotated.
-    let mut start = tail(log, text)?;
-    if start > 0 {
-        start = tail(&numbered(log, 1), &mut text[..start]).unwrap_or(start);
-    }
-    let text = &text[start..];
-    let cut = start == 0;
-    // A window that starts in the middle of a record starts with the next one.
-    let first = if cut { memchr::memchr(b'\n', text).map_or(text.len(), |at| at + 1) } else { 0 };
-    let mut pack = Pack { client, bytes: &mut packed[..MAX_DATA], len: 0, stream: Stream::Stdout };
-    for record in text[first..].split_inclusive(|b| *b == b'\n') {
-        let parsed = if raw { Some((Stream::Stdout, record)) } else { parse(record) };
-        if let Some((stream, output)) = parsed {
-            let wanted = if stream == Stream::Stdout { what.stdout } else { what.stderr };
-            if wanted {
-                pack.add(stream, output)?;
+    let mut window = most;
+    loop {
+        let mut text = Buffer::new(window)?;
+        let start = tail_of_both(log, &mut text)?;
+        let outputs = || outputs(&text[start..], start == 0, raw, what);
+        let sum: usize = outputs().map(|(_, output)| output.len()).sum();
+        if sum < most && start == 0 && window < WIDEST {
+            window = (window * 4).min(WIDEST);
+            continue;
+        }
+        let mut surplus = sum.saturating_sub(most);
+        let mut pack = Pack { client, bytes: &mut packed[..MAX_DATA], len: 0, stream: Stream::Stdout };
+        for (stream, output) in outputs() {
+            let (older, rest) = output.split_at(surplus.min(output.len()));
+            surplus -= older.len();
+            if older.is_empty() || output.len() > most {
+                pack.add(stream, rest);
             }
         }
+        pack.flush();
+        return Ok(());
     }
-    pack.flush()
+}
+
+/// What of a part of the log somebody wants to see. A part that starts anywhere starts with its first whole record.
+fn outputs(text: &[u8], cut: bool, raw: bool, what: Attach) -> impl Iterator<Item = (Stream, &[u8])> {
+    let first = if cut { memchr::memchr(b'\n', text).map_or(text.len(), |at| at + 1) } else { 0 };
+    let records = text[first..].split_inclusive(|b| *b == b'\n');
+    let parsed = records.filter_map(move |r| if raw { Some((Stream::Stdout, r)) } else { parse(r) });
+    parsed.filter(move |(stream, _)| if *stream == Stream::Stdout { what.stdout } else { what.stderr })
 }
 
 /// For each stream, stdout first, whether its last record in the log is the beginning of a line. `text` is room to work
@@ -54,6 +68,12 @@ pub(crate) fn within_lines(log: &Path, text: &mut [u8]) -> [bool; 2] {
         }
     }
     within
+}
+
+/// As [`tail`]; the current file may just have been rotated.
+fn tail_of_both(log: &Path, text: &mut [u8]) -> io::Result<usize> {
+    let start = tail(log, text)?;
+    Ok(if start > 0 { tail(&numbered(log, 1), &mut text[..start]).unwrap_or(start) } else { 0 })
 }
 
 /// Fills the end of `buffer` with the end of the file; returns where that starts.
@@ -91,9 +111,9 @@ struct Pack<'a> {
 }
 
 impl Pack<'_> {
-    fn add(&mut self, stream: Stream, output: &[u8]) -> io::Result<()> {
+    fn add(&mut self, stream: Stream, output: &[u8]) {
         if stream != self.stream || self.len + output.len() > self.bytes.len() {
-            self.flush()?;
+            self.flush();
             self.stream = stream;
         }
         if output.len() > self.bytes.len() {
@@ -101,15 +121,11 @@ impl Pack<'_> {
         }
         self.bytes[self.len..self.len + output.len()].copy_from_slice(output);
         self.len += output.len();
-        Ok(())
     }
 
-    fn flush(&mut self) -> io::Result<()> {
+    fn flush(&mut self) {
         let len = std::mem::take(&mut self.len);
-        if len == 0 {
-            return Ok(());
-        }
-        self.client.output(self.stream, &self.bytes[..len])
+        self.client.output(self.stream, &self.bytes[..len]);
     }
 }
 

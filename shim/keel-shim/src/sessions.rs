@@ -225,7 +225,7 @@ impl Sessions {
     pub(crate) fn client_left(&mut self, client: usize, epoll: &Epoll) {
         if let Some((token, session)) = self.of_client(client) {
             session.client = None;
-            session.stdin = None;
+            session.end_input(epoll);
             session.choked = Vec::new();
             session.watch_outputs(token, IN, epoll);
         }
@@ -472,6 +472,10 @@ impl Session {
 
     fn take_input(&mut self, bytes: &[u8], token: u64, epoll: &Epoll, clients: &mut Clients) {
         let Some(mut input) = self.input() else { return };
+        if !self.unfed.is_empty() {
+            // What a client that goes has left in its socket.
+            return self.unfed.extend_from_slice(bytes);
+        }
         let written = match input.write(bytes) {
             Ok(written) => written,
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => 0,
@@ -491,6 +495,14 @@ impl Session {
         }
         if let Some(client) = self.client {
             clients.pause(client, true, epoll);
+        }
+    }
+
+    fn end_input(&mut self, epoll: &Epoll) {
+        self.unfed = Vec::new();
+        if let Some(input) = self.stdin.take() {
+            // A terminal's copy would stay in the set, and be ready for ever.
+            let _ = epoll.remove(&input);
         }
     }
 

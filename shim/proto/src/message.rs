@@ -75,7 +75,7 @@ pub struct Attach {
     pub stdin: bool,
     pub stdout: bool,
     pub stderr: bool,
-    /// KiB of earlier output to send first, read back from the log.
+    /// KiB of earlier output to send first, read back from the log; as much as the socket holds, about 128, at most.
     pub replay_kib: u16,
 }
 

@@ -10,10 +10,17 @@ use super::{STDIN, Stdin};
 
 use super::Hold;
 
+/// Of input that the container has not taken: what comes in one message, and what a client leaves in its socket.
+const MOST_PENDING: usize = 256 << 10;
+
 impl Hold {
     pub(super) fn take_stdin(&mut self, index: usize, bytes: &[u8]) {
         if !self.clients.get(index).is_some_and(|c| c.has_stdin()) {
             return self.refuse(index, ErrorCode::Unsupported, "not attached to the input");
+        }
+        // Of one that fills its socket and goes, again and again, the end is not kept.
+        if self.stdin.as_ref().is_some_and(|s| s.pending.len() > MOST_PENDING) {
+            return;
         }
         let written = self.write_stdin(bytes);
         if written < bytes.len() {

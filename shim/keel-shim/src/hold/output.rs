@@ -11,10 +11,9 @@ impl Hold {
     pub(super) fn pump(&mut self, index: usize) {
         let Some(output) = &mut self.outputs[index] else { return };
         let stream = if index == 0 { Stream::Stdout } else { Stream::Stderr };
-        let blocked = self.stdin.as_ref().is_some_and(|s| !s.pending.is_empty());
         let (clients, epoll) = (&mut self.clients, &self.epoll);
         let seen = clients.attachments() > 0;
-        let read = self.pump.read(output, seen, |bytes| clients.broadcast(stream, bytes, epoll, blocked));
+        let read = self.pump.read(output, seen, |bytes| clients.broadcast(stream, bytes, epoll));
         match read {
             Read::Some | Read::Nothing => {}
             Read::End => {
@@ -37,7 +36,7 @@ impl Hold {
         for output in self.outputs.iter_mut().filter_map(Option::take) {
             let _ = self.epoll.remove(&output.file);
             self.pump.finish(output, |stream, bytes| {
-                self.clients.broadcast(stream, bytes, &self.epoll, false);
+                self.clients.broadcast(stream, bytes, &self.epoll);
             });
         }
         self.stdin = None;

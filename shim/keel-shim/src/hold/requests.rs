@@ -10,7 +10,6 @@ use std::time::Duration;
 use keel_proto::{Attach, DecodeError, ErrorCode, Exec, MAX_MESSAGE, Phase, Reply, Request, State};
 use keel_sys::epoll::{ERR, HUP, IN, OUT};
 use keel_sys::file::set_cloexec;
-use keel_sys::monitor::Buffer;
 use keel_sys::process::close_range_cloexec;
 use keel_sys::{seqpacket, tty};
 
@@ -24,15 +23,14 @@ use super::Hold;
 
 /// Of a terminal, in rows or columns; programs allocate by it.
 const LARGEST_WINDOW: u16 = 4096;
-/// A socket holds about as much of earlier output; its client may not read.
-const MOST_REPLAY: usize = 192 << 10;
+/// A socket holds as much of earlier output, and what follows; its client may not read.
+const MOST_REPLAY: usize = 128 << 10;
 
 impl Hold {
     /// Not inlined: its message buffer would become part of the frame that sleeps.
     #[inline(never)]
     pub(super) fn client(&mut self, index: usize, events: u32) {
-        let blocked = self.stdin.as_ref().is_some_and(|s| !s.pending.is_empty());
-        if events & OUT != 0 && !self.clients.writable(index, &self.epoll, blocked) {
+        if events & OUT != 0 && !self.clients.writable(index, &self.epoll) {
             return self.client_left(index);
         }
         if events & OUT != 0 {
@@ -85,7 +83,10 @@ impl Hold {
                     return self.sessions.stdin(index, bytes, &self.epoll, &mut self.clients);
                 }
                 Request::StdinEof => return self.sessions.stdin_eof(index),
-                Request::Resize { rows, columns } => return self.sessions.resize(index, rows, columns),
+                Request::Resize { rows, columns } if is_sane(rows, columns) => {
+                    return self.sessions.resize(index, rows, columns);
+                }
+                Request::Resize { .. } => return,
                 Request::Signal { signal } => return self.sessions.signal(index, signal),
                 _ => return self.refuse(index, ErrorCode::Unsupported, "this connection runs a command"),
             }
@@ -161,8 +162,7 @@ impl Hold {
         let Some(terminal) = terminal else {
             return self.refuse(index, ErrorCode::Unsupported, "the container has no terminal");
         };
-        let sane = 1..=LARGEST_WINDOW;
-        if !sane.contains(&rows) || !sane.contains(&columns) {
+        if !is_sane(rows, columns) {
             return self.refuse(index, ErrorCode::Failed, "window size out of range");
         }
         let done = tty::set_size(&terminal.file, tty::Size { rows, columns });
@@ -178,12 +178,15 @@ impl Hold {
         client.attach(what);
         if what.replay_kib > 0
             && let Some(log) = &self.memory.options.log.file
-            && let Ok(mut text) = Buffer::new((usize::from(what.replay_kib) << 10).min(MOST_REPLAY))
         {
             self.pump.warm = true;
             let raw = self.memory.options.log.raw;
-            let _ = replay::send(client, log, raw, what, &mut text, &mut self.pump.input);
+            let most = (usize::from(what.replay_kib) << 10).min(MOST_REPLAY);
+            let _ = replay::send(client, log, raw, what, most, &mut self.pump.input);
         }
+        // Others may have input blocked; and not all of the replay may have fitted.
+        let _ = self.clients.watch(index, &self.epoll);
+        let Some(client) = self.clients.get(index) else { return };
         if let Some(record) = &self.record {
             let _ = client.send(&Reply::Exited { record });
         }
@@ -192,6 +195,16 @@ impl Hold {
     pub(super) fn exec(&mut self, index: usize, exec: Exec<'_>) {
         if self.phase > Phase::Stopping {
             return self.refuse(index, ErrorCode::Unsupported, "the container has ended");
+        }
+        if self.clients.get(index).is_some_and(|client| client.is_attached()) {
+            return self.refuse(
+                index,
+                ErrorCode::Unsupported,
+                "this connection is attached to the container",
+            );
+        }
+        if exec.tty && exec.rows | exec.columns != 0 && !is_sane(exec.rows, exec.columns) {
+            return self.refuse(index, ErrorCode::Failed, "window size out of range");
         }
         // Answered when the runtime has done it.
         if let Err(e) =
@@ -288,6 +301,11 @@ impl Hold {
     pub(super) fn keep(&self) {
         let _ = close_range_cloexec(3);
     }
+}
+
+fn is_sane(rows: u16, columns: u16) -> bool {
+    let sane = 1..=LARGEST_WINDOW;
+    sane.contains(&rows) && sane.contains(&columns)
 }
 
 /// The path by which this program was started, for a newer one may have that name now.
