@@ -244,12 +244,9 @@ fn blocking(
                 note(events, format!("removed {image}"));
             }
             let freed = crate::text::size(gone.freed_bytes);
-            Ok(format!(
-                "{} images, {} layers, {} blobs removed; {freed} freed",
-                gone.images.len(),
-                gone.layers,
-                gone.blobs
-            ))
+            let counts = [(gone.images.len() as u64, "image"), (gone.layers, "layer"), (gone.blobs, "blob")];
+            let counts = counts.map(|(n, noun)| crate::text::count(n as usize, noun)).join(", ");
+            Ok(format!("{counts} removed; {freed} freed"))
         }
         ImageRequest::Import { path, name } => {
             let images = store.import(&path, &ImportOptions::default(), &transfers(events)).map_err(|error| {

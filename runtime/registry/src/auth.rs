@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use base64::Engine as _;
 use reqwest::header::{HeaderMap, HeaderValue, WWW_AUTHENTICATE};
-use reqwest::{Method, Url};
+use reqwest::{Method, StatusCode, Url};
 use serde::Deserialize;
 
 use crate::credentials::Credential;
@@ -142,13 +142,29 @@ async fn fetch(
     if realm.scheme() != "https" && !plain {
         return Err(request.malformed("logins are sent over https only"));
     }
-    let outgoing = match request.credential {
-        Some(Credential::IdentityToken(token)) => refresh_request(realm, request, token),
-        other => simple_request(realm, request, other),
+    let send = |outgoing| transport.send(Outgoing { link: request.link.cloned(), ..outgoing });
+    let response = match request.credential {
+        Some(Credential::IdentityToken(token)) => {
+            let grant = [("grant_type", "refresh_token"), ("refresh_token", token)];
+            send(oauth_request(realm, request, &grant)).await?
+        }
+        Some(login @ Credential::Basic { username, password }) => {
+            let response = send(simple_request(realm.clone(), request, Some(login))).await?;
+            if speaks_oauth_perhaps(response.status()) {
+                let grant = [("grant_type", "password"), ("username", username), ("password", password)];
+                match send(oauth_request(realm, request, &grant)).await {
+                    Ok(posted) if posted.status().is_success() => posted,
+                    // Of two refusals the one about the login counts, not the one about the method.
+                    Ok(posted) if response.status().as_u16() > 401 => posted,
+                    _ => response,
+                }
+            } else {
+                response
+            }
+        }
+        other => send(simple_request(realm, request, other)).await?,
     };
-    let response = transport.send(Outgoing { link: request.link.cloned(), ..outgoing }).await?;
-    let status = response.status();
-    match status.as_u16() {
+    match response.status().as_u16() {
         200..=299 => {}
         400 | 401 | 403 => {
             let detail = response.error_detail().await;
@@ -187,16 +203,21 @@ fn simple_request(mut url: Url, request: &TokenRequest<'_>, credential: Option<&
     Outgoing { authorization, ..Outgoing::get(url) }
 }
 
-/// POST with a refresh token (distribution's OAuth2 specification).
-fn refresh_request(url: Url, request: &TokenRequest<'_>, token: &str) -> Outgoing {
+/// Most services take passwords by GET, as docker and podman send them; for those that take them by POST alone, as
+/// containerd tries first, it is tried second.
+fn speaks_oauth_perhaps(refusal: StatusCode) -> bool {
+    matches!(refusal.as_u16(), 400 | 401 | 404 | 405 | 501)
+}
+
+/// POST with a refresh token or a password (distribution's OAuth2 specification).
+fn oauth_request(url: Url, request: &TokenRequest<'_>, grant: &[(&str, &str)]) -> Outgoing {
     let mut form = url.clone();
     form.set_query(None);
     form.query_pairs_mut()
-        .append_pair("grant_type", "refresh_token")
         .append_pair("service", request.service.unwrap_or(""))
         .append_pair("client_id", CLIENT_ID)
         .append_pair("scope", request.scope)
-        .append_pair("refresh_token", token);
+        .extend_pairs(grant);
     Outgoing {
         method: Method::POST,
         content_type: Some("application/x-www-form-urlencoded".to_owned()),

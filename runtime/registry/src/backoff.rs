@@ -65,7 +65,8 @@ impl<'a> Backoff<'a> {
         let doubled = self.policy.base.saturating_mul(1 << (self.failures - 1).min(16));
         let delay = jitter(doubled.min(self.policy.cap), chance);
         match error {
-            PullError::RateLimited { retry_after: Some(asked), .. } => {
+            PullError::RateLimited { retry_after: Some(asked), .. }
+            | PullError::Server { retry_after: Some(asked), .. } => {
                 (*asked <= self.policy.retry_after_cap).then(|| delay.max(*asked))
             }
             _ => Some(delay),
@@ -97,7 +98,7 @@ impl<'a> Backoff<'a> {
 }
 
 /// Between half of `delay` and all of it, so that many hosts do not come back together.
-fn jitter(delay: Duration, chance: u64) -> Duration {
+pub(crate) fn jitter(delay: Duration, chance: u64) -> Duration {
     let half = delay / 2;
     half + half.mul_f64((chance >> 11) as f64 / (1u64 << 53) as f64)
 }

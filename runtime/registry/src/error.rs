@@ -65,7 +65,7 @@ pub enum PullError {
     RateLimited { registry: String, retry_after: Option<Duration> },
 
     #[error("{registry} answers {status} to {request}{detail}")]
-    Server { registry: String, request: String, status: u16, detail: String },
+    Server { registry: String, request: String, status: u16, retry_after: Option<Duration>, detail: String },
 
     #[error("{registry} redirects {request} in a way that is not followed: {detail}")]
     Redirect { registry: String, request: String, detail: String },

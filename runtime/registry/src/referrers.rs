@@ -4,6 +4,7 @@
 //! a tag made of the digest (`sha256-<hex>`), as the distribution specification has it.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use bytes::Bytes;
 use keel_store::Digest;
@@ -11,7 +12,7 @@ use reqwest::{StatusCode, Url};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use crate::backoff::Backoff;
+use crate::backoff::{Backoff, jitter, random};
 use crate::client::Client;
 use crate::credentials::InlineAuth;
 use crate::error::PullError;
@@ -25,6 +26,11 @@ use crate::transport::{Incoming, Outgoing};
 /// An image with more signatures than this fills pages nobody reads.
 const MAX_REFERRERS: usize = 4096;
 const MAX_PAGES: usize = 64;
+/// How long after it was written an entry has to be in the list: longer than another client takes between reading the
+/// list without it and writing that back.
+const SETTLE: Duration = Duration::from_secs(1);
+/// Of as many clients at once each gets its turn; more than that is no accident.
+const MAX_WRITES: u32 = 32;
 
 /// Everything that refers to one manifest.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -46,6 +52,12 @@ pub struct Referrer {
     pub artifact_type: Option<String>,
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub annotations: BTreeMap<String, String>,
+}
+
+/// What became of an entry.
+enum Listed {
+    There,
+    Written,
 }
 
 #[derive(Deserialize)]
@@ -150,23 +162,31 @@ impl Session<'_> {
     pub(crate) async fn list_as_referrer(&self, body: &[u8], parcel: &Parcel) -> Result<(), PullError> {
         let Some((subject, entry)) = lower_referrer(body, parcel) else { return Ok(()) };
         let mut backoff = Backoff::new(self.retry, self.tracker);
-        loop {
+        let mut written = 0;
+        while written < MAX_WRITES {
             match self.add_to_list(&subject, &entry).await {
-                Ok(()) => return Ok(()),
+                Ok(Listed::There) => return Ok(()),
+                Ok(Listed::Written) => {
+                    written += 1;
+                    tokio::time::sleep(jitter(2 * SETTLE, random())).await;
+                }
                 Err(error) => backoff.pause(error).await?,
             }
         }
+        Err(self.odd(format!("other clients took a new entry out {MAX_WRITES} times")))
     }
 
-    /// Read, add, write: there is no way to do it at once, so of two clients at the same time one may win.
-    async fn add_to_list(&self, subject: &Digest, entry: &Referrer) -> Result<(), PullError> {
+    /// Read, add, write: there is no way to do it at once (docker's registry takes no notice of `If-Match`). Of two clients
+    /// at the same time one wins, so whoever has written looks again once the other must have written too.
+    async fn add_to_list(&self, subject: &Digest, entry: &Referrer) -> Result<Listed, PullError> {
         let there = self.kept_by_clients(subject).await?;
         let Some(list) = with_entry(there.as_deref(), entry).map_err(|detail| self.odd(detail))? else {
-            return Ok(());
+            return Ok(Listed::There);
         };
         let list = Bytes::from(list);
         let parcel = Parcel { digest: Digest::of(&list), media_type: OCI_INDEX.to_owned() };
-        self.put_manifest(list, &parcel, &fallback_tag(subject)).await.map(drop)
+        self.put_manifest(list, &parcel, &fallback_tag(subject)).await?;
+        Ok(Listed::Written)
     }
 
     fn parse(&self, body: &[u8]) -> Result<Vec<Referrer>, PullError> {

@@ -450,13 +450,15 @@ impl Incoming {
     pub(crate) async fn into_error(self, what: &str) -> PullError {
         let status = self.status();
         let registry = self.host.clone();
+        let retry_after = self.retry_after();
         if status == StatusCode::TOO_MANY_REQUESTS {
-            return PullError::RateLimited { registry, retry_after: self.retry_after() };
+            return PullError::RateLimited { registry, retry_after };
         }
         PullError::Server {
             registry,
             request: format!("the request for {what}"),
             status: status.as_u16(),
+            retry_after,
             detail: self.error_detail().await,
         }
     }

@@ -290,11 +290,14 @@ async fn waiting_is_told_while_it_lasts() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn retry_after_is_honoured() {
-    let begin = Instant::now();
-    let (result, _server, bench) =
-        pull_big(|request, _| (request.before == 0).then(|| Reply::new(429).with("Retry-After", 1))).await;
-    assert_whole(result, &bench);
-    assert!(begin.elapsed() >= Duration::from_secs(1));
+    // 503: a registry in maintenance (RFC 9110, 15.6.4).
+    for status in [429, 503] {
+        let begin = Instant::now();
+        let refuse = move || Reply::new(status).with("Retry-After", 1);
+        let (result, _server, bench) = pull_big(move |request, _| (request.before == 0).then(refuse)).await;
+        assert_whole(result, &bench);
+        assert!(begin.elapsed() >= Duration::from_secs(1));
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -833,6 +836,46 @@ async fn identity_tokens_are_exchanged_by_post() {
     let options = with_login(bench.path(), &server.address.to_string(), json!({"identitytoken": "id+token"}));
     bench.pull(options, &server.reference("1")).await.unwrap();
     assert!(server.seen_of("/token").iter().all(|r| !r.target.contains("id%2Btoken")));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn passwords_go_by_post_where_get_is_refused() {
+    for refusal in [400, 401, 404, 405, 501] {
+        let (content, _) = two_layers();
+        let inner = content.clone();
+        let server = Server::start(content, move |r| {
+            if r.header("authorization") == Some("Bearer posted") {
+                return Some(honest(&inner, r));
+            }
+            if !r.target.starts_with("/token") {
+                return Some(challenge(r.header("host").unwrap_or(""), ""));
+            }
+            if r.method == "GET" {
+                return Some(Reply::new(refusal).text(r#"{"details":"no GET"}"#));
+            }
+            let right = r.header("authorization").is_none()
+                && r.body.contains("grant_type=password&username=keel&password=se%2Bcret")
+                && r.body.contains("service=keel")
+                && r.body.contains("scope=repository%3Akeel%2Fx%3Apull");
+            Some(match right {
+                true => Reply::new(200).text(r#"{"access_token":"posted"}"#),
+                false => Reply::new(401).text(r#"{"details":"wrong password"}"#),
+            })
+        })
+        .await;
+        let bench = Bench::new();
+        let pull = async |password: &str| {
+            let login = json!({"username": "keel", "password": password});
+            let options = with_login(bench.path(), &server.address.to_string(), login);
+            bench.pull(options, &server.reference("1")).await
+        };
+        let error = pull("wrong").await.unwrap_err();
+        assert!(matches!(error, PullError::Unauthorized { had_credentials: true, .. }), "{refusal}: {error}");
+        let said = if refusal > 401 { "wrong password" } else { "no GET" };
+        assert!(error.to_string().contains(said), "{refusal}: {error}");
+        pull("se+cret").await.unwrap();
+        assert_eq!(server.seen_of("/token").iter().filter(|r| r.target.contains("cret")).count(), 0);
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

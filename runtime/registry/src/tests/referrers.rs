@@ -1,5 +1,7 @@
 //! What refers to an image, with the registry's list and with the clients' own.
 
+use std::sync::Mutex;
+
 use serde_json::json;
 
 use super::fixture::{Content, Packing};
@@ -55,6 +57,69 @@ async fn a_registry_without_lists_gets_them_under_the_tag_of_the_digest() {
     assert_eq!(client.referrers(&target("about"), None, &[]).await.unwrap().referrers, []);
     let error = client.referrers(&target("absent"), None, &[]).await.unwrap_err();
     assert!(matches!(error, PullError::NotFound { .. }), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_entry_that_another_clients_list_has_taken_out_is_put_back() {
+    let (content, subject, about) = content();
+    let list: Mutex<Option<String>> = Mutex::default();
+    let others = json!({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": [
+        {"mediaType": OCI_MANIFEST, "digest": Digest::of(b"other"), "size": 1}]})
+    .to_string();
+    let served = content.clone();
+    let server = Server::start(content, move |r| {
+        let mut list = list.lock().unwrap();
+        match (r.method.as_str(), r.target.contains("/manifests/sha256-")) {
+            ("PUT", true) => {
+                // The other client has read before and writes after.
+                *list = Some(if r.before == 0 { others.clone() } else { r.body.clone() });
+                Some(Reply::new(201))
+            }
+            ("PUT", false) => Some(Reply::new(201)),
+            ("GET", true) => list.clone().map(|l| Reply::new(200).with("Content-Type", OCI_INDEX).text(l)),
+            _ => Some(super::server::honest(&served, r)),
+        }
+    })
+    .await;
+    let bench = Bench::new();
+    let reference = server.reference("about");
+    bench.pull(options(), &reference).await.unwrap();
+    let client = Client::new(options());
+    client.push(&bench.store, &reference, &reference, &[], silent()).await.unwrap();
+    let found = client.referrers(&server.reference("1"), None, &[]).await.unwrap();
+    let digests: Vec<Digest> = found.referrers.iter().map(|r| r.digest).collect();
+    assert_eq!((found.subject, digests), (subject, vec![Digest::of(b"other"), about]));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn clients_that_push_at_once_lose_no_entry() {
+    if !lab_is_here(&["docker-registry", "skopeo"]) {
+        return;
+    }
+    let (mut content, subject, about) = content();
+    let (_, body) = &content.manifests[&about];
+    let manifest: serde_json::Value = serde_json::from_slice(body).unwrap();
+    let tags: Vec<String> = (0..4).map(|n| format!("about-{n}")).collect();
+    for tag in &tags {
+        let mut manifest = manifest.clone();
+        manifest["annotations"] = json!({"which": tag});
+        content.manifest(tag, OCI_MANIFEST, manifest.to_string().into_bytes());
+    }
+    let source = Server::honest(content).await;
+    let registry = Registry::plain();
+    let target = |tag: &str| format!("{}/keel/y:{tag}", registry.host());
+    let bench = Bench::new();
+    for tag in tags.iter().map(String::as_str).chain(["1"]) {
+        bench.pull(options(), &source.reference(tag)).await.unwrap();
+    }
+    let push = async |tag: &str| {
+        let client = Client::new(options());
+        client.push(&bench.store, &source.reference(tag), &target(tag), &[], silent()).await.unwrap();
+    };
+    push("1").await;
+    futures_util::future::join_all(tags.iter().map(|tag| push(tag))).await;
+    let found = Client::new(options()).referrers(&target("1"), None, &[]).await.unwrap();
+    assert_eq!((found.subject, found.referrers.len()), (subject, 4));
 }
 
 #[tokio::test(flavor = "multi_thread")]
