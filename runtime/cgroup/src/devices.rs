@@ -42,6 +42,8 @@ impl DeviceRule {
                 'm' => 1,
                 'r' => 2,
                 'w' => 4,
+                // Beside another letter it adds nothing, as for other runtimes; alone nobody can say what it means.
+                'a' if spec.access.as_deref() != Some("a") => 0,
                 other => return Err(format!("device access {other:?} is none of r, w, m")),
             };
         }
@@ -227,6 +229,19 @@ mod tests {
 
     fn root() -> bool {
         keel_sys::process::geteuid() == 0
+    }
+
+    #[test]
+    fn the_letter_a_adds_nothing_to_an_access() {
+        assert_eq!(rule(false, "c", Some(1), Some(11), "rwa").access, Access(6));
+        let alone = DeviceSpec {
+            allow: true,
+            kind: Some("c".to_owned()),
+            major: Some(1),
+            minor: Some(11),
+            access: Some("a".to_owned()),
+        };
+        assert!(DeviceRule::from_spec(&alone).is_err());
     }
 
     #[test]

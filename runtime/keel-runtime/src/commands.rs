@@ -9,6 +9,7 @@ use keel_oci::{CreateOptions, ExecOptions, Runtime, RuntimeError, names, parse_u
 use std::fs;
 use std::io::{self, Write};
 use std::path::PathBuf;
+use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 pub(crate) const SPEC_VERSION: &str = "1.3.0";
@@ -28,10 +29,14 @@ pub(crate) fn run(
     command: &str,
     options: &Options,
     positional: &[String],
-    log: &Log,
+    log: &Rc<Log>,
 ) -> Outcome {
     let mut runtime = Runtime::new(root(globals));
     runtime.systemd = globals.systemd_cgroup;
+    if globals.debug {
+        let log = log.clone();
+        runtime.debug = Some(Box::new(move |line| log.debug(line)));
+    }
     log.debug(&format!("{command} {positional:?}"));
     match command {
         "create" => create(&runtime, options, positional, log),

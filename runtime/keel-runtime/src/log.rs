@@ -48,24 +48,29 @@ impl Log {
         self.write("warning", message);
     }
 
+    /// As lines of the log, wherever they go: what reads one reads the other.
     pub(crate) fn debug(&self, message: &str) {
-        if self.debug {
-            if self.file.is_none() {
-                eprintln!("keel-runtime: debug: {message}");
-            }
-            self.write("debug", message);
+        if !self.debug {
+            return;
+        }
+        match self.file {
+            Some(_) => self.write("debug", message),
+            None => eprintln!("{}", self.line("debug", message)),
         }
     }
 
     fn write(&self, level: &str, message: &str) {
         let Some(mut file) = self.file.as_ref() else { return };
+        // The log is for the caller's comfort; the exit code tells the truth.
+        let _ = writeln!(file, "{}", self.line(level, message));
+    }
+
+    fn line(&self, level: &str, message: &str) -> String {
         let time = keel_oci::state::now_rfc3339();
-        let line = if self.json {
+        if self.json {
             serde_json::to_string(&Line { level, msg: message, time: &time }).unwrap_or_default()
         } else {
             format!("time=\"{time}\" level={level} msg={message:?}")
-        };
-        // The log is for the caller's comfort; the exit code tells the truth.
-        let _ = writeln!(file, "{line}");
+        }
     }
 }

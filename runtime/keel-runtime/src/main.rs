@@ -12,6 +12,7 @@ use args::{Command, Globals};
 use keel_oci::checkpoint::{HELPER, helper};
 use log::Log;
 use std::process::ExitCode;
+use std::rc::Rc;
 
 fn main() -> ExitCode {
     // Not in the help: this program starts itself with it.
@@ -43,7 +44,7 @@ fn main() -> ExitCode {
         }
         Command::Run { name, options, positional } => {
             let log = match Log::open(&globals) {
-                Ok(log) => log,
+                Ok(log) => Rc::new(log),
                 Err(e) => {
                     eprintln!("keel-runtime: error: {e}");
                     return ExitCode::from(1);

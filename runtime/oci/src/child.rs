@@ -151,6 +151,8 @@ struct Machine<'a> {
     mask: Option<OwnedFd>,
     /// The `start` command's connection.
     starter: Option<OwnedFd>,
+    /// The working directory is the process's own.
+    entered: bool,
     home: [u8; PATH_BYTES],
     listen_pid: [u8; 24],
     said: Said,
@@ -171,6 +173,7 @@ pub(crate) fn run(ops: &[Op], texts: &[Vec<u8>], fds: &Fds, state: &StateText) -
         procfs: None,
         mask: None,
         starter: None,
+        entered: false,
         home: [0; PATH_BYTES],
         listen_pid: [0; 24],
         said: Said::new(),
@@ -417,7 +420,14 @@ impl Machine<'_> {
                 }
                 Ok(())
             }
-            Op::WorkingDirectory { path } => working_directory(path),
+            Op::WorkingDirectory { path, early } => match working_directory(path) {
+                Err(e) if e.errno == libc::EACCES && (*early || self.entered) => Ok(()),
+                Err(e) => Err(e),
+                Ok(()) => {
+                    self.entered = true;
+                    Ok(())
+                }
+            },
             Op::Umask { mask } => {
                 process::umask(*mask);
                 Ok(())
@@ -532,6 +542,7 @@ impl Machine<'_> {
             recursive,
             follow,
             attr,
+            loses,
             tree_attr,
             propagation,
             propagate_tree,
@@ -558,7 +569,15 @@ impl Machine<'_> {
             let userns = self.fds.idmaps.get(slot).ok_or(fail(Step::SetAttr, libc::EBADF))?;
             mount::set_attr(&tree, &Attr::idmap(userns), recursive).at(Step::SetAttr)?;
         }
-        set_attributes(&tree, attr, false)?;
+        let whole = Attr { clear: attr.clear | loses, ..*attr };
+        match set_attributes(&tree, &whole, false) {
+            // In a user namespace what the host set may be locked. It stays, where nobody asked to lose it by name.
+            Err(e) if e.errno == libc::EPERM && *loses != 0 => {
+                let clear = attr.clear | loses & mount::ATTR_NOSYMFOLLOW;
+                set_attributes(&tree, &Attr { clear, ..*attr }, false)?;
+            }
+            other => other?,
+        }
         set_attributes(&tree, tree_attr, true)?;
         let directory = file::fstat(&tree).at(Step::OpenSource)?.is_dir();
         let place = self.place(target, directory)?;

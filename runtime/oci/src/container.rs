@@ -7,7 +7,7 @@ use crate::host;
 use crate::launch::{self, Heard, Launch, Launched};
 use crate::lower::{self, HostFacts, Idmap, Lowered, Request, lower_hook};
 use crate::netdev;
-use crate::op::NsKind;
+use crate::op::{NsKind, Op};
 use crate::rdt;
 use crate::scope::{self, Scope};
 use crate::spec::{Hook, IdMapping, Spec};
@@ -31,7 +31,11 @@ pub struct Runtime {
     pub roots: Roots,
     /// Cgroups are systemd's scopes; for containers to come, those that are remember it.
     pub systemd: bool,
+    /// Hears what is done, step by step.
+    pub debug: Option<Listener>,
 }
+
+pub(crate) type Listener = Box<dyn Fn(&str)>;
 
 #[derive(Clone, Debug, Default)]
 pub struct CreateOptions {
@@ -64,7 +68,7 @@ pub struct Created {
 
 impl Runtime {
     pub fn new(root: impl Into<PathBuf>) -> Runtime {
-        Runtime { store: Store::new(root), roots: Roots::default(), systemd: false }
+        Runtime { store: Store::new(root), roots: Roots::default(), systemd: false, debug: None }
     }
 
     /// `create`: the process stays, waiting for `start`.
@@ -212,6 +216,22 @@ impl Runtime {
         Ok(Created { dir, state, spec, launched, lowered, warnings, kept: false })
     }
 
+    pub(crate) fn tell(&self, line: impl FnOnce() -> String) {
+        if let Some(debug) = &self.debug {
+            debug(&line());
+        }
+    }
+
+    /// What a new process is about to do.
+    pub(crate) fn tell_steps(&self, ops: &[Op]) {
+        for (number, op) in ops.iter().enumerate() {
+            self.tell(|| format!("step {number}: {}", op.describe().trim_start_matches("error ")));
+            if let Op::Seccomp { filter } = op {
+                self.tell(|| format!("seccomp filter flags: {}", filter.flags));
+            }
+        }
+    }
+
     /// The configuration, its text, and the whole paths of the bundle and its root file system.
     pub(crate) fn read_bundle(
         &self,
@@ -277,6 +297,8 @@ impl Runtime {
         for (kind, path) in &lowered.parent_joins {
             parent_joins.push((*kind, open_namespace(*kind, path)?));
         }
+        self.tell(|| format!("cgroup {}", state.cgroup_path));
+        self.tell_steps(&lowered.ops);
         let launched = launch::launch(Launch {
             ops: &lowered.ops,
             fds,
@@ -288,6 +310,7 @@ impl Runtime {
             state: StateText { notify: notify_text(spec, state, None), ..state_text(state, "creating") },
         })?;
         building.pid = Some(launched.pid);
+        self.tell(|| format!("the container's process is {}", launched.pid));
         state.pid = launched.pid;
         state.start_time = start_time(launched.pid).unwrap_or(0);
         if let (Some(plan), Some(mount)) = (&lowered.rdt, &facts.resctrl) {

@@ -121,6 +121,7 @@ impl Runtime {
                 .push((NsKind::Pid, file::dup_above(&init, 3).map_err(sys_error("copy a descriptor"))?));
         }
         fds.process = Some(init);
+        self.tell_steps(&ops);
         let launched = launch::launch(Launch {
             ops: &ops,
             fds,
@@ -134,6 +135,7 @@ impl Runtime {
                 ..state_text(&state, "running")
             },
         })?;
+        self.tell(|| format!("the new process is {}", launched.pid));
         match finish(&launched, &ops, options, attached) {
             Ok(()) => Ok(Executed { pid: launched.pid, pidfd: launched.pidfd, warnings }),
             Err(e) => {

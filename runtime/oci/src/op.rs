@@ -236,6 +236,8 @@ pub enum Op {
         follow: bool,
         /// For the mount itself, for the whole tree, in this order.
         attr: Attr,
+        /// Cleared too, as far as the host has not locked them.
+        loses: u64,
         tree_attr: Attr,
         propagation: u64,
         propagate_tree: bool,
@@ -406,8 +408,10 @@ pub enum Op {
     Ambient {
         caps: u64,
     },
+    /// `early` is with root's rights, for a directory that the user may not enter; then the user keeps it all the same.
     WorkingDirectory {
         path: CString,
+        early: bool,
     },
     Umask {
         mask: u32,
@@ -502,8 +506,8 @@ impl Op {
                 let name = args.strings().first().map(|s| c(s).into_owned()).unwrap_or_default();
                 format!("exec: {name:?}: executable file not found in $PATH")
             }
-            (Op::Hook { program, kind, number }, step) => {
-                let what = format!("error running {kind} hook #{number}: {}", c(&program.path));
+            (Op::Hook { program, .. }, step) => {
+                let what = self.describe();
                 match step {
                     Step::ExitCode => format!("{what}: exit status {}", failure.detail),
                     Step::Killed => {
@@ -626,7 +630,7 @@ impl Op {
             Op::Uid { uid } => format!("set user {uid}"),
             Op::Capabilities { .. } => "set the capabilities".into(),
             Op::Ambient { .. } => "set the ambient capabilities".into(),
-            Op::WorkingDirectory { path } => format!("chdir to cwd {:?}", c(path)),
+            Op::WorkingDirectory { path, .. } => format!("chdir to cwd {:?}", c(path)),
             Op::Umask { .. } => "set the umask".into(),
             Op::Exec { args, .. } => {
                 format!("exec {}", args.strings().first().map(|s| c(s).into_owned()).unwrap_or_default())

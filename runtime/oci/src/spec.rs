@@ -274,8 +274,8 @@ pub struct Seccomp {
     pub default_errno_ret: Option<u32>,
     #[serde(deserialize_with = "nullable")]
     pub architectures: Vec<String>,
-    #[serde(deserialize_with = "nullable")]
-    pub flags: Vec<String>,
+    /// None given is another matter than an empty list.
+    pub flags: Option<Vec<String>>,
     pub listener_path: Option<String>,
     pub listener_metadata: Option<String>,
     #[serde(deserialize_with = "nullable")]

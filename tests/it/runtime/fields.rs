@@ -533,7 +533,37 @@ fn the_debug_log_of_exec_has_the_initial_affinity() {
     case.start();
     let output = case.call(&["--debug", "exec", &case.id, "true"]);
     let said = text(&output.stderr);
-    assert!(output.status.success() && said.contains("affinity: 0x1\n"), "{said}");
+    assert!(output.status.success() && said.contains("affinity: 0x1\"\n"), "{said}");
+}
+
+#[test]
+fn the_letter_a_in_a_devices_access_is_passed_over() {
+    require!();
+    let rules = json!([
+        {"allow": false, "access": "rwm"},
+        {"allow": false, "type": "c", "major": 1, "minor": 11, "access": "rwa"}
+    ]);
+    let case = in_cgroup(Case::new("cat /dev/null && echo read"));
+    assert_eq!(case.with("/linux/resources/devices", rules).output(), "read\n");
+}
+
+#[test]
+fn the_debug_log_tells_each_step_in_the_format_of_the_log() {
+    require!(ours);
+    let filter = json!({"defaultAction": "SCMP_ACT_ALLOW", "flags": ["SECCOMP_FILTER_FLAG_LOG"]});
+    let case = Case::new("true").with("/linux/seccomp", filter);
+    let run = ["run", "--bundle", &case.bundle(), &case.id];
+    let said = text(&case.call(&[&["--debug"][..], &run].concat()).stderr);
+    for line in ["level=debug msg=\"seccomp filter flags: 2\"", ": pivot_root\"", ": exec /bin/sh\""] {
+        assert!(said.contains(line), "{line}: {said}");
+    }
+    assert!(said.lines().all(|line| line.starts_with("time=")), "{said}");
+    let log = case.path("log").display().to_string();
+    let output = case.call(&[&["--debug", "--log-format", "json", "--log", &log][..], &run].concat());
+    assert_eq!(text(&output.stderr), "");
+    let log = fs::read_to_string(&log).unwrap();
+    let lines: Vec<Value> = log.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert!(lines.iter().any(|l| l["level"] == "debug" && l["msg"] == "seccomp filter flags: 2"), "{log}");
 }
 
 /// Callers that only look at the words must see that something went wrong.

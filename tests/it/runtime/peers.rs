@@ -178,6 +178,85 @@ fn what_the_host_forbids_on_a_mount_is_not_allowed_in_a_user_namespace() {
     assert!(error.contains("permitted") || error.contains("locked"), "{error}");
 }
 
+/// A file system in `dir` whose mount has these options; taken away in the end.
+struct HostMount(PathBuf);
+
+impl HostMount {
+    fn new(dir: PathBuf, options: &str) -> HostMount {
+        let mount = |args: &[&str]| {
+            assert!(Command::new("mount").args(args).arg(&dir).status().unwrap().success());
+        };
+        fs::create_dir(&dir).unwrap();
+        mount(&["-t", "tmpfs", "-o", "rw,strictatime", "t"]);
+        // On the mount alone: what its file system has, no mount of it can be without.
+        mount(&["-o", &format!("remount,bind,{options}")]);
+        HostMount(dir)
+    }
+}
+
+impl Drop for HostMount {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg(&self.0).status();
+    }
+}
+
+/// The attributes with which a directory of the host comes into a container.
+fn attributes(host: &str, options: &[&str], user_namespace: bool) -> Vec<String> {
+    let mut case = Case::new("grep ' /data ' /proc/self/mounts | cut -d' ' -f4");
+    if user_namespace {
+        case = with_user_namespace(case);
+        own_by(&case.rootfs(), 100_000);
+    }
+    let dir = HostMount::new(case.path("volume"), host);
+    bind(&dir.0, "/data", options, &mut case);
+    let line = case.output();
+    let of_the_file_system = ["inode64", "uid=", "gid=", "mode=", "size="];
+    let words = line.trim().split(',').filter(|w| !of_the_file_system.iter().any(|o| w.starts_with(o)));
+    words.map(str::to_owned).collect()
+}
+
+#[test]
+fn one_attribute_of_a_bind_mount_names_the_whole_set() {
+    require!();
+    let get = |host, options: &[&str]| attributes(host, options, false).join(",");
+    assert_eq!(get("ro,nosuid,noexec,noatime", &["bind"]), "ro,nosuid,noexec,noatime");
+    assert_eq!(get("nosuid,nodev,noexec,noatime", &["rbind", "ro"]), "ro,noatime");
+    assert_eq!(get("ro", &["bind", "nosuid", "nodev"]).replace(",relatime", ""), "rw,nosuid,nodev");
+}
+
+#[test]
+fn the_mode_of_access_times_stays_until_another_is_named() {
+    require!();
+    let get = |options: &[&str]| attributes("noatime", options, false).join(",");
+    assert_eq!(get(&["bind", "nodev", "atime"]), "rw,nodev,noatime");
+    assert_eq!(get(&["bind", "nodev", "norelatime"]), "rw,nodev,noatime");
+    assert_eq!(get(&["bind", "relatime"]), "rw,relatime");
+    assert_eq!(get(&["bind", "nodiratime"]), "rw,nodiratime,relatime");
+}
+
+#[test]
+fn what_the_host_has_locked_stays_in_a_user_namespace_where_nobody_names_it() {
+    require!(ours);
+    let get = |host, options: &[&str]| attributes(host, options, true).join(",");
+    assert_eq!(get("ro,noexec,noatime", &["bind", "nosuid"]), "ro,nosuid,noexec,noatime");
+    assert_eq!(get("nodev,nosymfollow,noatime", &["bind", "ro"]), "ro,nodev,noatime");
+}
+
+#[test]
+fn a_user_begins_in_a_directory_that_only_root_may_enter() {
+    require!();
+    let mut case = Case::new("pwd; sleep 1000").with("/process/user", json!({"uid": 1000, "gid": 1000}));
+    let home = case.rootfs().join("closed");
+    fs::create_dir(&home).unwrap();
+    fs::set_permissions(&home, fs::Permissions::from_mode(0o700)).unwrap();
+    case.set("/process/cwd", json!("/closed"));
+    case.start();
+    wait_for("the container's line", || !case.written().is_empty());
+    assert_eq!(case.written(), "/closed\n");
+    let exec = case.exec(&["--cwd", "/closed", &case.id, "pwd"]);
+    assert_eq!(text(&exec.stdout), "/closed\n", "{}", text(&exec.stderr));
+}
+
 #[test]
 fn an_idmapped_mount_goes_into_a_user_namespace() {
     require!(ours);

@@ -172,6 +172,8 @@ pub(crate) fn is_bind(mount: &Mount) -> bool {
 #[derive(Default)]
 struct Options {
     attr: Attr,
+    /// What a bind mount has from its source and loses when any attribute is named.
+    loses: u64,
     tree_attr: Attr,
     propagation: u64,
     recursive: bool,
@@ -218,12 +220,35 @@ fn apply(attr: &mut Attr, (set, clear): (u64, u64)) {
     }
 }
 
+/// As mount(2) remounts a bind: one word names the whole set, and what it does not name is off. The mode of access times
+/// is kept until another one is named; words that only deny a mode name none.
+fn apply_to_bind(o: &mut Options, word: &str, change: (u64, u64)) {
+    use mount::*;
+    match word {
+        "atime" | "norelatime" | "nostrictatime" | "diratime" => {}
+        "noatime" | "relatime" | "strictatime" => {
+            apply(&mut o.attr, change);
+            o.attr.clear |= ATTR_NODIRATIME & !o.attr.set;
+        }
+        "nodiratime" => {
+            apply(&mut o.attr, change);
+            o.attr.clear |= ATTR_ATIME;
+        }
+        _ => apply(&mut o.attr, change),
+    }
+    let flags = ATTR_RDONLY | ATTR_NOSUID | ATTR_NODEV | ATTR_NOEXEC | ATTR_NOSYMFOLLOW;
+    o.loses = flags & !(o.attr.set | o.attr.clear);
+}
+
 fn parse_options(field: &str, mount: &Mount) -> Result<Options, SpecError> {
     let mut o = Options { follow_source: true, ..Options::default() };
     let bind = is_bind(mount);
     for word in &mount.options {
         if let Some(change) = attribute(word) {
-            apply(&mut o.attr, change);
+            match bind {
+                true => apply_to_bind(&mut o, word, change),
+                false => apply(&mut o.attr, change),
+            }
             o.read_only = o.attr.set & mount::ATTR_RDONLY != 0;
             continue;
         }
@@ -395,6 +420,7 @@ fn lower_bind(
         recursive: options.recursive,
         follow: options.follow_source,
         attr: options.attr,
+        loses: options.loses,
         tree_attr: options.tree_attr,
         propagation: options.propagation & !libc::MS_REC,
         propagate_tree: options.propagation & libc::MS_REC != 0,
@@ -519,6 +545,7 @@ fn lower_cgroup(
                     recursive: true,
                     follow: true,
                     attr: options_attr,
+                    loses: 0,
                     tree_attr: Attr::default(),
                     propagation,
                     propagate_tree: false,

@@ -294,13 +294,14 @@ fn privileges(
                 .push(format!("can't raise ambient capability {name}: it is not permitted and inheritable"));
         }
     }
+    ops.push(Op::WorkingDirectory { path: cwd(process)?, early: true });
     ops.push(Op::BoundingSet { keep: bounding, last: context.facts.last_capability });
     ops.push(Op::KeepCapabilities);
     let user = &process.user;
     ops.push(Op::Groups { gids: user.additional_gids.clone() });
     ops.push(Op::Gid { gid: user.gid });
     ops.push(Op::Uid { uid: user.uid });
-    ops.push(Op::WorkingDirectory { path: cwd(process)? });
+    ops.push(Op::WorkingDirectory { path: cwd(process)?, early: false });
     if !process.no_new_privileges
         && let Some(filter) = filter.take()
     {

@@ -94,7 +94,7 @@ fn the_order_of_a_minimal_container() {
         "JoinCgroup ResetAffinity NotDumpable NewSession SessionKeyring PrivateProcfs Propagation BindRoot \
          DeviceNode DeviceNode DeviceNode DeviceNode DeviceNode DeviceNode \
          Symlink Symlink Symlink Symlink Symlink Directory PivotRoot OwnStdio FindExecutable CloseUnneeded Ready \
-         BoundingSet KeepCapabilities Groups Gid Uid WorkingDirectory Capabilities Umask Exec"
+         WorkingDirectory BoundingSet KeepCapabilities Groups Gid Uid WorkingDirectory Capabilities Umask Exec"
     );
     assert_eq!(lowered.clone_flags, (libc::CLONE_NEWNS | libc::CLONE_NEWPID) as u64);
     assert!(lowered.own_pid_namespace);
@@ -130,7 +130,7 @@ fn bind_mount_options() {
     assert_eq!(
         text,
         "Bind { source: \"/srv\", target: Target { path: /data, real: false, link: false }, recursive: true, follow: true, \
-         attr: Attr { set: 3, clear: 0, propagation: 0, userns_fd: 0 }, \
+         attr: Attr { set: 3, clear: 0, propagation: 0, userns_fd: 0 }, loses: 2097164, \
          tree_attr: Attr { set: 8, clear: 0, propagation: 0, userns_fd: 0 }, \
          propagation: 262144, propagate_tree: true, only_procfs: false, idmap: None, outside: false }\n"
     );

@@ -158,7 +158,17 @@ fn allow_list_with_arguments_and_foreign_architectures() {
          {"names":["clone3"],"action":"SCMP_ACT_ERRNO","errnoRet":38},
          {"names":["ptrace"],"action":"SCMP_ACT_KILL"}]}"#,
     ));
-    assert_eq!(filter.flags, 0);
+    assert_eq!(filter.flags, FLAG_SPEC_ALLOW);
+}
+
+#[test]
+fn only_a_list_of_flags_decides_them() {
+    let flags =
+        |list: &str| compile(&spec(&format!(r#"{{"defaultAction":"SCMP_ACT_ALLOW"{list}}}"#))).unwrap().flags;
+    assert_eq!(flags(""), FLAG_SPEC_ALLOW);
+    assert_eq!(flags(r#","flags":null"#), FLAG_SPEC_ALLOW);
+    assert_eq!(flags(r#","flags":[]"#), 0);
+    assert_eq!(flags(r#","flags":["SECCOMP_FILTER_FLAG_LOG"]"#), FLAG_LOG);
 }
 
 #[test]
