@@ -1,6 +1,8 @@
 //! The container monitor with real containers: exits, logs, control, and its own death.
 
 mod clients;
+mod conmon;
+mod load;
 mod logs;
 
 use std::fs;
@@ -902,6 +904,13 @@ fn assert_confined(pid: i32) {
     assert_eq!(status_field(pid, "NoNewPrivs"), "1");
 }
 
+/// The process that a monitor has split off.
+fn helper_of(shim: i32) -> Option<i32> {
+    let children = fs::read_to_string(format!("/proc/{shim}/task/{shim}/children")).unwrap();
+    let mut children = children.split_whitespace().map(|pid| pid.parse::<i32>().unwrap());
+    children.find(|pid| fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|n| n == "keel-helper\n"))
+}
+
 #[test]
 fn a_monitor_is_confined_and_what_it_starts_is_not() {
     let Some(rig) = Rig::new() else { return };
@@ -932,18 +941,13 @@ fn a_monitor_is_confined_and_what_it_starts_is_not() {
 fn a_helper_goes_with_its_monitor_and_is_not_needed_for_the_record() {
     let Some(rig) = Rig::new() else { return };
     let container = rig.run("sleep 1000", &[]);
-    let helper = |shim: i32| {
-        assert_confined(shim);
-        let children = fs::read_to_string(format!("/proc/{shim}/task/{shim}/children")).unwrap();
-        let mut children = children.split_whitespace().map(|pid| pid.parse::<i32>().unwrap());
-        children
-            .find(|pid| fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|n| n == "keel-helper\n"))
-    };
-    let first = helper(container.shim_pid()).unwrap();
+    assert_confined(container.shim_pid());
+    let first = helper_of(container.shim_pid()).unwrap();
     assert!(container.kill_shim());
     poll("the helper goes", || !runs(first));
     container.adopt().unwrap();
-    let second = helper(container.shim_pid()).unwrap();
+    assert_confined(container.shim_pid());
+    let second = helper_of(container.shim_pid()).unwrap();
     kill(Pid::from_raw(second), Signal::SIGKILL).unwrap();
     let refused = container.exec("true", false, false).map(drop).unwrap_err();
     assert!(matches!(refused, ClientError::Refused { code: ErrorCode::Failed, .. }), "{refused}");
@@ -970,7 +974,28 @@ fn an_idle_shim_has_one_thread_few_descriptors_and_never_wakes() {
         std::thread::sleep(Duration::from_secs(2));
         switches() == before
     });
-    assert!(fs::read_dir(proc.join("fd")).unwrap().count() <= 12);
+    let helper = helper_of(container.shim_pid()).unwrap();
+    assert_eq!(status_field(helper, "Threads"), "1");
+    let count = |pid: i32| fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count();
+    let (own, helpers) = (count(container.shim_pid()), count(helper));
+    assert!(own + helpers <= 12, "{own} and {helpers} descriptors");
+}
+
+#[test]
+fn what_a_library_says_in_a_monitor_or_its_helper_reaches_no_file_and_no_container() {
+    let Some(rig) = Rig::new() else { return };
+    let container = rig.run("sleep 1000", &[]);
+    assert_confined(container.shim_pid());
+    let helper = helper_of(container.shim_pid()).unwrap();
+    let link = |pid: i32, number: i32| {
+        let link = fs::read_link(format!("/proc/{pid}/fd/{number}"));
+        link.map_or("nothing".to_owned(), |link| link.to_string_lossy().into_owned())
+    };
+    let shim = container.shim_pid();
+    assert_eq!((link(shim, 0), link(shim, 1)), ("/dev/null".into(), "anon_inode:[eventpoll]".into()));
+    assert!(link(shim, 2).starts_with("socket:"), "{}", link(shim, 2));
+    assert_eq!((link(helper, 0), link(helper, 1)), ("nothing".into(), "nothing".into()));
+    assert!(link(helper, 2).starts_with("socket:"), "{}", link(helper, 2));
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! Waiting for many descriptors.
 
+use crate::monitor::move_to_standard;
 use crate::{check, check_fd};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -26,6 +27,12 @@ impl Epoll {
     pub fn new() -> io::Result<Epoll> {
         // SAFETY: plain numbers.
         check_fd(i64::from(unsafe { libc::epoll_create1(libc::EPOLL_CLOEXEC) })).map(Epoll)
+    }
+
+    /// Under the number of standard output, for a process that is to have few descriptors: what is written to a set is
+    /// refused (`EINVAL`).
+    pub fn on_standard_output() -> io::Result<Epoll> {
+        move_to_standard(Epoll::new()?.0, libc::STDOUT_FILENO).map(Epoll)
     }
 
     pub fn add(&self, fd: impl AsFd, events: u32, token: u64) -> io::Result<()> {

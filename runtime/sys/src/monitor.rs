@@ -118,17 +118,21 @@ pub fn die_with_parent(command: &mut Command) -> &mut Command {
     unsafe { command.pre_exec(hook) }
 }
 
-/// A second process with a copy of this one's memory and, above the standard streams, `kept` for its only descriptor. It
-/// does `main` and ends. Returns its number.
-pub fn spawn_helper(kept: OwnedFd, main: impl FnOnce(OwnedFd) -> i32) -> io::Result<i32> {
+/// A second process with a copy of this one's memory and `kept` for its only descriptor, which has the number of standard
+/// error. It does `main` and ends. Returns its number.
+pub fn spawn_helper(kept: OwnedFd, main: impl FnOnce(BorrowedFd<'_>) -> i32) -> io::Result<i32> {
     fork(0, || {
-        let number = kept.as_raw_fd().cast_unsigned();
-        // SAFETY: whoever owns the others is in frames that this process never returns to.
-        let closed = unsafe {
-            close_range(3, number - 1).ok();
-            close_range(number + 1, u32::MAX)
+        // SAFETY: plain numbers. Whoever owns what is closed or replaced is in frames that this process never returns to.
+        let alone = unsafe {
+            match libc::dup3(kept.as_raw_fd(), libc::STDERR_FILENO, libc::O_CLOEXEC) {
+                -1 => Err(io::Error::last_os_error()),
+                _ => close_range(0, 1).and_then(|()| close_range(3, u32::MAX)),
+            }
         };
-        closed.map_or(1, |()| main(kept))
+        // Its number is closed, and may be another descriptor's soon.
+        mem::forget(kept);
+        // SAFETY: it was opened above, and nothing of this process closes it.
+        alone.map_or(1, |()| main(unsafe { BorrowedFd::borrow_raw(libc::STDERR_FILENO) }))
     })
 }
 
@@ -175,6 +179,38 @@ pub fn take_inherited(fd: RawFd) -> io::Result<OwnedFd> {
     }
     // SAFETY: the number is open (checked above) and was claimed by nobody else.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Moves a descriptor to the number of standard output or error, which is replaced. It is closed by `execve`, and a program
+/// of std then finds `/dev/null` there.
+///
+/// Only for what nothing harmful can be written to: std, its panics and the C library write to these numbers. Each number
+/// can be taken once.
+pub fn move_to_standard(fd: OwnedFd, number: RawFd) -> io::Result<OwnedFd> {
+    claim_standard(number)?;
+    // SAFETY: plain numbers; std does not own what it replaces.
+    if unsafe { libc::dup3(fd.as_raw_fd(), number, libc::O_CLOEXEC) } == -1 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: it was just opened, and was claimed by nobody else.
+    Ok(unsafe { OwnedFd::from_raw_fd(number) })
+}
+
+/// Takes ownership of what came through `execve` under the number of standard output or error, and closes it at the next.
+pub fn take_standard(number: RawFd) -> io::Result<OwnedFd> {
+    claim_standard(number)?;
+    // SAFETY: F_SETFD takes an integer; a bad number gives EBADF.
+    if unsafe { libc::fcntl(number, libc::F_SETFD, libc::FD_CLOEXEC) } == -1 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the number is open (checked above) and was claimed by nobody else; std does not own it.
+    Ok(unsafe { OwnedFd::from_raw_fd(number) })
+}
+
+fn claim_standard(number: RawFd) -> io::Result<()> {
+    let is_free = (libc::STDOUT_FILENO..=libc::STDERR_FILENO).contains(&number)
+        && CLAIMED[0].fetch_or(1 << number, Ordering::Relaxed) & (1 << number) == 0;
+    is_free.then_some(()).ok_or_else(|| io::ErrorKind::InvalidInput.into())
 }
 
 /// Puts `/dev/null` in place of the three standard streams.

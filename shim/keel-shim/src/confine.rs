@@ -16,13 +16,11 @@ use keel_sys::seccomp::{Insn, install};
 const KEPT: u64 = 1 << CAP_DAC_OVERRIDE | 1 << CAP_KILL;
 const CAP_DAC_OVERRIDE: u32 = 1;
 const CAP_KILL: u32 = 5;
-/// Almost the last that the kernel kills for want of memory: a container outlives its monitor, but unwatched.
-const OOM_SCORE_ADJ: &str = "-999";
 
 /// As much as the host lets us; a monitor that is less confined still monitors.
-pub(crate) fn confine(filter: &[Insn]) {
+pub(crate) fn confine(filter: &[Insn], oom_score: &str) {
     // Lowering it is a privilege that many hosts withhold.
-    let _ = fs::write("/proc/self/oom_score_adj", OOM_SCORE_ADJ);
+    let _ = fs::write("/proc/self/oom_score_adj", oom_score);
     let _ = drop_capabilities();
     let _ = set_no_new_privs();
     let _ = install(0, filter);
@@ -247,7 +245,7 @@ mod tests {
     fn a_confined_thread_has_no_network_no_new_code_and_no_way_to_other_processes() {
         let confined = || {
             let caps_before = capget().unwrap();
-            confine(&filter());
+            confine(&filter(), "0");
             let caps = capget();
             let denied =
                 |result: io::Result<()>| assert_eq!(result.unwrap_err().raw_os_error(), Some(libc::EPERM));

@@ -2,12 +2,13 @@
 //!
 //! The hold phase reads what a container writes and what clients say, and gives up what it does not need for that (see
 //! `confine`). no_new_privs and a filter would be inherited by all that it starts, down to the commands that run in the
-//! container, whose set-user-ID programs must work. So a second process, split off before, starts the runtime on its
-//! word: it has all the rights, sees no output and no client, and knows three tasks, whose programs and arguments it makes
-//! itself from what set-up left. What it starts is a child of the monitor.
+//! container, whose set-user-ID programs must work. So a second process, split off before, starts programs on its word: it
+//! has all the rights, sees no output and no client, and knows a few tasks, whose programs and arguments it makes itself
+//! from what set-up left. What it starts is a child of the monitor. There is no way without it: neither is ever given back,
+//! a thread would share its memory with what it is to be safe from, and a process gets no parent but its maker or its maker's.
 //!
 //! ```text
-//!  hold: no_new_privs, filter ── task, three streams ──> helper: asleep, shares its memory with hold
+//!  hold: no_new_privs, filter ── task, three streams ──> helper: asleep, shares its memory with hold, one descriptor
 //!        reaps it            <────────── pid ──────────    └─ clone(CLONE_PARENT), execve
 //! ```
 
@@ -17,7 +18,6 @@ use std::os::unix::process::{CommandExt, parent_id};
 use std::process::Command;
 use std::time::Duration;
 
-use keel_sys::file::{dup2, standard};
 use keel_sys::monitor::{null_stream, shed_memory, spawn_helper, spawn_sibling};
 use keel_sys::process::{set_name, set_parent_death_signal};
 use keel_sys::seqpacket;
@@ -31,7 +31,14 @@ const MAX_TASK: usize = 512;
 /// The helper answers as soon as it has made a process.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// As of a shell whose command cannot be executed.
-const CANNOT_EXECUTE: i32 = 126;
+pub(crate) const CANNOT_EXECUTE: i32 = 126;
+
+/// What a task is lowered to.
+pub(crate) struct Program {
+    pub(crate) command: Command,
+    /// A runtime that runs on beside whoever cleans up after the monitor would race with them.
+    pub(crate) dies_with_monitor: bool,
+}
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Task<'a> {
@@ -44,7 +51,7 @@ pub(crate) enum Task<'a> {
 }
 
 impl<'a> Task<'a> {
-    fn encode(self) -> String {
+    pub(crate) fn encode(self) -> String {
         match self {
             Task::Exec { name, console } => format!("exec\n{name}\n{}", console.unwrap_or_default()),
             Task::Delete => "delete".to_owned(),
@@ -99,52 +106,77 @@ impl<'a> Task<'a> {
         })
     }
 
-    /// A runtime that runs on beside whoever cleans up after the monitor would race with them; what restarts a container
-    /// is on its own.
+    /// What restarts a container is on its own.
     fn dies_with_monitor(self) -> bool {
         self != Task::Restart
     }
+
+    /// In the new process: `text` is the monitor's word.
+    pub(crate) fn lower(text: &str, options: &Options, monitor: u32) -> Option<Program> {
+        let task = Task::decode(text, monitor)?;
+        Some(Program { command: task.command(options)?, dies_with_monitor: task.dies_with_monitor() })
+    }
 }
 
-/// The monitor's end. It has the number of standard error, which a monitor has no other use for: of descriptors there are
-/// to be few.
-pub(crate) struct Helper(());
-
-const NUMBER: i32 = 2;
+/// The monitor's end.
+pub(crate) struct Helper {
+    socket: OwnedFd,
+}
 
 impl Helper {
-    /// Before rights are given up.
-    pub(crate) fn start(options: &Options) -> Result<Helper, Error> {
-        let (ours, theirs) = seqpacket::pair().doing("create a pair of sockets")?;
-        spawn_helper(theirs, |socket| serve(&socket, options)).doing("split off the helper")?;
-        seqpacket::set_receive_timeout(&ours, Some(PATIENCE)).doing("set up the helper's socket")?;
-        dup2(&ours, NUMBER).doing("put the helper's socket in its place")?;
-        Ok(Helper(()))
+    /// Before rights are given up. `lower` makes programs of the monitor's words.
+    pub(crate) fn start(lower: impl Fn(&str, u32) -> Option<Program>) -> Result<Helper, Error> {
+        let (socket, theirs) = seqpacket::pair().doing("create a pair of sockets")?;
+        spawn_helper(theirs, |socket| serve(socket, &lower)).doing("split off the helper")?;
+        seqpacket::set_receive_timeout(&socket, Some(PATIENCE)).doing("set up the helper's socket")?;
+        Ok(Helper { socket })
     }
 
     /// Of a monitor that was another program before.
-    pub(crate) fn inherited() -> Helper {
-        Helper(())
+    pub(crate) fn inherited(socket: OwnedFd) -> Helper {
+        Helper { socket }
+    }
+
+    pub(crate) fn into_socket(self) -> OwnedFd {
+        self.socket
+    }
+
+    pub(crate) fn socket(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
     }
 
     /// Returns the child's number. A stream that is not given is `/dev/null`.
-    pub(crate) fn run(&self, task: Task<'_>, streams: [Option<BorrowedFd<'_>>; 3]) -> Result<i32, Error> {
-        let socket = standard(NUMBER);
+    pub(crate) fn run(&self, task: &str, streams: [Option<BorrowedFd<'_>>; 3]) -> Result<i32, Error> {
         let ask = || {
             let fds = streams.map(|stream| stream.unwrap_or(null_stream()));
-            seqpacket::send_fds(socket, task.encode().as_bytes(), &[], &fds)?;
-            let mut answer = [0; 4];
-            let got = seqpacket::receive(socket, &mut answer)?;
-            match i32::from_le_bytes(answer) {
-                pid @ 1.. if got.len == answer.len() => Ok(pid),
-                error => Err(io::Error::from_raw_os_error(error.saturating_neg())),
+            seqpacket::send_fds(self.socket(), task.as_bytes(), &[], &fds)?;
+            let mut text = [0; ANSWER];
+            let got = seqpacket::receive(self.socket(), &mut text)?;
+            match decode_answer(&text[..got.len.min(ANSWER)]) {
+                Some(pid @ 1..) => Ok(pid),
+                Some(error) => Err(io::Error::from_raw_os_error(error.saturating_neg())),
+                None => Err(io::ErrorKind::InvalidData.into()),
             }
         };
         ask().doing("have the helper start a program")
     }
 }
 
-fn serve(socket: &OwnedFd, options: &Options) -> i32 {
+/// A number and its complement: the socket is the helper's standard error too, and what a library may say there in its last
+/// moment is not to be taken for the number of a process.
+const ANSWER: usize = 8;
+
+fn encode_answer(number: i32) -> [u8; ANSWER] {
+    let both = u64::from(number.cast_unsigned()) | u64::from(!number.cast_unsigned()) << 32;
+    both.to_le_bytes()
+}
+
+fn decode_answer(text: &[u8]) -> Option<i32> {
+    let number = i32::from_le_bytes(text.first_chunk().copied()?);
+    (text == encode_answer(number)).then_some(number)
+}
+
+fn serve(socket: BorrowedFd<'_>, lower: &impl Fn(&str, u32) -> Option<Program>) -> i32 {
     const INVALID: i32 = -22;
     let monitor = parent_id();
     let _ = set_name(c"keel-helper");
@@ -154,28 +186,27 @@ fn serve(socket: &OwnedFd, options: &Options) -> i32 {
     loop {
         shed_memory();
         let mut text = [0; MAX_TASK];
-        let (len, fds) = match seqpacket::receive(socket.as_fd(), &mut text) {
+        let (len, fds) = match seqpacket::receive(socket, &mut text) {
             Ok(received) if received.len > 0 => (received.len, received.fds),
             Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
             // The monitor has gone.
             _ => return 0,
         };
-        let task = std::str::from_utf8(&text[..len]).ok().and_then(|text| Task::decode(text, monitor));
-        let answer = match (task, <[OwnedFd; 3]>::try_from(fds)) {
-            (Some(task), Ok(streams)) => spawn_sibling(|| execute(task, options, streams, monitor))
+        let answer = match (std::str::from_utf8(&text[..len]), <[OwnedFd; 3]>::try_from(fds)) {
+            (Ok(text), Ok(streams)) => spawn_sibling(|| execute(lower(text, monitor), streams, monitor))
                 .unwrap_or_else(|e| e.raw_os_error().unwrap_or(-INVALID).saturating_neg()),
             _ => INVALID,
         };
-        if seqpacket::send(socket.as_fd(), &answer.to_le_bytes(), &[]).is_err() {
+        if seqpacket::send(socket, &encode_answer(answer), &[]).is_err() {
             return 0;
         }
     }
 }
 
 /// The new process. Returns only if it cannot become the program.
-fn execute(task: Task<'_>, options: &Options, streams: [OwnedFd; 3], monitor: u32) -> i32 {
-    let Some(mut command) = task.command(options) else { return CANNOT_EXECUTE };
-    if task.dies_with_monitor() && (set_parent_death_signal(SIGKILL).is_err() || parent_id() != monitor) {
+fn execute(program: Option<Program>, streams: [OwnedFd; 3], monitor: u32) -> i32 {
+    let Some(Program { mut command, dies_with_monitor }) = program else { return CANNOT_EXECUTE };
+    if dies_with_monitor && (set_parent_death_signal(SIGKILL).is_err() || parent_id() != monitor) {
         return CANNOT_EXECUTE;
     }
     let [stdin, stdout, stderr] = streams;
@@ -189,6 +220,17 @@ fn execute(task: Task<'_>, options: &Options, streams: [OwnedFd; 3], monitor: u3
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_whole_answers_are_numbers_and_no_text_is() {
+        for number in [1, 4_194_304, -22, i32::MAX] {
+            assert_eq!(decode_answer(&encode_answer(number)), Some(number));
+        }
+        let main = i32::from_le_bytes(*b"main");
+        for text in [&b""[..], b"main", b"panicked", &encode_answer(main)[..7], b"mainmain"] {
+            assert_eq!(decode_answer(text), None, "{text:?}");
+        }
+    }
 
     #[test]
     fn only_whole_tasks_within_the_monitors_own_files_are_understood() {

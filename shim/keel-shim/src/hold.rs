@@ -15,10 +15,12 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use keel_proto::{Phase, Stream, file};
 use keel_sys::epoll::{BATCH, ERR, Epoll, HUP, IN, Ready};
-use keel_sys::monitor::{Reaped, Status, pidfd_exit_status, reap, take_inherited};
+use keel_sys::monitor::{
+    Reaped, Status, move_to_standard, pidfd_exit_status, reap, take_inherited, take_standard,
+};
 use keel_sys::process::{block_signals, pidfd_send_signal, read_signal, set_name};
 
-use crate::args::Inherited;
+use crate::args::{Inherited, Options};
 use crate::clients::Clients;
 use crate::confine::{confine, filter};
 use crate::error::{Context, Error};
@@ -43,6 +45,11 @@ const WRITE_AGAIN: Duration = Duration::from_secs(1);
 /// For the status of a container whose parent is somebody else, who has to reap it first.
 const REAPED_BY_OTHERS: Duration = Duration::from_secs(10);
 const SIGKILL: i32 = 9;
+/// Almost the last that the kernel kills for want of memory: a container outlives its monitor, but unwatched.
+const OOM_SCORE_ADJ: &str = "-999";
+/// The helper's socket has the number of standard error, the epoll set that of standard output: of descriptors there are to be
+/// few. What a library says there is no task, or refused.
+const HELPER: i32 = 2;
 
 const SIGNALS: u64 = 0;
 const CONTAINER: u64 = 1;
@@ -60,16 +67,21 @@ pub(crate) fn run(inherited: &Inherited) -> Result<ExitCode, Error> {
     // Late, so that the two share most of their memory. Without a helper, what it does is refused; the rest works.
     let filter = filter();
     hold.helper = match inherited.helper {
-        true => Some(Helper::inherited()),
-        false => Helper::start(&hold.memory.options).ok(),
+        true => take_standard(HELPER).ok().map(Helper::inherited),
+        false => start_helper(&hold.memory.options),
     };
-    confine(&filter);
+    confine(&filter, OOM_SCORE_ADJ);
     drop(filter);
     hold.begin();
     while hold.phase != Phase::Gone {
         hold.turn()?;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+fn start_helper(options: &Options) -> Option<Helper> {
+    let helper = Helper::start(|text, monitor| Task::lower(text, options, monitor)).ok()?;
+    move_to_standard(helper.into_socket(), HELPER).ok().map(Helper::inherited)
 }
 
 pub(crate) fn now_ms() -> u64 {
@@ -153,7 +165,7 @@ impl Hold {
         let output =
             |fd: Option<OwnedFd>, stream, in_line| fd.map(|fd| Output::new(fd.into(), stream, in_line));
         Ok(Hold {
-            epoll: Epoll::new().doing("create epoll")?,
+            epoll: Epoll::on_standard_output().doing("create epoll")?,
             signals: block_signals().doing("block signals")?,
             pidfd,
             listener,
@@ -268,7 +280,7 @@ impl Hold {
     /// Has a program started that needs more rights than this phase has.
     fn start(&self, task: Task<'_>, streams: [Option<BorrowedFd<'_>>; 3]) -> Result<i32, Error> {
         let helper = self.helper.as_ref().ok_or_else(|| Error::new("the monitor has no helper"))?;
-        helper.run(task, streams)
+        helper.run(&task.encode(), streams)
     }
 
     fn notified(&mut self) {

@@ -323,7 +323,7 @@ impl Session {
         }
         let task = Task::Exec { name: &name, console: console.as_deref() };
         let streams = streams.each_ref().map(|stream| stream.as_ref().map(AsFd::as_fd));
-        session.starting = Some(helper.run(task, streams)?);
+        session.starting = Some(helper.run(&task.encode(), streams)?);
         Ok(session)
     }
 

@@ -39,6 +39,10 @@ pub(crate) fn memory(work: &Work, count: usize) -> Outcome<Vec<Measure>> {
     }
     if let Some(docker) = present("docker", engine("docker", work, &peers)) {
         docker.load(&archive)?;
+        let names = start(docker.as_ref(), "mon", MONITORS)?;
+        let shims = monitors_of("containerd-shim-runc-v2")?;
+        table.shared("dockerd, containerd and shims, a tenth of", &[docker.daemons(), shims].concat())?;
+        docker.remove(&names)?;
         let names = start(docker.as_ref(), "idle", PODS)?;
         std::thread::sleep(REST);
         table.daemon("dockerd + containerd", &docker.daemons(), count)?;
@@ -95,19 +99,26 @@ fn monitors_of(program: &str) -> Outcome<Vec<u32>> {
 }
 
 /// A monitor, and the process that it may have split off.
-fn with_helpers(pid: u32) -> Outcome<Footprint> {
-    let mut sum = footprint(pid)?;
+fn with_helpers(pid: u32) -> Vec<u32> {
     let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
-    for child in children.split_whitespace() {
-        let name = std::fs::read_to_string(format!("/proc/{child}/comm")).unwrap_or_default();
-        if let (Ok(child), "keel-helper") = (child.parse(), name.trim_end()) {
-            let one = footprint(child)?;
-            sum.rss_kb += one.rss_kb;
-            sum.pss_kb += one.pss_kb;
-            sum.uss_kb += one.uss_kb;
-            sum.threads += one.threads;
-            sum.fds += one.fds;
-        }
+    let is_helper = |child: &u32| {
+        std::fs::read_to_string(format!("/proc/{child}/comm"))
+            .is_ok_and(|name| name.trim_end() == "keel-helper")
+    };
+    let children = children.split_whitespace().filter_map(|child| child.parse().ok());
+    std::iter::once(pid).chain(children.filter(is_helper)).collect()
+}
+
+/// Of processes together; of threads the most that one has.
+fn together(pids: &[u32]) -> Outcome<Footprint> {
+    let mut sum = Footprint::default();
+    for &pid in pids {
+        let one = footprint(pid)?;
+        sum.rss_kb += one.rss_kb;
+        sum.pss_kb += one.pss_kb;
+        sum.uss_kb += one.uss_kb;
+        sum.fds += one.fds;
+        sum.threads = sum.threads.max(one.threads);
     }
     Ok(sum)
 }
@@ -121,6 +132,7 @@ struct Table {
     rss: Measure,
     pss: Measure,
     uss: Measure,
+    processes: Measure,
     threads: Measure,
     fds: Measure,
     sleeps: Measure,
@@ -142,8 +154,9 @@ impl Table {
             rss: monitor("RSS", "kB"),
             pss: monitor("PSS", "kB"),
             uss: monitor("USS", "kB").aim(Aim::AtMost(150.0)),
-            threads: monitor("threads", ""),
-            fds: monitor("descriptors", ""),
+            processes: monitor("processes", ""),
+            threads: monitor("threads of each process", "").aim(Aim::AtMost(1.0)),
+            fds: monitor("descriptors", "").aim(Aim::AtMost(12.0)),
             sleeps: monitor("wake-ups in 10 s", "").aim(Aim::AtMost(0.0)),
         }
     }
@@ -171,18 +184,33 @@ impl Table {
         Ok(())
     }
 
+    /// One sample for each monitor, with its helper.
     fn monitors(&mut self, name: &str, pids: &[u32]) -> Outcome {
         std::thread::sleep(REST);
-        let before: Vec<_> = pids.iter().copied().map(sleeps).collect();
+        let monitors: Vec<Vec<u32>> = pids.iter().copied().map(with_helpers).collect();
+        self.idle(name, &monitors, 1.0)
+    }
+
+    /// Processes that serve all the containers: what one of these costs.
+    fn shared(&mut self, name: &str, pids: &[u32]) -> Outcome {
+        std::thread::sleep(REST);
+        self.idle(name, &[pids.to_vec()], MONITORS as f64)
+    }
+
+    fn idle(&mut self, name: &str, groups: &[Vec<u32>], containers: f64) -> Outcome {
+        let watch = |group: &Vec<u32>| group.iter().copied().map(sleeps).collect::<Vec<_>>();
+        let before: Vec<_> = groups.iter().map(watch).collect();
         std::thread::sleep(IDLE);
-        for (&pid, before) in pids.iter().zip(&before) {
-            self.sleeps.sample(name, sleeps_since(pid, before));
-            let one = with_helpers(pid)?;
-            self.rss.sample(name, one.rss_kb);
-            self.pss.sample(name, one.pss_kb);
-            self.uss.sample(name, one.uss_kb);
-            self.threads.sample(name, one.threads);
-            self.fds.sample(name, one.fds);
+        for (group, before) in groups.iter().zip(&before) {
+            let woken: f64 = group.iter().zip(before).map(|(&pid, before)| sleeps_since(pid, before)).sum();
+            self.sleeps.sample(name, woken / containers);
+            let all = together(group)?;
+            self.rss.sample(name, all.rss_kb / containers);
+            self.pss.sample(name, all.pss_kb / containers);
+            self.uss.sample(name, all.uss_kb / containers);
+            self.fds.sample(name, all.fds / containers);
+            self.processes.sample(name, group.len() as f64 / containers);
+            self.threads.sample(name, all.threads);
         }
         Ok(())
     }
@@ -197,6 +225,7 @@ impl Table {
             self.rss,
             self.pss,
             self.uss,
+            self.processes,
             self.threads,
             self.fds,
             self.sleeps,

@@ -46,7 +46,8 @@ conmon: monitors one container, or one command in it, for podman and CRI-O
   --log-label NAME=VALUE        further field in the journal; may be repeated
   --no-container-partial-message  do not mark parts of long lines in the journal
   --no-sync-log                 do not flush the log to disk at the end
-  --log-level LEVEL --syslog    how much the monitor says itself, and where
+  --log-level LEVEL             checked and no more: the monitor tells its errors and nothing else
+  --syslog                      to the system's log too
   --exit-dir DIR                the exit code is written to DIR/ID
   -0, --persist-dir DIR         and to DIR/exit
   --exit-command PATH           run after the end; with --exit-command-arg ARG (repeatable)
@@ -337,6 +338,10 @@ struct Words<'a> {
 
 impl<'a> Words<'a> {
     fn option(&mut self) -> Result<Option<&'a [u8]>, Error> {
+        if let Some(value) = self.inline {
+            let value = String::from_utf8_lossy(value);
+            return Err(Error::new(format!("a value, {value:?}, is given to an option that takes none")));
+        }
         loop {
             if let Some((letter, letters)) = self.letters.split_first() {
                 self.letters = letters;
@@ -393,13 +398,24 @@ fn text(name: &[u8], value: OsString) -> Result<String, Error> {
     value.into_string().map_err(invalid)
 }
 
+/// As strtol(3) reads it with a base of 0: decimal, hexadecimal after `0x`, octal after `0`.
 fn number<T: TryFrom<i64>>(name: &[u8], value: OsString) -> Result<T, Error> {
     let name = String::from_utf8_lossy(name);
     let text = value.to_str().unwrap_or_default();
-    let value: i64 = match text.parse() {
-        Ok(value) => value,
-        Err(_) => return Err(Error::new(format!("Cannot parse integer value {text:?} for {name}"))),
+    let (sign, digits) = match text.strip_prefix('-') {
+        Some(rest) => ("-", rest),
+        None => ("", text.strip_prefix('+').unwrap_or(text)),
     };
+    let (base, digits) = match (digits.strip_prefix("0x").or(digits.strip_prefix("0X")), digits) {
+        (Some(hexadecimal), _) => (16, hexadecimal),
+        (None, octal) if octal.len() > 1 && octal.starts_with('0') => (8, octal),
+        (None, decimal) => (10, decimal),
+    };
+    let wrong = || Error::new(format!("Cannot parse integer value {text:?} for {name}"));
+    // A second sign is none of a number.
+    let starts_well = digits.starts_with(|c: char| c.is_ascii_alphanumeric());
+    let value = i64::from_str_radix(&format!("{sign}{digits}"), base).ok().filter(|_| starts_well);
+    let value = value.ok_or_else(wrong)?;
     T::try_from(value).map_err(|_| Error::new(format!("Integer value {text:?} for {name} out of range")))
 }
 
@@ -439,6 +455,130 @@ mod tests {
         assert!(
             parse("--cid").is_err() && parse("-x").is_err() && parse("--log-max-files 2147483648").is_err()
         );
+    }
+
+    /// Of conmon 2.1 and 2.2, the deprecated ones too, and whether they take a value.
+    const ALL: &[(&str, bool)] = &[
+        ("--api-version", false),
+        ("--bundle", true),
+        ("--cid", true),
+        ("--conmon-pidfile", true),
+        ("--container-pidfile", true),
+        ("--cuuid", true),
+        ("--exec", false),
+        ("--exec-attach", false),
+        ("--exec-process-spec", true),
+        ("--exit-command", true),
+        ("--exit-command-arg", true),
+        ("--exit-delay", true),
+        ("--exit-dir", true),
+        ("--full-attach", false),
+        ("--help", false),
+        ("--leave-stdin-open", false),
+        ("--log-allowlist-dir", true),
+        ("--log-global-size-max", true),
+        ("--log-label", true),
+        ("--log-level", true),
+        ("--log-max-files", true),
+        ("--log-path", true),
+        ("--log-rotate", false),
+        ("--log-size-max", true),
+        ("--log-tag", true),
+        ("--name", true),
+        ("--no-container-partial-message", false),
+        ("--no-new-keyring", false),
+        ("--no-pivot", false),
+        ("--no-sync-log", false),
+        ("--persist-dir", true),
+        ("--pidfile", true),
+        ("--replace-listen-pid", false),
+        ("--restore", true),
+        ("--restore-arg", true),
+        ("--runtime", true),
+        ("--runtime-arg", true),
+        ("--runtime-opt", true),
+        ("--sdnotify-socket", true),
+        ("--socket-dir-path", true),
+        ("--stdin", false),
+        ("--sync", false),
+        ("--syslog", false),
+        ("--systemd-cgroup", false),
+        ("--terminal", false),
+        ("--timeout", true),
+        ("--version", false),
+    ];
+
+    #[test]
+    fn every_option_of_conmon_is_kept_for_use_and_takes_a_value_if_conmons_does() {
+        let none = parse("").unwrap();
+        for (name, takes) in ALL {
+            if !takes {
+                assert_ne!(parse(name).unwrap(), none, "{name} has no effect");
+                let text = parse(&format!("{name}=7")).unwrap_err().to_string();
+                assert!(text.contains("takes none"), "{name}: {text}");
+                assert!(parse(&format!("{name}=7 -c id")).is_err(), "{name} leaves its value to the next");
+                continue;
+            }
+            let (inline, separate) = (format!("{name}=7"), format!("{name} 7"));
+            assert_ne!(parse(&inline).unwrap(), none, "{name} has no effect");
+            assert_eq!(parse(&inline).unwrap(), parse(&separate).unwrap(), "{name}");
+            let text = parse(name).unwrap_err().to_string();
+            assert_eq!(text, format!("Missing argument for {name}"));
+        }
+        for refused in ["--seccomp-notify-socket", "--seccomp-notify-plugins"] {
+            let text = parse(&format!("{refused}=7")).unwrap_err().to_string();
+            assert!(text.contains("not supported"), "{refused}: {text}");
+        }
+        let deprecated = ["--pidfile", "--restore-arg"];
+        for (name, _) in ALL.iter().filter(|(name, _)| !deprecated.contains(name)) {
+            let listed = |line: &str| line.split([' ', ',']).any(|word| word == *name);
+            assert!(HELP.lines().any(listed), "{name} is not in the help text");
+        }
+    }
+
+    #[test]
+    fn short_options_are_the_long_ones() {
+        let pairs = [
+            ("-b", "--bundle"),
+            ("-c", "--cid"),
+            ("-P", "--conmon-pidfile"),
+            ("-p", "--container-pidfile"),
+            ("-u", "--cuuid"),
+            ("-l", "--log-path"),
+            ("-n", "--name"),
+            ("-0", "--persist-dir"),
+            ("-r", "--runtime"),
+            ("-T", "--timeout"),
+        ];
+        for (short, long) in pairs {
+            assert_eq!(
+                parse(&format!("{short} 7")).unwrap(),
+                parse(&format!("{long} 7")).unwrap(),
+                "{short}"
+            );
+        }
+        for (short, long) in [
+            ("-e", "--exec"),
+            ("-i", "--stdin"),
+            ("-s", "--systemd-cgroup"),
+            ("-t", "--terminal"),
+            ("-h", "--help"),
+        ] {
+            assert_eq!(parse(short).unwrap(), parse(long).unwrap(), "{short}");
+        }
+    }
+
+    #[test]
+    fn numbers_are_read_as_c_does() {
+        let read = |text: &str| number::<i32>(b"--n", text.into()).ok();
+        for (text, value) in
+            [("10", 10), ("-1", -1), ("+3", 3), ("0", 0), ("0x1f", 31), ("010", 8), ("-0x10", -16)]
+        {
+            assert_eq!(read(text), Some(value), "{text}");
+        }
+        for bad in ["", "x", "1x", "0x", "09", "--1", "+-1", "-", "2147483648", "0x-1"] {
+            assert_eq!(read(bad), None, "{bad}");
+        }
     }
 
     #[test]

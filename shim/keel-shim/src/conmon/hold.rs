@@ -14,6 +14,7 @@ use keel_sys::epoll::{BATCH, ERR, Epoll, HUP, IN, OUT, Ready};
 use keel_sys::monitor::{Status, pidfd_exit_status, reap, take_inherited};
 use keel_sys::process::{
     block_signals, close_range_cloexec, kill, pidfd_open, pidfd_send_signal, read_signal, set_name,
+    set_subreaper,
 };
 use keel_sys::{seqpacket, tty};
 
@@ -23,7 +24,9 @@ use super::control::{Lines, Message};
 use super::parent;
 use super::setup::{self, Failure};
 use crate::cgroup::Cgroup;
+use crate::confine::{confine, filter};
 use crate::error::{Context, Error};
+use crate::helper::{CANNOT_EXECUTE, Helper, Program};
 use crate::hold::exit_numbers;
 use crate::journal::{Fields, Journal};
 use crate::log::{Limits, Log};
@@ -42,8 +45,10 @@ const SIGINT: i32 = 2;
 const SIGQUIT: i32 = 3;
 const SIGKILL: i32 = 9;
 const SIGTERM: i32 = 15;
-const OOM_SCORE: &str = "/proc/self/oom_score_adj";
+/// The monitor is the last to go when memory is short. Not every host allows that.
 const LAST_TO_GO: &str = "-1000";
+/// The one task of a helper.
+const EXIT_COMMAND: &str = "exit-command";
 const EXIT_FILE: &str = "exit";
 const OOM_FILE: &str = "oom";
 /// The exit code of a container that was killed for its time being up, and what its caller is told.
@@ -134,6 +139,7 @@ pub(super) fn highest_descriptor() -> i32 {
 
 pub(super) fn run(options: Options, handed: Handed) -> Result<ExitCode, Error> {
     let mut hold = Hold::new(options, handed)?;
+    hold.confine();
     hold.begin();
     while !hold.is_over() {
         hold.turn()?;
@@ -178,17 +184,14 @@ struct Hold {
     exit_command_at: Option<Instant>,
     exit_command: Option<i32>,
     exit_command_code: Option<i32>,
-    /// As it was given to us, for the exit command.
-    oom_score: Option<Vec<u8>>,
+    /// Starts the exit command; absent where there is none.
+    helper: Option<Helper>,
 }
 
 impl Hold {
     fn new(options: Options, handed: Handed) -> Result<Hold, Error> {
         // Every descriptor that came with us and is none of the handed ones.
         let foreign = (3..=handed.highest).filter_map(|number| take_inherited(number).ok()).collect();
-        // The monitor is the last to go when memory is short. Not every host allows that.
-        let oom_score = fs::read(OOM_SCORE).ok();
-        let _ = fs::write(OOM_SCORE, LAST_TO_GO);
         // All descriptors from here on are ours alone.
         let _ = close_range_cloexec(3);
         let _ = set_name(c"conmon");
@@ -212,7 +215,7 @@ impl Hold {
         let output = |fd: Option<OwnedFd>, stream| fd.map(|fd| Output::new(fd.into(), stream, false));
         let timeout = u64::try_from(options.timeout).ok().filter(|seconds| *seconds > 0);
         Ok(Hold {
-            epoll: Epoll::new().doing("create epoll")?,
+            epoll: Epoll::on_standard_output().doing("create epoll")?,
             signals: block_signals().doing("block signals")?,
             pid: handed.pid,
             pidfd: pidfd_open(handed.pid).ok(),
@@ -228,7 +231,8 @@ impl Hold {
             control: handed.control.map(|fd| Lines::new(fd.into())),
             window: handed.window.map(|fd| Lines::new(fd.into())),
             notify: handed.notify.map(Into::into),
-            sync: handed.sync,
+            // A container's caller has had its one answer.
+            sync: handed.sync.filter(|_| options.exec),
             foreign,
             timeout: timeout.map(|seconds| Instant::now() + Duration::from_secs(seconds)),
             timed_out: false,
@@ -237,9 +241,28 @@ impl Hold {
             exit_command_at: None,
             exit_command: None,
             exit_command_code: None,
-            oom_score,
+            helper: None,
             options,
         })
+    }
+
+    /// Gives up what only the exit command needs: podman's unmounts, and takes networks down. Its own process is split off for
+    /// it, late, so that the two share most of their memory. Without a helper there is no exit command, and what podman
+    /// would do by it is worth more than confinement.
+    fn confine(&mut self) {
+        let filter = filter();
+        if self.options.exit_command.is_some() {
+            let options = &self.options;
+            let lower = |task: &str, _| {
+                (task == EXIT_COMMAND).then_some(())?;
+                Some(Program { command: setup::exit_command(options)?, dies_with_monitor: false })
+            };
+            self.helper = Helper::start(lower).ok();
+            if self.helper.is_none() {
+                return;
+            }
+        }
+        confine(&filter, LAST_TO_GO);
     }
 
     fn begin(&mut self) {
@@ -361,7 +384,11 @@ impl Hold {
                 self.ended(Status::decode(reaped.status));
             } else if Some(reaped.pid) == self.exit_command {
                 self.exit_command = None;
-                self.exit_command_code = Some(exit_numbers(Status::decode(reaped.status)).0);
+                let code = exit_numbers(Status::decode(reaped.status)).0;
+                if code == CANNOT_EXECUTE {
+                    super::say(&self.options, &Error::new("the exit command cannot be executed"));
+                }
+                self.exit_command_code = Some(code);
             }
         }
     }
@@ -449,15 +476,16 @@ impl Hold {
     }
 
     fn run_exit_command(&mut self) {
-        if let Some(before) = self.oom_score.take() {
-            let _ = fs::write(OOM_SCORE, before);
-        }
-        let Some(mut command) = setup::exit_command(&self.options) else { return };
-        match command.spawn() {
-            Ok(child) => self.exit_command = i32::try_from(child.id()).ok(),
+        // What it starts in the background is not ours to wait for.
+        let _ = set_subreaper(false);
+        let started = match &self.helper {
+            Some(helper) => helper.run(EXIT_COMMAND, [None; 3]),
+            None => setup::spawn_exit_command(&self.options),
+        };
+        match started {
+            Ok(pid) => self.exit_command = Some(pid),
             Err(e) => {
-                let path = self.options.exit_command.clone().unwrap_or_default();
-                super::say(&self.options, &Err::<(), _>(e).at("run", &path).unwrap_err());
+                super::say(&self.options, &e);
                 self.exit_command_code = Some(1);
             }
         }

@@ -6,6 +6,8 @@
 //!   conmon-setup    sockets and FIFOs, runtime create (or exec, restore), answers on the sync pipe, execve ──>
 //!   conmon-hold     output to the log and the clients, until the end; exit files; exit command
 //! ```
+//! The hold phase is confined like the native one; what its exit command needs is kept for that in a helper (see `helper`).
+//!
 //! Never: a copy of what the native face has. Output goes through the same pump, log and formatter.
 
 mod cli;

@@ -383,6 +383,8 @@ pub(super) fn socket_link(options: &Options) -> Option<PathBuf> {
 /// What the hold phase does when there was something to hold.
 fn run_exit_command(options: &Options) {
     std::thread::sleep(Duration::from_secs(u64::try_from(options.exit_delay).unwrap_or(0)));
+    // What it starts in the background is not ours to wait for.
+    let _ = set_subreaper(false);
     if let Some(mut command) = exit_command(options) {
         let _ = command.status();
     }
@@ -391,7 +393,13 @@ fn run_exit_command(options: &Options) {
 pub(super) fn exit_command(options: &Options) -> Option<Command> {
     let mut command = Command::new(options.exit_command.as_ref()?);
     command.args(&options.exit_args);
-    // What it starts in the background is not ours to wait for.
-    let _ = set_subreaper(false);
     Some(command)
+}
+
+pub(super) fn spawn_exit_command(options: &Options) -> Result<i32, Error> {
+    let mut command = exit_command(options).ok_or_else(|| Error::new("there is no exit command"))?;
+    // The monitor uses these numbers itself.
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    let child = command.spawn().at("run", Path::new(command.get_program()))?;
+    i32::try_from(child.id()).map_err(|_| Error::new("a process has a number beyond all bounds"))
 }

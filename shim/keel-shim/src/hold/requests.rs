@@ -15,6 +15,7 @@ use keel_sys::{seqpacket, tty};
 
 use crate::args::Inherited;
 use crate::error::{Context, Error};
+use crate::helper::Helper;
 use crate::machine::Event;
 use crate::replay;
 use crate::setup;
@@ -292,7 +293,7 @@ impl Hold {
             stdout: pass(output(0)),
             stderr: pass(output(1)),
             notify: pass(self.notify.as_ref().map(AsFd::as_fd)),
-            helper: self.helper.is_some(),
+            helper: pass(self.helper.as_ref().map(Helper::socket)).is_some(),
             sockets: self.sockets.iter().filter_map(|fd| pass(Some(fd.as_fd()))).collect(),
         }
     }
@@ -300,6 +301,9 @@ impl Hold {
     /// Undoes `pass_on`.
     pub(super) fn keep(&self) {
         let _ = close_range_cloexec(3);
+        if let Some(helper) = &self.helper {
+            let _ = set_cloexec(helper.socket(), true);
+        }
     }
 }
 
