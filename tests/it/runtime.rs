@@ -73,6 +73,7 @@ mod netdev;
 mod old_kernel;
 mod peers;
 mod rootless;
+mod strict;
 
 fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
     let end = Instant::now() + DEADLINE;

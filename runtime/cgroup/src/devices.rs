@@ -59,15 +59,12 @@ impl DeviceRule {
         })
     }
 
-    fn is_everything(&self) -> bool {
+    pub fn is_everything(&self) -> bool {
         self.kind == DeviceKind::All && self.access.0 == 7 && self.major.is_none() && self.minor.is_none()
     }
 
     /// The line for `devices.allow` or `devices.deny`.
-    pub fn v1_line(&self) -> String {
-        if self.kind == DeviceKind::All {
-            return "a".to_owned();
-        }
+    fn v1_line(&self) -> String {
         let number = |n: Option<u32>| n.map_or("*".to_owned(), |n| n.to_string());
         let kind = if self.kind == DeviceKind::Block { 'b' } else { 'c' };
         let mut line = format!("{kind} {}:{} ", number(self.major), number(self.minor));
@@ -78,6 +75,60 @@ impl DeviceRule {
         }
         line
     }
+
+    /// v1 and systemd take "all" for everything, whatever numbers and access go with it.
+    pub fn kinds(self) -> impl Iterator<Item = DeviceRule> {
+        let kinds = match self.kind {
+            DeviceKind::All => vec![DeviceKind::Block, DeviceKind::Char],
+            kind => vec![kind],
+        };
+        kinds.into_iter().map(move |kind| DeviceRule { kind, ..self })
+    }
+
+    fn meets(&self, other: &DeviceRule) -> bool {
+        let common = |a: Option<u32>, b: Option<u32>| a.is_none() || b.is_none() || a == b;
+        self.kind == other.kind
+            && common(self.major, other.major)
+            && common(self.minor, other.minor)
+            && self.access.0 & other.access.0 != 0
+    }
+
+    fn covers(&self, other: &DeviceRule) -> bool {
+        let within = |a: Option<u32>, b: Option<u32>| a.is_none() || a == b;
+        within(self.major, other.major) && within(self.minor, other.minor)
+    }
+}
+
+/// What v1 is told, in order: allow or deny, and the line for that file. One answer for all devices, and exceptions from
+/// it. The kernel drops an exception only by its very numbers and passes any other change over in silence, so that which
+/// it cannot express is an error here.
+pub(crate) fn lower_v1_devices(rules: &[DeviceRule]) -> Result<Vec<(bool, String)>, String> {
+    let mut all = false;
+    let mut exceptions: Vec<DeviceRule> = Vec::new();
+    for rule in rules {
+        if rule.is_everything() {
+            all = rule.allow;
+            exceptions.clear();
+            continue;
+        }
+        for rule in rule.kinds() {
+            if rule.allow != all {
+                exceptions.push(rule);
+                continue;
+            }
+            for known in exceptions.iter_mut().filter(|known| rule.meets(known)) {
+                if !rule.covers(known) {
+                    let (line, known) = (rule.v1_line(), known.v1_line());
+                    return Err(format!("{line:?} is a part of {known:?}: cgroup v1 cannot take it out"));
+                }
+                known.access.0 &= !rule.access.0;
+            }
+            exceptions.retain(|known| known.access.0 != 0);
+        }
+    }
+    let mut out = vec![(all, "a".to_owned())];
+    out.extend(exceptions.iter().map(|rule| (rule.allow, rule.v1_line())));
+    Ok(out)
 }
 
 /// The v2 program for a list of rules, in which a later rule wins; what no rule names is denied.
@@ -245,8 +296,29 @@ mod tests {
     }
 
     #[test]
-    fn v1_lines() {
-        assert_eq!(rule(true, "c", Some(10), None, "mr").v1_line(), "c 10:* rm");
-        assert_eq!(rule(false, "a", None, None, "rwm").v1_line(), "a");
+    fn v1_gets_one_answer_and_its_exceptions() {
+        let nothing = rule(false, "a", None, None, "rwm");
+        let everything = rule(true, "a", None, None, "rwm");
+        let check = |rules: &[DeviceRule], want: &str| {
+            let said = lower_v1_devices(rules).map(|lines| {
+                let lines =
+                    lines.into_iter().map(|(allow, l)| format!("{}{l}", if allow { '+' } else { '-' }));
+                lines.collect::<Vec<_>>().join(", ")
+            });
+            assert_eq!(said.unwrap_or_else(|e| e), want);
+        };
+        check(&[], "-a");
+        check(&[nothing, rule(true, "c", Some(10), None, "mr")], "-a, +c 10:* rm");
+        check(&[nothing, everything], "+a");
+        check(&[nothing, rule(true, "a", None, None, "r")], "-a, +b *:* r, +c *:* r");
+        check(&[rule(true, "a", Some(7), None, "rwm")], "-a, +b 7:* rwm, +c 7:* rwm");
+        check(&[everything, rule(false, "b", Some(7), None, "w")], "+a, -b 7:* w");
+        let narrow = rule(true, "c", Some(1), Some(3), "rwm");
+        check(&[nothing, narrow, rule(false, "c", Some(1), None, "w")], "-a, +c 1:3 rm");
+        check(&[nothing, narrow, rule(false, "c", None, None, "rwm")], "-a");
+        let hole = "\"c 1:3 w\" is a part of \"c 1:* rwm\": cgroup v1 cannot take it out";
+        let wide = rule(true, "c", Some(1), None, "rwm");
+        check(&[nothing, wide, rule(false, "c", Some(1), Some(3), "w")], hole);
+        check(&[nothing, wide, rule(false, "c", Some(2), Some(3), "w")], "-a, +c 1:* rwm");
     }
 }

@@ -1,6 +1,6 @@
 //! One cgroup in every hierarchy of the host.
 
-use crate::devices::{DeviceRule, device_program};
+use crate::devices::{DeviceRule, device_program, lower_v1_devices};
 use crate::layout::{Hierarchy, Layout, Mode, Roots};
 use crate::resources::Resources;
 use crate::write::{Setting, lower_v1, lower_v2};
@@ -256,12 +256,15 @@ impl Cgroup {
             let program = bpf::load_device_filter(&device_program(rules)).map_err(error)?;
             return bpf::replace_device_filter(&dir, &program).map_err(error);
         }
-        let Some(dir) = self.dir_of("devices") else { return Ok(()) };
+        let controller = "devices";
+        let dir = self
+            .dir_of(controller)
+            .ok_or_else(|| CgroupError::NoController { controller, file: "devices.deny".to_owned() })?;
         let mut allow = OpenFile::new(dir.join("devices.allow"));
         let mut deny = OpenFile::new(dir.join("devices.deny"));
-        for rule in rules {
-            let file = if rule.allow { &mut allow } else { &mut deny };
-            file.write(&rule.v1_line())?;
+        for (yes, line) in lower_v1_devices(rules).map_err(CgroupError::Device)? {
+            let file = if yes { &mut allow } else { &mut deny };
+            file.write(&line)?;
         }
         Ok(())
     }

@@ -235,7 +235,7 @@ impl Runtime {
         match &mut scope {
             Some(scope) => scope.start(&cgroup, pid, resources(&spec, &lowered), &self.roots)?,
             None => {
-                crate::container::create_cgroup(&cgroup, &spec, &lowered, &facts)?;
+                crate::container::create_cgroup(&cgroup, &spec, &lowered)?;
                 cgroup.add(pid)?;
             }
         }

@@ -288,7 +288,7 @@ impl Machine<'_> {
             Op::SessionKeyring { name } => match process::join_session_keyring(name) {
                 // A kernel without keys, or a sandbox that forbids them, keeps nothing that could leak.
                 Err(e) if matches!(errno(&e), libc::ENOSYS | libc::EPERM | libc::EDQUOT) => Ok(()),
-                other => other.map(drop).at(Step::Whole),
+                other => other.at(Step::Whole),
             },
             Op::NewSession => match process::setsid() {
                 Err(e) if errno(&e) == libc::EPERM => Ok(()),

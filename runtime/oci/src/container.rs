@@ -192,6 +192,7 @@ impl Runtime {
         }
         let mut state = State::new(&spec, &options.id, &bundle, &rootfs, &cgroup, &cgroup_path);
         state.own_pid_namespace = lowered.own_pid_namespace;
+        state.no_new_keyring = options.no_new_keyring;
         state.systemd = scope.as_ref().map(Scope::record);
         let mut building = Building {
             dir: &dir,
@@ -264,7 +265,7 @@ impl Runtime {
         let mut fds = Fds { console, relayed, ..Fds::default() };
         let mut cgroup = None;
         if building.scope.is_none() {
-            create_cgroup(building.cgroup, spec, lowered, facts)?;
+            create_cgroup(building.cgroup, spec, lowered)?;
             fds.tasks = building.cgroup.open_tasks()?;
             cgroup = building.cgroup.open_v2()?;
         }
@@ -691,22 +692,12 @@ fn check_terminal(
     }
 }
 
-pub(crate) fn create_cgroup(
-    cgroup: &Cgroup,
-    spec: &Spec,
-    lowered: &Lowered,
-    facts: &HostFacts,
-) -> Result<(), RuntimeError> {
+pub(crate) fn create_cgroup(cgroup: &Cgroup, spec: &Spec, lowered: &Lowered) -> Result<(), RuntimeError> {
     if cgroup.entries.is_empty() {
         return Ok(());
     }
     cgroup.create()?;
-    let mut resources = resources(spec, lowered);
-    if facts.euid != 0 {
-        // An ordinary user has no right to the device rules, and its user namespace no right to devices.
-        resources.devices.clear();
-    }
-    Ok(cgroup.apply(&resources)?)
+    Ok(cgroup.apply(&resources(spec, lowered))?)
 }
 
 pub(crate) fn resources(spec: &Spec, lowered: &Lowered) -> Resources {

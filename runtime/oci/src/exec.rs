@@ -5,12 +5,13 @@ use crate::container::{Runtime, notify_path, notify_text, state_text, write_pid_
 use crate::error::{RuntimeError, io_error, sys_error};
 use crate::host;
 use crate::launch::{self, Heard, Launch, Launched};
-use crate::lower::{ProcessContext, lower_affinity, lower_process};
+use crate::lower::{ProcessContext, lower_affinity, lower_process, session_keyring};
 use crate::op::{NsKind, Op};
 use crate::scope;
 use crate::spec::{Capabilities, Process, Spec};
 use crate::state::{State, Status, SystemdUnit};
 use keel_cgroup::{Cgroup, Roots};
+use keel_sys::cred::NO_ID;
 use keel_sys::{file, process, socket};
 use std::fs;
 use std::os::fd::OwnedFd;
@@ -97,7 +98,7 @@ impl Runtime {
         }
         // From a session of its own a user can only ask systemd to let a process into the scope.
         let attached = state.systemd.as_ref().filter(|unit| unit.user);
-        let mut ops = exec_ops(process, flags, user_namespace, rest)?;
+        let mut ops = exec_ops(process, &state, flags, user_namespace, rest)?;
         if attached.is_some() {
             ops.insert(0, Op::WaitCgroup);
         }
@@ -181,6 +182,7 @@ fn finish(
 
 fn exec_ops(
     process: &Process,
+    state: &State,
     flags: i32,
     user_namespace: bool,
     rest: Vec<Op>,
@@ -201,7 +203,11 @@ fn exec_ops(
     if user_namespace {
         ops.push(Op::BecomeRoot);
     }
-    ops.extend([Op::NotDumpable, Op::NewSession, Op::PrivateProcfs]);
+    ops.extend([Op::NotDumpable, Op::NewSession]);
+    if !state.no_new_keyring {
+        ops.push(session_keyring(&state.id)?);
+    }
+    ops.push(Op::PrivateProcfs);
     if process.terminal {
         let size = process.console_size.unwrap_or_default();
         let user = &process.user;
@@ -359,7 +365,8 @@ fn add_capabilities(process: &mut Process, caps: &[String]) {
 /// `UID` or `UID:GID`, decimal. Anything else is an error: a name must never become user 0.
 pub fn parse_user(text: &str) -> Option<(u32, Option<u32>)> {
     let number = |text: &str| {
-        (!text.is_empty() && text.bytes().all(|c| c.is_ascii_digit())).then(|| text.parse::<u32>().ok())?
+        let digits = !text.is_empty() && text.bytes().all(|c| c.is_ascii_digit());
+        text.parse::<u32>().ok().filter(|id| digits && *id != NO_ID)
     };
     match text.split_once(':') {
         None => Some((number(text)?, None)),
@@ -409,6 +416,9 @@ mod tests {
             ("-1", None),
             ("+1", None),
             ("1:2:3", None),
+            ("4294967294", Some((4_294_967_294, None))),
+            ("4294967295", None),
+            ("0:4294967295", None),
             ("4294967296", None),
             (" 1", None),
         ] {

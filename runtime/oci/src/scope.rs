@@ -45,7 +45,7 @@ impl Scope {
     ) -> Result<(), RuntimeError> {
         let user = self.instance == Instance::User;
         if user {
-            // A user has no right to the device rules, and its user namespace no right to devices.
+            // Also for root of a user namespace, who looks like root to the lowering.
             resources.devices.clear();
         }
         let version = self.manager.version()?;

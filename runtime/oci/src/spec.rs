@@ -80,6 +80,8 @@ pub struct User {
     pub uid: u32,
     pub gid: u32,
     pub umask: Option<u32>,
+    /// Windows only.
+    pub username: Option<String>,
     #[serde(deserialize_with = "nullable")]
     pub additional_gids: Vec<u32>,
 }

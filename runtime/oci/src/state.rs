@@ -11,7 +11,7 @@ use crate::error::{RuntimeError, io_error};
 use crate::names;
 use crate::spec::Spec;
 use keel_cgroup::{Cgroup, Entry, Mode, Version};
-use keel_sys::{file, process};
+use keel_sys::{errno, file, process, socket};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fs;
@@ -53,6 +53,9 @@ pub struct State {
     pub systemd: Option<SystemdUnit>,
     #[serde(default)]
     pub own_pid_namespace: bool,
+    /// The container keeps the session keyring of whoever made it.
+    #[serde(default)]
+    pub no_new_keyring: bool,
     /// Directories of the resctrl file system that go with the container.
     #[serde(default)]
     pub rdt: Vec<PathBuf>,
@@ -255,6 +258,20 @@ impl ContainerDir {
         open().map_err(io_error("open", &self.path))
     }
 
+    /// Whether somebody listens for the word to start: a `start` that was killed leaves the name of the socket.
+    fn waits_for_start(&self) -> bool {
+        if !self.file(START_SOCKET).exists() {
+            return false;
+        }
+        // A frozen container takes no connections, and this must not wait for one.
+        let kind = libc::SOCK_SEQPACKET | libc::SOCK_NONBLOCK;
+        match self.open_fd().map(|dir| socket::connect_at(&dir, c"start.sock", kind)) {
+            Ok(Err(e)) => errno(&e) == libc::EAGAIN,
+            Ok(Ok(_)) => true,
+            Err(_) => false,
+        }
+    }
+
     /// What the kernel says about the container now.
     pub fn status(&self, state: &State) -> Result<Status, RuntimeError> {
         if state.pid == 0 {
@@ -266,7 +283,7 @@ impl ContainerDir {
         if !state.ready {
             return Ok(Status::Creating);
         }
-        if self.file(START_SOCKET).exists() {
+        if self.waits_for_start() {
             return Ok(Status::Created);
         }
         Ok(if state.cgroup().is_frozen()? { Status::Paused } else { Status::Running })
@@ -330,6 +347,7 @@ impl State {
                 })
                 .collect(),
             own_pid_namespace: false,
+            no_new_keyring: false,
             rdt: Vec::new(),
             ready: false,
             annotations: spec.annotations.clone(),

@@ -3,14 +3,23 @@
 use crate::check;
 use std::io;
 
+/// To the kernel this number means "as it is", so that a change to it would keep root's rights.
+pub const NO_ID: u32 = u32::MAX;
+
+fn an_id(id: u32) -> io::Result<u32> {
+    if id == NO_ID { Err(io::Error::from_raw_os_error(libc::EINVAL)) } else { Ok(id) }
+}
+
 /// Changes this thread's ids by raw system call: glibc's wrappers signal other threads, of which there are none.
 pub fn setresuid(uid: u32) -> io::Result<()> {
+    let uid = an_id(uid)?;
     // SAFETY: plain numbers.
     check(unsafe { libc::syscall(libc::SYS_setresuid, uid, uid, uid) })?;
     Ok(())
 }
 
 pub fn setresgid(gid: u32) -> io::Result<()> {
+    let gid = an_id(gid)?;
     // SAFETY: plain numbers.
     check(unsafe { libc::syscall(libc::SYS_setresgid, gid, gid, gid) })?;
     Ok(())

@@ -337,11 +337,20 @@ pub fn set_affinity(mask: &[u64]) -> io::Result<()> {
     Ok(())
 }
 
-/// Joins a new, anonymous session keyring, so that the caller's keys stay outside.
-pub fn join_session_keyring(name: &CStr) -> io::Result<i64> {
+/// Joins the session keyring of this name, or a new one, so that the caller's keys stay outside. Later processes of the
+/// same user find it by its name.
+pub fn join_session_keyring(name: &CStr) -> io::Result<()> {
     const KEYCTL_JOIN_SESSION_KEYRING: i32 = 1;
+    const KEYCTL_SETPERM: i32 = 5;
+    // From include/linux/key.h: all for the possessor; view, read, search and link for the user.
+    const PERMISSIONS: u32 = 0x3f1b_0000;
     // SAFETY: name is NUL-terminated.
-    check(unsafe { libc::syscall(libc::SYS_keyctl, KEYCTL_JOIN_SESSION_KEYRING, name.as_ptr(), 0, 0, 0) })
+    let ring = check(unsafe {
+        libc::syscall(libc::SYS_keyctl, KEYCTL_JOIN_SESSION_KEYRING, name.as_ptr(), 0, 0, 0)
+    })?;
+    // SAFETY: plain numbers.
+    check(unsafe { libc::syscall(libc::SYS_keyctl, KEYCTL_SETPERM, ring, PERMISSIONS, 0, 0) })?;
+    Ok(())
 }
 
 /// Default disposition for every signal, nothing blocked.

@@ -242,14 +242,15 @@ fn allow_list(rules: &[DeviceRule]) -> Option<Vec<DeviceRule>> {
     let mut open = true;
     let mut allowed: Vec<DeviceRule> = Vec::new();
     for rule in rules {
-        if rule.kind == DeviceKind::All && rule.major.is_none() && rule.minor.is_none() {
+        if rule.is_everything() {
             open = rule.allow;
             allowed.clear();
         } else if rule.allow {
-            allowed.push(*rule);
+            allowed.extend(rule.kinds());
         } else {
             for known in &mut allowed {
-                if (known.kind, known.major, known.minor) == (rule.kind, rule.major, rule.minor) {
+                if rule.kinds().any(|r| (known.kind, known.major, known.minor) == (r.kind, r.major, r.minor))
+                {
                     known.access.0 &= !rule.access.0;
                 }
             }

@@ -169,7 +169,7 @@ pub fn lower(spec: &Spec, request: &Request, facts: &HostFacts) -> Result<Lowere
         idmaps: Vec::new(),
         net_devices: net_devices(linux, &namespaces)?,
         rdt: linux.intel_rdt.as_ref().map(|rdt| lower_rdt(rdt, &request.id)).transpose()?,
-        device_rules: device_rules(linux),
+        device_rules: device_rules(linux, facts),
         own_pid_namespace: namespaces.is_new(NsKind::Pid),
         warnings: Vec::new(),
     };
@@ -358,13 +358,17 @@ fn early(
     ops.push(Op::NotDumpable);
     ops.push(Op::NewSession);
     if !request.no_new_keyring {
-        ops.push(Op::SessionKeyring { name: c_string("id", &format!("_ses.{}", request.id))? });
+        ops.push(session_keyring(&request.id)?);
     }
     if namespaces.is_new(NsKind::Cgroup) {
         ops.push(Op::Unshare { kind: NsKind::Cgroup });
     }
     ops.push(Op::PrivateProcfs);
     Ok(())
+}
+
+pub(crate) fn session_keyring(id: &str) -> Result<Op, SpecError> {
+    Ok(Op::SessionKeyring { name: c_string("id", &format!("_ses.{id}"))? })
 }
 
 /// Names and kernel parameters of the new namespaces.
@@ -450,12 +454,15 @@ fn check_name_sysctl(spec: &Spec, key: &str, value: &str) -> Result<(), SpecErro
     }
 }
 
-/// The specification's rules, then those for the devices that every container has.
-fn device_rules(linux: &Linux) -> Vec<DeviceSpec> {
-    let given = linux.resources.as_ref().map_or(&[][..], |r| r.devices.as_slice());
-    if given.is_empty() {
+/// The specification's rules, then those for the devices that every container has. Where there is no rule nothing is
+/// allowed: whoever wants all devices says so.
+fn device_rules(linux: &Linux, facts: &HostFacts) -> Vec<DeviceSpec> {
+    if facts.euid != 0 {
+        // An ordinary user has no right to the rules, and its user namespace no right to devices.
         return Vec::new();
     }
+    let given = linux.resources.as_ref().map_or(&[][..], |r| r.devices.as_slice());
+    let nothing = [DeviceSpec { access: Some("rwm".to_owned()), ..DeviceSpec::default() }];
     let rule = |kind: &str, major: i64, minor: Option<i64>, access: &str| DeviceSpec {
         allow: true,
         kind: Some(kind.to_owned()),
@@ -463,7 +470,7 @@ fn device_rules(linux: &Linux) -> Vec<DeviceSpec> {
         minor,
         access: Some(access.to_owned()),
     };
-    let mut rules = given.to_vec();
+    let mut rules = if given.is_empty() { nothing.to_vec() } else { given.to_vec() };
     // mknod of any device is harmless without the right to open it.
     rules.push(rule("c", -1, None, "m"));
     rules.push(rule("b", -1, None, "m"));

@@ -4,8 +4,8 @@ use super::{HostFacts, SpecError, c_string, capability_set, invalid, lower_hook,
 use crate::names;
 use crate::op::{Op, StringArray};
 use crate::seccomp;
-use crate::spec::{Hook, IoPriority, Linux, MemoryPolicy, Personality, Process, Scheduler};
-use keel_sys::cred::Capabilities;
+use crate::spec::{Hook, IoPriority, Linux, MemoryPolicy, Personality, Process, Scheduler, User};
+use keel_sys::cred::{Capabilities, NO_ID};
 use keel_sys::process::SchedAttr;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::CString;
@@ -298,6 +298,7 @@ fn privileges(
     ops.push(Op::BoundingSet { keep: bounding, last: context.facts.last_capability });
     ops.push(Op::KeepCapabilities);
     let user = &process.user;
+    check_ids(user)?;
     ops.push(Op::Groups { gids: user.additional_gids.clone() });
     ops.push(Op::Gid { gid: user.gid });
     ops.push(Op::Uid { uid: user.uid });
@@ -320,6 +321,22 @@ fn privileges(
     }
     ops.push(Op::Umask { mask: user.umask.unwrap_or(0o022) & 0o777 });
     ops.extend(filter);
+    Ok(())
+}
+
+fn check_ids(user: &User) -> Result<(), SpecError> {
+    for (field, ids) in [
+        ("process.user.uid", &[user.uid][..]),
+        ("process.user.gid", &[user.gid]),
+        ("process.user.additionalGids", &user.additional_gids),
+    ] {
+        if ids.contains(&NO_ID) {
+            return Err(invalid(field, format!("{NO_ID} is the number for no id")));
+        }
+    }
+    if user.username.as_deref().is_some_and(|name| !name.is_empty()) {
+        return Err(unsupported("process.user.username", "it is for Windows; Linux takes uid and gid"));
+    }
     Ok(())
 }
 

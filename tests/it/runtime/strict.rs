@@ -1,0 +1,156 @@
+//! What must not pass in silence: values that would mean more rights than they say, and states that nobody is in.
+
+use super::*;
+use nix::libc;
+
+/// To the kernel it means "leave it as it is": the process would stay root.
+const NO_ID: u32 = u32::MAX;
+
+#[test]
+fn an_id_that_is_none_never_leaves_the_process_root() {
+    require!();
+    for (field, value) in [
+        ("/process/user/uid", json!(NO_ID)),
+        ("/process/user/gid", json!(NO_ID)),
+        ("/process/user/additionalGids", json!([5, NO_ID])),
+    ] {
+        let output = Case::new("id").with(field, value).run();
+        assert!(!output.status.success(), "{field}: {}", text(&output.stdout));
+    }
+    let case = Case::new("sleep 1000");
+    case.start();
+    for user in [format!("{NO_ID}"), format!("1000:{NO_ID}")] {
+        let output = case.exec(&["--user", &user, &case.id, "id"]);
+        assert_eq!(output.status.code(), Some(255), "{user}: {}", text(&output.stdout));
+    }
+}
+
+#[test]
+fn a_field_for_another_system_is_refused() {
+    require!(ours);
+    let case = Case::new("true").with("/process/user/username", json!("somebody"));
+    assert!(case.fails(&["run", "--bundle", &case.bundle(), &case.id]).contains("process.user.username"));
+}
+
+/// A session keyring with a key that is shown only to whoever has the keyring.
+fn host_keyring() -> std::io::Result<()> {
+    const JOIN_SESSION_KEYRING: i32 = 1;
+    const SETPERM: i32 = 5;
+    const SESSION: i32 = -3;
+    const POSSESSOR_ALL: u32 = 0x3f00_0000;
+    // SAFETY: names are NUL-terminated, the payload has the given length.
+    unsafe {
+        let ring = libc::syscall(libc::SYS_keyctl, JOIN_SESSION_KEYRING, c"keel-it".as_ptr(), 0, 0, 0);
+        let (kind, name, payload) = (c"user".as_ptr(), c"keel-it-secret".as_ptr(), c"s".as_ptr());
+        let key = libc::syscall(libc::SYS_add_key, kind, name, payload, 1, SESSION);
+        for id in [key, ring] {
+            if id < 0 || libc::syscall(libc::SYS_keyctl, SETPERM, id, POSSESSOR_ALL, 0, 0) != 0 {
+                return Err(std::io::Error::last_os_error());
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn exec_leaves_the_callers_keys_outside() {
+    require!();
+    let keys = |mut command: Command| {
+        // SAFETY: system calls only.
+        let output = unsafe { command.pre_exec(host_keyring) }.output();
+        output.map(|output| text(&output.stdout))
+    };
+    let mut cat = Command::new("cat");
+    cat.arg("/proc/keys");
+    match keys(cat) {
+        Ok(seen) => assert!(seen.contains("keel-it-secret"), "{seen}"),
+        Err(e) => return eprintln!("skipped: no keyrings here: {e}"),
+    }
+    let case = Case::new("sleep 1000");
+    case.start();
+    let seen = keys(case.command(&["exec", &case.id, "cat", "/proc/keys"])).unwrap();
+    assert!(seen.contains(&format!("_ses.{}", case.id)), "that of the container: {seen}");
+    assert!(!seen.contains("keel-it-secret"), "{seen}");
+}
+
+/// Opens a block device of the host, if it can.
+const OPEN: &str = "dd if=/dev/disk of=/dev/null count=0 2>&1; true";
+
+fn with_disk(case: Case) -> Case {
+    case.with("/linux/devices", json!([{"type": "b", "path": "/dev/disk", "major": 7, "minor": 0}]))
+}
+
+#[test]
+fn without_device_rules_no_device_can_be_opened() {
+    require!();
+    for resources in [json!({}), Value::Null] {
+        let case = with_disk(Case::new(OPEN)).with("/linux/resources", resources);
+        let said = case.output();
+        assert!(said.contains("not permitted"), "{said}");
+    }
+}
+
+#[test]
+fn a_device_rule_that_cannot_be_expressed_is_refused() {
+    require!();
+    if !Path::new("/sys/fs/cgroup/devices").is_dir() {
+        return eprintln!("skipped: the device rules of cgroup v2 can express all");
+    }
+    let rules = json!([
+        {"allow": false, "access": "rwm"},
+        {"allow": true, "type": "b", "access": "rwm"},
+        {"allow": false, "type": "b", "major": 7, "minor": 0, "access": "rwm"}
+    ]);
+    let case = with_disk(Case::new(OPEN)).with("/linux/resources/devices", rules);
+    let error = case.fails(&["run", "--bundle", &case.bundle(), &case.id]);
+    assert!(error.contains("cgroup"), "{error}");
+    case.assert_gone();
+}
+
+#[test]
+fn device_rules_without_a_devices_cgroup_are_an_error() {
+    require!();
+    if !Path::new("/sys/fs/cgroup/devices").is_dir() {
+        return eprintln!("skipped: cgroup v2 always has device rules");
+    }
+    let case = with_disk(Case::new(OPEN));
+    let inner = case.command(&["run", "--bundle", &case.bundle(), &case.id]);
+    let mut outer = Command::new("unshare");
+    outer.args(["--mount", "sh", "-c", "umount /sys/fs/cgroup/devices && exec \"$@\"", "sh"]);
+    let output = outer.arg(inner.get_program()).args(inner.get_args()).output().unwrap();
+    assert!(!output.status.success(), "{}", text(&output.stdout));
+    assert!(text(&output.stderr).contains("devices"), "{}", text(&output.stderr));
+    case.assert_gone();
+}
+
+#[test]
+fn a_start_that_was_killed_leaves_a_container_that_runs() {
+    require!(ours);
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, send, socket};
+    use std::os::fd::AsRawFd;
+    let case = Case::new("sleep 1000");
+    case.create(&[]).unwrap();
+    // As far as a killed `start` came: the word is said, and nobody has cleared up.
+    let starter = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None).unwrap();
+    let name = case.path("state").join(&case.id).join("start.sock");
+    connect(starter.as_raw_fd(), &UnixAddr::new(&name).unwrap()).unwrap();
+    assert_eq!(case.status(), "created");
+    send(starter.as_raw_fd(), b"start", nix::sys::socket::MsgFlags::empty()).unwrap();
+    drop(starter);
+    case.wait_for_status("running");
+    assert!(case.fails(&["start", &case.id]).contains("already running"));
+    assert!(case.fails(&["delete", &case.id]).contains("not stopped"));
+    case.ok(&["pause", &case.id]);
+    assert_eq!(case.status(), "paused");
+}
+
+#[test]
+fn a_frozen_created_container_answers_any_number_of_questions() {
+    require!(ours);
+    let case = Case::new("true");
+    case.create(&[]).unwrap();
+    case.ok(&["pause", &case.id]);
+    for _ in 0..20 {
+        assert_eq!(case.status(), "created");
+    }
+}
