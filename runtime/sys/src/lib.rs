@@ -13,6 +13,7 @@ pub mod monitor;
 pub mod mount;
 pub mod netlink;
 pub mod process;
+pub mod scan;
 pub mod sealed;
 pub mod seccomp;
 pub mod seqpacket;

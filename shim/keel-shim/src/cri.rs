@@ -6,6 +6,7 @@
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use keel_proto::Stream;
+use keel_sys::scan::{BLOCK, newlines};
 
 /// `<30 bytes of time> stdout F `: both stream names are six letters long.
 pub(crate) const HEADER: usize = TIME + 10;
@@ -42,29 +43,20 @@ impl Formatter {
     /// Writes records for the start of `input` into `out`; returns how much was taken and how much written.
     /// Takes everything when `out` has room, and something whenever `out` has room for one record of all of it.
     pub(crate) fn format(&mut self, input: &[u8], out: &mut [u8]) -> (usize, usize) {
-        let mut taken = 0;
-        let mut written = 0;
+        let mut batch = Batch { input, taken: 0, out, written: 0 };
         self.header[TAG] = b'F';
-        for end in memchr::memchr_iter(b'\n', input) {
-            let line = &input[taken..=end];
-            if !append(&self.header, line, out, &mut written) {
-                return (taken, written);
-            }
-            taken = end + 1;
-            self.in_line = false;
-        }
-        let rest = &input[taken..];
-        if !rest.is_empty() {
+        let whole = batch.lines(&self.header);
+        self.in_line &= batch.taken == 0;
+        let rest = input.len() - batch.taken;
+        // One more byte for the newline.
+        if whole && rest > 0 && batch.out.len() - batch.written > HEADER + rest {
             self.header[TAG] = b'P';
-            // One more byte for the newline, which the header check below counts.
-            if out.len() - written > HEADER + rest.len() && append(&self.header, rest, out, &mut written) {
-                out[written] = b'\n';
-                written += 1;
-                taken = input.len();
-                self.in_line = true;
-            }
+            batch.append(&self.header, input.len());
+            batch.out[batch.written] = b'\n';
+            batch.written += 1;
+            self.in_line = true;
         }
-        (taken, written)
+        (batch.taken, batch.written)
     }
 
     /// The record that closes an unfinished line; empty when there is none.
@@ -77,18 +69,83 @@ impl Formatter {
     }
 }
 
+/// Text on its way into records.
+struct Batch<'a> {
+    input: &'a [u8],
+    taken: usize,
+    out: &'a mut [u8],
+    written: usize,
+}
+
+impl Batch<'_> {
+    /// All lines that have an end; false when there was no room for one of them.
+    #[inline(always)]
+    fn lines(&mut self, header: &[u8; HEADER]) -> bool {
+        let input = self.input;
+        let mut at = 0;
+        // Ends of long lines come faster one by one; lines are often as long as the one before.
+        let mut long = false;
+        loop {
+            let Some(block) = input[at..].first_chunk::<BLOCK>().filter(|_| !long) else {
+                let Some(newline) = memchr::memchr(b'\n', &input[at..]) else { return true };
+                at += newline + 1;
+                long = at - self.taken > SHORT;
+                if !self.append(header, at) {
+                    return false;
+                }
+                continue;
+            };
+            let mut ends = newlines(block);
+            while ends != 0 {
+                if !self.append(header, at + ends.trailing_zeros() as usize + 1) {
+                    return false;
+                }
+                ends &= ends - 1;
+            }
+            at += BLOCK;
+            long = at - self.taken > SHORT;
+        }
+    }
+
+    /// A record of the text up to `end`, if there is room for it.
+    #[inline(always)]
+    fn append(&mut self, header: &[u8; HEADER], end: usize) -> bool {
+        let text = &self.input[self.taken..];
+        let len = end - self.taken;
+        let Some((head, room)) = self.out[self.written..].split_first_chunk_mut::<HEADER>() else {
+            return false;
+        };
+        if let (0..=SHORT, Some(text), Some(room)) =
+            (len, text.first_chunk::<SHORT>(), room.first_chunk_mut::<SHORT>())
+        {
+            copy_ahead(text, room, len);
+        } else {
+            let (Some(room), Some(text)) = (room.get_mut(..len), text.get(..len)) else { return false };
+            room.copy_from_slice(text);
+        }
+        *head = *header;
+        self.taken = end;
+        self.written += HEADER + len;
+        true
+    }
+}
+
+/// Up to this length a line is short: found together with its neighbours, and copied without a call.
+const SHORT: usize = 128;
+/// Copies `len` bytes and what is next to them, up to a length that is known: this takes a few instructions and no call.
+/// What is too much of it is overwritten by the next record.
 #[inline(always)]
-fn append(header: &[u8; HEADER], text: &[u8], out: &mut [u8], written: &mut usize) -> bool {
-    let Some((head, room)) = out[*written..].split_first_chunk_mut::<HEADER>() else {
-        return false;
-    };
-    let Some(room) = room.get_mut(..text.len()) else {
-        return false;
-    };
-    *head = *header;
-    room.copy_from_slice(text);
-    *written += HEADER + text.len();
-    true
+fn copy_ahead(text: &[u8; SHORT], room: &mut [u8; SHORT], len: usize) {
+    room[..16].copy_from_slice(&text[..16]);
+    if len > 16 {
+        room[16..32].copy_from_slice(&text[16..32]);
+    }
+    if len > 32 {
+        room[32..64].copy_from_slice(&text[32..64]);
+    }
+    if len > 64 {
+        room[64..].copy_from_slice(&text[64..]);
+    }
 }
 
 /// Civil time in UTC without tables or time zone files.
@@ -180,6 +237,109 @@ mod tests {
     fn an_unfinished_line_is_closed_at_end_of_file() {
         check(&["a\nb"], "T F a\nT P b\nT F \n");
         check(&["a\n"], "T F a\n");
+    }
+
+    /// Word by word as the format is told, one line after the other.
+    fn naively(mut input: &[u8], room: usize, header: &str, in_line: &mut bool) -> Vec<Vec<u8>> {
+        let mut batches = vec![Vec::new()];
+        while !input.is_empty() {
+            let newline = input.iter().position(|b| *b == b'\n');
+            let (text, rest) = input.split_at(newline.map_or(input.len(), |at| at + 1));
+            let tag = if newline.is_some() { " F " } else { " P " };
+            let end: &[u8] = if newline.is_some() { b"" } else { b"\n" };
+            let record = [header.as_bytes(), tag.as_bytes(), text, end].concat();
+            if batches.last().unwrap().len() + record.len() > room {
+                batches.push(Vec::new());
+            }
+            batches.last_mut().unwrap().extend(record);
+            *in_line = newline.is_none();
+            input = rest;
+        }
+        batches
+    }
+
+    /// Every run is the same, and a failing seed is its own replay.
+    fn random(seed: u64) -> impl FnMut(usize) -> usize {
+        let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
+        move |below| {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            (state >> 16) as usize % below
+        }
+    }
+
+    /// Lines of up to `longest` bytes, of any bytes; the last one may have no end.
+    fn text(longest: usize, len: usize, random: &mut impl FnMut(usize) -> usize) -> Vec<u8> {
+        let mut text = Vec::new();
+        while text.len() < len {
+            let line = random(longest);
+            text.extend((0..line).map(|_| random(256) as u8).map(|b| if b == b'\n' { b'x' } else { b }));
+            text.push(b'\n');
+        }
+        text.truncate(len);
+        text
+    }
+
+    fn check_as_naive(input: &[u8], room: usize, seed: u64) {
+        let mut formatter = formatter(Stream::Stdout);
+        let mut in_line = false;
+        let expected = naively(input, room, "2026-01-02T15:04:05.000000007Z stdout", &mut in_line);
+        let mut out = vec![0; room];
+        let mut batches = Vec::new();
+        formatter.records(input, &mut out, |batch| batches.push(batch.to_vec()));
+        assert!(batches == expected, "seed {seed}, {} bytes, {room} of room", input.len());
+        assert_eq!(formatter.in_line, in_line, "seed {seed}");
+    }
+
+    #[test]
+    fn any_output_is_formatted_as_if_line_by_line() {
+        for seed in 1..=400 {
+            let mut random = random(seed);
+            let longest = [1, 2, 3, 20, 70, 130, 300, 1000][random(8)];
+            let len = 1 + random(3000);
+            let input = text(longest, len, &mut random);
+            // The longest record, or its part without an end and its newline, always has room.
+            let least =
+                HEADER + 1 + input.split_inclusive(|b| *b == b'\n').map(<[u8]>::len).max().unwrap_or(0);
+            for room in [least, least + 1, least + random(300), least + random(3000), 64 << 10] {
+                check_as_naive(&input, room, seed);
+            }
+        }
+    }
+
+    #[test]
+    fn every_size_of_buffer_and_every_place_of_a_newline_will_do() {
+        let mut random = random(7);
+        let input = text(90, 700, &mut random);
+        for room in HEADER + 92..2500 {
+            check_as_naive(&input, room, 7);
+        }
+        for len in 1..300 {
+            for at in 0..len {
+                let mut input = vec![b'x'; len];
+                input[at] = b'\n';
+                check_as_naive(&input, HEADER + 1 + len, 0);
+                check_as_naive(&input, 4096, 0);
+            }
+        }
+    }
+
+    #[test]
+    fn nothing_is_taken_when_there_is_no_room_for_it() {
+        for len in 1..300 {
+            let mut line = vec![b'x'; len];
+            for whole in [false, true] {
+                line[len - 1] = if whole { b'\n' } else { b'x' };
+                let needed = HEADER + len + usize::from(!whole);
+                for room in 0..needed {
+                    let done = formatter(Stream::Stdout).format(&line, &mut vec![0; room]);
+                    assert_eq!(done, (0, 0), "{len} bytes, {room} of room");
+                }
+                let done = formatter(Stream::Stdout).format(&line, &mut vec![0; needed]);
+                assert_eq!(done, (len, needed));
+            }
+        }
     }
 
     #[test]
