@@ -163,6 +163,24 @@ struct Machine<'a> {
     executable: [u8; PATH_BYTES],
 }
 
+/// Clones a process for `body`, which ends when it returns; it shall allocate nothing. What is `shared` both sides have:
+/// the parent gets it back.
+pub(crate) fn fork<T>(
+    flags: u64,
+    cgroup: Option<BorrowedFd<'_>>,
+    shared: T,
+    body: impl FnOnce(T),
+) -> io::Result<(i32, OwnedFd, T)> {
+    // SAFETY: the runtime has one thread, so that no lock is held; the child runs the body on its copy of the memory.
+    match unsafe { process::clone(flags, cgroup) }? {
+        process::Cloned::Child => {
+            body(shared);
+            process::exit_now(1)
+        }
+        process::Cloned::Parent { pid, pidfd } => Ok((pid, pidfd, shared)),
+    }
+}
+
 /// Runs the whole list and ends in exec or exit. `texts` explains the operations after [`Op::Ready`], which a later
 /// `start` command must print without having the list.
 pub(crate) fn run(ops: &[Op], texts: &[Vec<u8>], fds: &Fds, state: &StateText) -> ! {

@@ -31,7 +31,6 @@ pub(crate) struct Launched {
 }
 
 /// Clones the child, which begins with its operations at once.
-#[expect(unsafe_code, reason = "clone")]
 pub(crate) fn launch(mut launch: Launch<'_>) -> Result<Launched, RuntimeError> {
     let (ours, theirs) = socket::pair().map_err(sys_error("make a socket pair"))?;
     launch.fds.sync = Some(theirs);
@@ -46,22 +45,16 @@ pub(crate) fn launch(mut launch: Launch<'_>) -> Result<Launched, RuntimeError> {
         back = join_early(&launch)?;
     }
     back.extend(enter(&launch, &[])?);
-    // SAFETY: the runtime has one thread, and the child runs `child::run`, which does not return.
-    let cloned = unsafe { process::clone(launch.clone_flags, launch.cgroup.as_ref().map(|c| c.as_fd())) };
-    if let Ok(process::Cloned::Child) = cloned {
-        // Our end would keep the conversation open in the child.
+    let cloned = child::fork(launch.clone_flags, launch.cgroup.as_ref().map(|c| c.as_fd()), ours, |ours| {
+        // It would keep the conversation open in the child.
         drop(ours);
-        child::run(launch.ops, &texts, &launch.fds, &launch.state);
-    }
+        child::run(launch.ops, &texts, &launch.fds, &launch.state)
+    });
     for fd in back {
         process::setns(&fd, 0).map_err(sys_error("return to the own namespace"))?;
     }
-    match cloned.map_err(sys_error("clone"))? {
-        process::Cloned::Parent { pid, pidfd } => {
-            Ok(Launched { pid, pidfd, sync: ours, idmaps: std::mem::take(&mut launch.fds.idmaps) })
-        }
-        process::Cloned::Child => process::exit_now(1),
-    }
+    let (pid, pidfd, sync) = cloned.map_err(sys_error("clone"))?;
+    Ok(Launched { pid, pidfd, sync, idmaps: std::mem::take(&mut launch.fds.idmaps) })
 }
 
 /// The end of a process in between: a number (what it made, or an error's) and the step that it came to. Allocates nothing.
@@ -88,7 +81,6 @@ const STEPS: [&str; 4] =
     ["forbid tracing", "join the user namespace", "enter namespaces inside the user namespace", "clone"];
 
 /// Clones a sibling of the child-to-be that joins the user namespace and clones the child as ours.
-#[expect(unsafe_code, reason = "clone")]
 fn launch_within(
     launch: &Launch<'_>,
     user: &OwnedFd,
@@ -96,50 +88,38 @@ fn launch_within(
     ours: OwnedFd,
 ) -> Result<Launched, RuntimeError> {
     let (answer, tell) = file::pipe().map_err(sys_error("make a pipe"))?;
-    // SAFETY: one thread; the child exits after the calls below, and what it clones runs `child::run`.
-    match unsafe { process::clone(0, None) }.map_err(sys_error("clone"))? {
-        process::Cloned::Parent { pid, .. } => {
-            drop(tell);
-            let (number, step) = hear_end(&answer, pid)?.unwrap_or_default();
-            if number <= 0 {
-                let what = STEPS.get(step as usize).copied().unwrap_or("clone");
-                return Err(sys_error(what)(std::io::Error::from_raw_os_error(-number)));
-            }
-            // It is our child and not waited for, so the number is still its own.
-            let pidfd = process::pidfd_open(number).map_err(sys_error("open the container's process"))?;
-            Ok(Launched { pid: number, pidfd, sync: ours, idmaps: Vec::new() })
-        }
-        process::Cloned::Child => {
-            drop((answer, ours));
-            let mut step = 0u32;
-            let mut go = || {
-                // Processes of that namespace may trace whoever has joined it.
-                process::set_dumpable(false)?;
-                step = 1;
-                join_early(launch).map_err(source_of)?;
-                let early =
-                    |(kind, fd): &(NsKind, OwnedFd)| process::setns(fd, kind.flag()).is_ok().then_some(*kind);
-                let early: Vec<NsKind> = launch.parent_joins.iter().filter_map(early).collect();
-                process::setns(user, NsKind::User.flag())?;
-                step = 2;
-                enter(launch, &early).map_err(source_of)?;
-                step = 3;
-                // SAFETY: as above.
-                unsafe {
-                    process::clone(
-                        launch.clone_flags | libc::CLONE_PARENT as u64,
-                        launch.cgroup.as_ref().map(|c| c.as_fd()),
-                    )
-                }
-            };
-            let number = match go() {
-                Ok(process::Cloned::Child) => child::run(launch.ops, texts, &launch.fds, &launch.state),
-                Ok(process::Cloned::Parent { pid, .. }) => pid,
-                Err(e) => -keel_sys::errno(&e),
-            };
-            tell_and_exit(&tell, number, step)
-        }
+    let cloned = child::fork(0, None, (answer, tell, ours), |(answer, tell, ours)| {
+        drop((answer, ours));
+        let mut step = 0u32;
+        let mut go = || {
+            // Processes of that namespace may trace whoever has joined it.
+            process::set_dumpable(false)?;
+            step = 1;
+            join_early(launch).map_err(source_of)?;
+            let early =
+                |(kind, fd): &(NsKind, OwnedFd)| process::setns(fd, kind.flag()).is_ok().then_some(*kind);
+            let early: Vec<NsKind> = launch.parent_joins.iter().filter_map(early).collect();
+            process::setns(user, NsKind::User.flag())?;
+            step = 2;
+            enter(launch, &early).map_err(source_of)?;
+            step = 3;
+            let flags = launch.clone_flags | libc::CLONE_PARENT as u64;
+            let cgroup = launch.cgroup.as_ref().map(|c| c.as_fd());
+            child::fork(flags, cgroup, (), |()| child::run(launch.ops, texts, &launch.fds, &launch.state))
+        };
+        let number = go().map_or_else(|e| -keel_sys::errno(&e), |(pid, ..)| pid);
+        tell_and_exit(&tell, number, step)
+    });
+    let (between, _, (answer, tell, sync)) = cloned.map_err(sys_error("clone"))?;
+    drop(tell);
+    let (number, step) = hear_end(&answer, between)?.unwrap_or_default();
+    if number <= 0 {
+        let what = STEPS.get(step as usize).copied().unwrap_or("clone");
+        return Err(sys_error(what)(std::io::Error::from_raw_os_error(-number)));
     }
+    // It is our child and not waited for, so the number is still its own.
+    let pidfd = process::pidfd_open(number).map_err(sys_error("open the container's process"))?;
+    Ok(Launched { pid: number, pidfd, sync, idmaps: Vec::new() })
 }
 
 fn source_of(error: RuntimeError) -> std::io::Error {
@@ -294,7 +274,6 @@ fn clone_source(
 }
 
 /// Makes a mount that the child may not make: a clone in its mount namespace or a device, with the rights of this process.
-#[expect(unsafe_code, reason = "clone")]
 pub(crate) fn send_source(launched: &Launched, op: &Op) -> Result<(), RuntimeError> {
     let owner = owner(launched, op)?;
     let path = format!("/proc/{}/ns/mnt", launched.pid);
@@ -303,29 +282,25 @@ pub(crate) fn send_source(launched: &Launched, op: &Op) -> Result<(), RuntimeErr
     // Without the right to it this process cannot do more than the child, which was refused.
     let namespace = open().map_err(|_| failed(Step::OpenSource, libc::EACCES))?;
     let (answer, tell) = file::pipe().map_err(sys_error("make a pipe"))?;
-    // SAFETY: one thread; the child makes only the calls below and exits.
-    match unsafe { process::clone(0, None) }.map_err(sys_error("clone"))? {
-        process::Cloned::Parent { pid, .. } => {
-            drop(tell);
-            match hear_end(&answer, pid)? {
-                Some((0, _)) => Ok(()),
-                Some((errno, step)) => Err(failed(Step::from_number(step), errno)),
-                None => Err(failed(Step::OpenSource, libc::EIO)),
-            }
-        }
-        process::Cloned::Child => {
-            let mut step = Step::OpenSource;
-            let mut go = || {
-                let tree = match op {
-                    Op::DeviceNode { .. } => make_device(op, owner, &mut step)?,
-                    _ => clone_source(launched, op, &namespace, &mut step)?,
-                };
-                step = Step::Send;
-                socket::send_fd(&launched.sync, b"go", &tree)
+    let cloned = child::fork(0, None, tell, |tell| {
+        let mut step = Step::OpenSource;
+        let mut go = || {
+            let tree = match op {
+                Op::DeviceNode { .. } => make_device(op, owner, &mut step)?,
+                _ => clone_source(launched, op, &namespace, &mut step)?,
             };
-            let errno = go().map_or_else(|e| keel_sys::errno(&e), |()| 0);
-            tell_and_exit(&tell, errno, step as u32)
-        }
+            step = Step::Send;
+            socket::send_fd(&launched.sync, b"go", &tree)
+        };
+        let errno = go().map_or_else(|e| keel_sys::errno(&e), |()| 0);
+        tell_and_exit(&tell, errno, step as u32)
+    });
+    let (pid, _, tell) = cloned.map_err(sys_error("clone"))?;
+    drop(tell);
+    match hear_end(&answer, pid)? {
+        Some((0, _)) => Ok(()),
+        Some((errno, step)) => Err(failed(Step::from_number(step), errno)),
+        None => Err(failed(Step::OpenSource, libc::EIO)),
     }
 }
 
