@@ -17,4 +17,4 @@ pub use group::{Cgroup, CgroupError, Entry, Version};
 pub use layout::{Hierarchy, Layout, LayoutError, Mode, Roots};
 pub use resources::*;
 pub use stats::*;
-pub use write::{Setting, cannot_be_set, lower_v1, lower_v2, shares_to_weight};
+pub use write::{Setting, cannot_be_set, has_no_effect, lower_v1, lower_v2, shares_to_weight};

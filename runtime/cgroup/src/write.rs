@@ -29,6 +29,10 @@ pub fn cannot_be_set(r: &Resources, mode: Mode) -> Option<(&'static str, &'stati
     if memory.use_hierarchy == Some(false) {
         return Some(("memory.useHierarchy", "no kernel since 5.11 can turn it off"));
     }
+    // The number below zero is what callers write for "not set".
+    if memory.swappiness.is_some_and(|s| s > 100 && s != u64::MAX) {
+        return Some(("memory.swappiness", "it goes from 0 to 100"));
+    }
     if mode != Mode::V2 {
         let wanted = mode == Mode::V1 && !r.unified.is_empty();
         return wanted.then_some(("unified", "this host has no cgroup v2"));
@@ -52,6 +56,17 @@ pub fn cannot_be_set(r: &Resources, mode: Mode) -> Option<(&'static str, &'stati
     .find_map(|(field, there)| there.then_some((field, why)))
 }
 
+/// A field that present kernels no longer have a control for. The specification advises against it, callers still write it.
+pub fn has_no_effect(r: &Resources, mode: Mode) -> Option<&'static str> {
+    let memory = r.memory.as_ref()?;
+    let set = |n: Option<i64>| n.is_some_and(|n| n != 0);
+    match (set(memory.kernel), set(memory.kernel_tcp) && mode == Mode::V2) {
+        (true, _) => Some("memory.kernel"),
+        (_, true) => Some("memory.kernelTCP"),
+        _ => None,
+    }
+}
+
 /// Settings for v1 controllers, in an order that the kernel accepts for a new cgroup.
 pub fn lower_v1(r: &Resources) -> Vec<Setting> {
     let mut out = Vec::new();
@@ -72,7 +87,7 @@ pub fn lower_v1(r: &Resources) -> Vec<Setting> {
         out.push(optional("hugetlb", format!("hugetlb.{}.rsvd.limit_in_bytes", page.page_size), page.limit));
     }
     if let Some(network) = &r.network {
-        if let Some(class) = network.class_id {
+        if let Some(class) = network.class_id.filter(|class| *class != 0) {
             out.push(set("net_cls", "net_cls.classid", class));
         }
         for p in &network.priorities {
@@ -103,9 +118,6 @@ fn memory_v1(m: &Memory, out: &mut Vec<Setting>) {
         }
         (None, Some(swap)) => out.push(optional("memory", "memory.memsw.limit_in_bytes", swap)),
         (None, None) => {}
-    }
-    if let Some(kernel) = given(m.kernel) {
-        out.push(optional("memory", "memory.kmem.limit_in_bytes", kernel));
     }
     if let Some(tcp) = given(m.kernel_tcp) {
         out.push(optional("memory", "memory.kmem.tcp.limit_in_bytes", tcp));

@@ -321,18 +321,21 @@ fn short(command: &str, letter: char) -> Option<&'static str> {
     })
 }
 
-pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<(Globals, Command), lexopt::Error> {
+/// Fills in the global options as it meets them: an error shall reach the log that was named before it.
+pub(crate) fn parse(
+    args: impl IntoIterator<Item = OsString>,
+    globals: &mut Globals,
+) -> Result<Command, lexopt::Error> {
     let mut parser = Parser::from_args(args);
-    let mut globals = Globals::default();
     let name = loop {
         match parser.next()? {
-            None | Some(Arg::Short('h')) => return Ok((globals, Command::Help)),
-            Some(Arg::Long("help")) => return Ok((globals, Command::Help)),
-            Some(Arg::Short('v') | Arg::Long("version")) => return Ok((globals, Command::Version)),
+            None | Some(Arg::Short('h')) => return Ok(Command::Help),
+            Some(Arg::Long("help")) => return Ok(Command::Help),
+            Some(Arg::Short('v') | Arg::Long("version")) => return Ok(Command::Version),
             Some(Arg::Value(value)) => break value.string()?,
             Some(Arg::Long(name)) => {
                 let name = name.to_owned();
-                if !global(&name, &mut parser, &mut globals)? {
+                if !global(&name, &mut parser, globals)? {
                     return Err(format!("unknown option --{name}").into());
                 }
             }
@@ -346,13 +349,10 @@ pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<(Globals
         })
     };
     if name == "help" {
-        return Ok((
-            globals,
-            match parser.next()? {
-                Some(Arg::Value(name)) => Command::HelpOn(find(&name.string()?)?),
-                _ => Command::Help,
-            },
-        ));
+        return Ok(match parser.next()? {
+            Some(Arg::Value(name)) => Command::HelpOn(find(&name.string()?)?),
+            _ => Command::Help,
+        });
     }
     let known = find(&name)?;
     let mut options = Options::default();
@@ -374,7 +374,7 @@ pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<(Globals
                 positional.push(value.string()?);
                 continue;
             }
-            Some(Arg::Short('h') | Arg::Long("help")) => return Ok((globals, Command::HelpOn(known))),
+            Some(Arg::Short('h') | Arg::Long("help")) => return Ok(Command::HelpOn(known)),
             Some(Arg::Short(letter)) => {
                 (format!("-{letter}"), short(known.command, letter).map(str::to_owned))
             }
@@ -382,19 +382,29 @@ pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<(Globals
         };
         let long = long.ok_or_else(|| lexopt::Error::from(format!("unknown option {shown}")))?;
         if let Some(flag) = known.flags.iter().find(|f| **f == long) {
-            match parser.optional_value() {
-                None => options.flags.push(flag),
-                Some(value) if value == "true" => options.flags.push(flag),
-                Some(value) if value == "false" => {}
-                Some(_) => return Err(format!("option {shown} takes no value").into()),
+            if switch(&shown, &mut parser)? {
+                options.flags.push(flag);
             }
         } else if let Some(name) = known.values.iter().find(|v| **v == long) {
             options.values.push((name, parser.value()?.string()?));
-        } else if !global(&long, &mut parser, &mut globals)? {
+        } else if !global(&long, &mut parser, globals)? {
             return Err(format!("unknown option {shown} of {name}").into());
         }
     }
-    Ok((globals, Command::Run { name, options, positional }))
+    if known.arguments.is_empty() && !positional.is_empty() {
+        return Err(format!("{name} takes no arguments, not {positional:?}").into());
+    }
+    Ok(Command::Run { name, options, positional })
+}
+
+/// What stands alone, or with a word for yes or no.
+fn switch(shown: &str, parser: &mut Parser) -> Result<bool, lexopt::Error> {
+    match parser.optional_value() {
+        None => Ok(true),
+        Some(value) if value == "true" => Ok(true),
+        Some(value) if value == "false" => Ok(false),
+        Some(_) => Err(format!("option {shown} takes no value").into()),
+    }
 }
 
 fn global(name: &str, parser: &mut Parser, globals: &mut Globals) -> Result<bool, lexopt::Error> {
@@ -406,8 +416,8 @@ fn global(name: &str, parser: &mut Parser, globals: &mut Globals) -> Result<bool
             "text" => globals.log_json = false,
             other => return Err(format!("invalid log-format {other:?}: it is text or json").into()),
         },
-        "debug" => globals.debug = true,
-        "systemd-cgroup" => globals.systemd_cgroup = true,
+        "debug" => globals.debug = switch("--debug", parser)?,
+        "systemd-cgroup" => globals.systemd_cgroup = switch("--systemd-cgroup", parser)?,
         "cgroup-manager" => globals.systemd_cgroup = parser.value()? == "systemd",
         // Whether cgroup errors are forgiven is decided by the rights that are there.
         "criu" => globals.criu = Some(parser.value()?.into()),
@@ -432,7 +442,7 @@ mod tests {
         for line in
             ["create --bundle /b -- id", "create id --bundle /b", "create id -b /b", "create --bundle=/b id"]
         {
-            let (_, command) = parse(words(line)).unwrap();
+            let command = parse(words(line), &mut Globals::default()).unwrap();
             let Command::Run { options, positional, .. } = command else { panic!("{line}") };
             assert_eq!(
                 (options.get("bundle"), &positional[..]),
@@ -445,7 +455,7 @@ mod tests {
     #[test]
     fn the_programs_options_are_its_own() {
         for line in ["exec -t id ls -t --all", "exec -t id -- ls -t --all"] {
-            let (_, command) = parse(words(line)).unwrap();
+            let command = parse(words(line), &mut Globals::default()).unwrap();
             let Command::Run { options, positional, .. } = command else { panic!() };
             assert!(options.has("tty"));
             assert_eq!(positional, ["id", "ls", "-t", "--all"], "{line}");
@@ -454,9 +464,26 @@ mod tests {
 
     #[test]
     fn wrong_lines_are_errors() {
-        for line in ["nope", "--nope", "create --nope id", "--log-format xml list", "delete --force=maybe x"]
-        {
-            assert!(parse(words(line)).is_err(), "{line}");
+        for line in [
+            "nope",
+            "--nope",
+            "create --nope id",
+            "--log-format xml list",
+            "delete --force=maybe x",
+            "--debug=maybe list",
+            "features x",
+            "list x",
+        ] {
+            assert!(parse(words(line), &mut Globals::default()).is_err(), "{line}");
         }
+    }
+
+    #[test]
+    fn an_error_leaves_what_was_said_before_it() {
+        let mut globals = Globals::default();
+        let line = "--debug=false --systemd-cgroup=true --log /l --log-format json create --nope id";
+        assert!(parse(words(line), &mut globals).is_err());
+        assert_eq!((globals.log, globals.log_json), (Some("/l".into()), true));
+        assert_eq!((globals.debug, globals.systemd_cgroup), (false, true));
     }
 }

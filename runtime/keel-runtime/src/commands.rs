@@ -107,9 +107,13 @@ fn listen_fds() -> Option<u32> {
     std::env::var("LISTEN_FDS").ok().and_then(|n| n.parse::<u32>().ok()).filter(|n| *n > 0)
 }
 
-/// Those asked for, and those of a socket activation.
-fn preserve_fds(options: &Options) -> Result<u32, RuntimeError> {
-    Ok(number::<u32>(options, "preserve-fds")?.unwrap_or(0).saturating_add(listen_fds().unwrap_or(0)))
+/// Those asked for, and those of a socket activation. A number without a descriptor of the caller's is an error.
+fn preserve_fds(options: &Options, listen: Option<u32>) -> Result<u32, RuntimeError> {
+    let count = number::<u32>(options, "preserve-fds")?.unwrap_or(0).saturating_add(listen.unwrap_or(0));
+    match (3..).take(count as usize).find(|fd| !keel_sys::file::is_inherited(*fd)) {
+        Some(fd) => Err(usage(format!("descriptor {fd} is to be preserved (of {count}), but is not open"))),
+        None => Ok(count),
+    }
 }
 
 fn create_options(options: &Options, positional: &[String]) -> Result<CreateOptions, RuntimeError> {
@@ -120,7 +124,7 @@ fn create_options(options: &Options, positional: &[String]) -> Result<CreateOpti
         pid_file: options.path("pid-file"),
         console_socket: options.path("console-socket"),
         pidfd_socket: options.path("pidfd-socket"),
-        preserve_fds: preserve_fds(options)?,
+        preserve_fds: preserve_fds(options, listen_fds())?,
         listen_fds: listen_fds(),
         notify_socket: notify_socket(),
         no_pivot: options.has("no-pivot"),
@@ -206,7 +210,7 @@ fn exec(runtime: &Runtime, options: &Options, positional: &[String], log: &Log) 
         pid_file: options.path("pid-file"),
         console_socket: options.path("console-socket"),
         pidfd_socket: options.path("pidfd-socket"),
-        preserve_fds: number(options, "preserve-fds")?.unwrap_or(0),
+        preserve_fds: preserve_fds(options, None)?,
         detach: options.has("detach"),
     };
     let mut process = runtime.exec_process(&exec)?;

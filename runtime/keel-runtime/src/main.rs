@@ -21,11 +21,19 @@ fn main() -> ExitCode {
         eprintln!("keel-runtime: error: {}", helper(&words.collect::<Vec<_>>()).chain());
         return ExitCode::from(1);
     }
-    let parsed = args::parse(std::env::args_os().skip(1));
-    let (globals, command) = match parsed {
-        Ok(parsed) => parsed,
+    let mut globals = Globals::default();
+    let parsed = args::parse(std::env::args_os().skip(1), &mut globals);
+    let log = match Log::open(&globals) {
+        Ok(log) => Rc::new(log),
         Err(e) => {
             eprintln!("keel-runtime: error: {e}");
+            return ExitCode::from(1);
+        }
+    };
+    let command = match parsed {
+        Ok(command) => command,
+        Err(e) => {
+            log.error(&e.to_string());
             return ExitCode::from(1);
         }
     };
@@ -43,13 +51,6 @@ fn main() -> ExitCode {
             ExitCode::SUCCESS
         }
         Command::Run { name, options, positional } => {
-            let log = match Log::open(&globals) {
-                Ok(log) => Rc::new(log),
-                Err(e) => {
-                    eprintln!("keel-runtime: error: {e}");
-                    return ExitCode::from(1);
-                }
-            };
             if commands::needs_sealed_binary(&name)
                 && let Err(e) = keel_sys::sealed::ensure()
             {

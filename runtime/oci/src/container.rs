@@ -15,7 +15,9 @@ use crate::state::{ContainerDir, START_SOCKET, State, Status, Store, SystemdUnit
 use keel_cgroup::{Cgroup, Mode, Resources, Roots};
 use keel_sys::{file, process, socket};
 use std::fs;
+use std::io::Read;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -212,7 +214,8 @@ impl Runtime {
         let launched =
             self.build(&mut building, &spec, &lowered, &facts, &mut state, options, wait, console)?;
         building.done = true;
-        let warnings = lowered.warnings.clone();
+        let mut warnings = lowered.warnings.clone();
+        warnings.extend(other_score(&spec, launched.pid));
         drop(building);
         Ok(Created { dir, state, spec, launched, lowered, warnings, kept: false })
     }
@@ -270,7 +273,14 @@ impl Runtime {
             cgroup = building.cgroup.open_v2()?;
         }
         for (kind, path) in &lowered.child_joins {
-            fds.namespaces.push(open_namespace(*kind, path)?);
+            let namespace = open_namespace(*kind, path)?;
+            if lowered.sysctl_namespaces.contains(kind) && is_own(*kind, &namespace)? {
+                return Err(RuntimeError::Usage(format!(
+                    "linux.sysctl: {path} is the host's {} namespace, whose parameters stay as they are",
+                    kind.spec_name()
+                )));
+            }
+            fds.namespaces.push(namespace);
         }
         let user_join = match &lowered.user_join {
             Some(path) => Some(open_namespace(NsKind::User, path)?),
@@ -629,6 +639,15 @@ impl Drop for Building<'_> {
     }
 }
 
+/// Below its own score the runtime may not go without a right of its own (CAP_SYS_RESOURCE), and the container runs.
+fn other_score(spec: &Spec, pid: i32) -> Option<String> {
+    let wanted = spec.process.as_ref()?.oom_score_adj?;
+    let score: i32 = fs::read_to_string(format!("/proc/{pid}/oom_score_adj")).ok()?.trim().parse().ok()?;
+    (score != wanted).then(|| {
+        format!("process.oomScoreAdj: it stays {score}, since CAP_SYS_RESOURCE is missing for {wanted}")
+    })
+}
+
 pub(crate) fn write_pid_file(path: &Path, pid: i32) -> Result<(), RuntimeError> {
     // A reader that waits for the file must never see it empty.
     let name = path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
@@ -641,15 +660,16 @@ fn config_path(bundle: &Path, config: Option<&Path>) -> PathBuf {
     bundle.join(config.unwrap_or(Path::new("config.json")))
 }
 
-fn read_config(path: &Path) -> Result<Vec<u8>, RuntimeError> {
-    let meta = fs::metadata(path).map_err(io_error("open", path))?;
-    if meta.len() > CONFIG_MAX_BYTES {
-        return Err(RuntimeError::Usage(format!(
-            "{} is larger than {CONFIG_MAX_BYTES} bytes",
-            path.display()
-        )));
+/// A configuration, or the process of an exec: any file, also one that does not tell its size.
+pub(crate) fn read_config(path: &Path) -> Result<Vec<u8>, RuntimeError> {
+    let file = fs::File::open(path).map_err(io_error("open", path))?;
+    let mut text = Vec::new();
+    file.take(CONFIG_MAX_BYTES + 1).read_to_end(&mut text).map_err(io_error("read", path))?;
+    if text.len() as u64 > CONFIG_MAX_BYTES {
+        let path = path.display();
+        return Err(RuntimeError::Usage(format!("{path} is larger than {CONFIG_MAX_BYTES} bytes")));
     }
-    fs::read(path).map_err(io_error("read", path))
+    Ok(text)
 }
 
 fn rootfs_path(bundle: &Path, spec: &Spec) -> Result<PathBuf, RuntimeError> {
@@ -713,6 +733,13 @@ pub(crate) fn open_namespace(kind: NsKind, path: &str) -> Result<OwnedFd, Runtim
         return Err(RuntimeError::Usage(format!("{path} is no {} namespace", kind.spec_name())));
     }
     Ok(fd)
+}
+
+fn is_own(kind: NsKind, namespace: &OwnedFd) -> Result<bool, RuntimeError> {
+    let path = format!("/proc/self/ns/{}", kind.proc_name());
+    let own = fs::metadata(&path).map_err(io_error("read", &path))?;
+    let other = file::fstat(namespace).map_err(sys_error("look at a namespace"))?;
+    Ok((own.dev(), own.ino()) == (other.dev, other.ino))
 }
 
 pub(crate) fn notify_path(spec: &Spec) -> Option<&str> {
@@ -784,26 +811,12 @@ fn map_by_helper(helper: &'static str, pid: i32, maps: &[IdMapping]) -> Result<(
 }
 
 /// A user namespace that only lends its maps to an idmapped mount.
-#[expect(unsafe_code, reason = "clone")]
 fn make_user_namespace(uids: &[IdMapping], gids: &[IdMapping]) -> Result<OwnedFd, RuntimeError> {
-    let (ours, theirs) = socket::pair().map_err(sys_error("make a socket pair"))?;
-    // SAFETY: one thread; the child waits for the end of the conversation and exits.
-    let cloned = unsafe { process::clone(libc::CLONE_NEWUSER as u64, None) };
-    match cloned.map_err(sys_error("make a user namespace"))? {
-        process::Cloned::Child => {
-            drop(ours);
-            let _ = socket::recv(&theirs, &mut [0u8; 4]);
-            process::exit_now(0)
-        }
-        process::Cloned::Parent { pid, .. } => {
-            drop(theirs);
-            let result = write_id_maps(pid, uids, gids)
-                .and_then(|()| open_namespace(NsKind::User, &format!("/proc/{pid}/ns/user")));
-            drop(ours);
-            let _ = process::wait_pid(pid);
-            result
-        }
-    }
+    let made = process::in_new_namespaces(libc::CLONE_NEWUSER, |pid| {
+        write_id_maps(pid, uids, gids)?;
+        open_namespace(NsKind::User, &format!("/proc/{pid}/ns/user"))
+    });
+    made.map_err(sys_error("make a user namespace"))?
 }
 
 /// The state document around the pid.

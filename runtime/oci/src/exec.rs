@@ -1,7 +1,7 @@
 //! `exec`: a further process in a running container.
 
 use crate::child::{Fds, StateText, Word};
-use crate::container::{Runtime, notify_path, notify_text, state_text, write_pid_file};
+use crate::container::{Runtime, notify_path, notify_text, read_config, state_text, write_pid_file};
 use crate::error::{RuntimeError, io_error, sys_error};
 use crate::host;
 use crate::launch::{self, Heard, Launch, Launched};
@@ -308,7 +308,7 @@ fn move_below(cgroup: &mut Cgroup, subs: &[(Vec<&str>, String)]) -> Result<(), R
 
 fn exec_process(spec: &Spec, options: &ExecOptions) -> Result<Process, RuntimeError> {
     if let Some(path) = &options.process {
-        let text = fs::read(path).map_err(io_error("read", path))?;
+        let text = read_config(path)?;
         let mut process: Process = serde_json::from_slice(&text)
             .map_err(|source| RuntimeError::Json { path: path.clone(), source })?;
         if process.exec_cpu_affinity.is_none() {

@@ -306,6 +306,12 @@ pub fn set_cloexec(fd: impl AsFd, on: bool) -> io::Result<()> {
     Ok(())
 }
 
+/// Whether this is an open descriptor that outlives an exec: here, one that the caller gave.
+pub fn is_inherited(number: i32) -> bool {
+    // SAFETY: plain numbers.
+    unsafe { libc::fcntl(number, libc::F_GETFD) & libc::FD_CLOEXEC == 0 }
+}
+
 pub fn set_nonblocking(fd: impl AsFd, on: bool) -> io::Result<()> {
     let raw = fd.as_fd().as_raw_fd();
     // SAFETY: plain numbers.

@@ -154,3 +154,91 @@ fn a_frozen_created_container_answers_any_number_of_questions() {
         assert_eq!(case.status(), "created");
     }
 }
+
+#[test]
+fn parameters_of_the_hosts_namespace_are_not_set() {
+    require!();
+    let forward = fs::read_to_string("/proc/sys/net/ipv4/ip_forward").unwrap();
+    let case = Case::new("true")
+        .join("network", "/proc/self/ns/net")
+        .with("/linux/sysctl", json!({"net.ipv4.ip_forward": forward.trim()}));
+    let error = case.fails(&["run", "--bundle", &case.bundle(), &case.id]);
+    assert!(error.contains("sysctl"), "{error}");
+    case.assert_gone();
+}
+
+#[test]
+fn a_notification_that_nobody_could_answer_is_refused() {
+    require!(ours);
+    for (seccomp, word) in [
+        (json!({"defaultAction": "SCMP_ACT_NOTIFY", "listenerPath": "/x"}), "defaultAction"),
+        (
+            json!({"defaultAction": "SCMP_ACT_ALLOW", "listenerPath": "/x",
+                   "syscalls": [{"names": ["sendmsg"], "action": "SCMP_ACT_NOTIFY"}]}),
+            "sendmsg",
+        ),
+    ] {
+        let case = Case::new("true").with("/linux/seccomp", seccomp);
+        let error = case.fails(&["run", "--bundle", &case.bundle(), &case.id]);
+        assert!(error.contains(word), "{error}");
+    }
+}
+
+#[test]
+fn a_limit_that_is_not_set_is_refused_or_told() {
+    require!(ours);
+    let with = |field: &str, value: Value| {
+        let case = Case::new("true").with(field, value);
+        let output = case.run();
+        (output.status.success(), text(&output.stderr))
+    };
+    let (ran, said) = with("/linux/resources/memory/swappiness", json!(200));
+    assert!(!ran && said.contains("memory.swappiness"), "{said}");
+    let (ran, said) = with("/linux/resources/memory/kernel", json!(1 << 20));
+    assert!(ran && said.contains("memory.kernel has no effect"), "{said}");
+    let (ran, said) = with("/linux/resources/network", json!({"classID": 0, "priorities": []}));
+    assert!(ran && said.is_empty(), "zero is none: {said}");
+}
+
+#[test]
+fn an_oom_score_that_cannot_be_had_is_told() {
+    require!(ours);
+    let output = Case::new("cat /proc/self/oom_score_adj").with("/process/oomScoreAdj", json!(-900)).run();
+    let told = text(&output.stderr).contains("process.oomScoreAdj");
+    assert!(output.status.success());
+    assert_eq!(text(&output.stdout).trim() != "-900", told, "{output:?}");
+}
+
+#[test]
+fn preserved_descriptors_must_be_there() {
+    require!(ours);
+    let case = Case::new("sleep 1000");
+    case.start();
+    for count in ["1", "4294967295"] {
+        let output = case.exec(&["--preserve-fds", count, &case.id, "true"]);
+        assert_eq!(output.status.code(), Some(255), "{}", text(&output.stderr));
+    }
+}
+
+#[test]
+fn a_configuration_without_an_end_is_refused() {
+    require!(ours);
+    let case = Case::new("sleep 1000");
+    case.start();
+    let output = case.exec(&["--process", "/dev/zero", &case.id]);
+    assert!(text(&output.stderr).contains("larger than"), "{}", text(&output.stderr));
+}
+
+#[test]
+fn errors_of_the_command_line_reach_the_log() {
+    require!();
+    let case = Case::new("true");
+    let log = case.path("log.json");
+    let log = log.to_str().unwrap();
+    for args in [&["create", "--nope", "x"][..], &["create"], &["features", "x"], &["no-command"]] {
+        let _ = fs::remove_file(log);
+        case.fails(&[&["--log", log, "--log-format", "json"], args].concat());
+        let line: Value = serde_json::from_str(&fs::read_to_string(log).unwrap()).unwrap();
+        assert_eq!(line["level"], "error", "{args:?}: {line}");
+    }
+}

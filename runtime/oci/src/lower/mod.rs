@@ -74,6 +74,8 @@ pub struct Lowered {
     pub idmaps: Vec<Idmap>,
     pub net_devices: Vec<NetDevice>,
     pub rdt: Option<Rdt>,
+    /// Namespaces that parameters are set in: one that is joined must not be the runtime's own.
+    pub sysctl_namespaces: Vec<NsKind>,
     /// Device rules, with those for the default devices.
     pub device_rules: Vec<DeviceSpec>,
     /// The container has its own pid namespace, so that its init's death is everybody's.
@@ -169,6 +171,7 @@ pub fn lower(spec: &Spec, request: &Request, facts: &HostFacts) -> Result<Lowere
         idmaps: Vec::new(),
         net_devices: net_devices(linux, &namespaces)?,
         rdt: linux.intel_rdt.as_ref().map(|rdt| lower_rdt(rdt, &request.id)).transpose()?,
+        sysctl_namespaces: linux.sysctl.keys().filter_map(|key| sysctl_namespace(key)).collect(),
         device_rules: device_rules(linux, facts),
         own_pid_namespace: namespaces.is_new(NsKind::Pid),
         warnings: Vec::new(),
@@ -177,6 +180,10 @@ pub fn lower(spec: &Spec, request: &Request, facts: &HostFacts) -> Result<Lowere
         // Unlike a process's label it takes nothing away from the container.
         out.warnings.push("linux.mountLabel has no effect: SELinux is not enabled on this host".to_owned());
     }
+    let ignored = linux.resources.as_ref().and_then(|r| keel_cgroup::has_no_effect(r, facts.layout.mode));
+    out.warnings.extend(
+        ignored.map(|field| format!("linux.resources.{field} has no effect: kernels have no such limit")),
+    );
     lower_namespaces(linux, &namespaces, &mut out)?;
     early(spec, request, &namespaces, &mut out)?;
     mounts::lower_rootfs(spec, linux, request, facts, &namespaces, &mut out)?;
@@ -397,9 +404,9 @@ fn identity(spec: &Spec, linux: &Linux, namespaces: &Namespaces, ops: &mut Vec<O
     Ok(())
 }
 
-/// Only parameters that belong to a namespace of the container may be set.
-fn check_sysctl(key: &str, namespaces: &Namespaces) -> Result<(), SpecError> {
-    const IPC: [&str; 11] = [
+/// The namespace that a parameter belongs to.
+fn sysctl_namespace(key: &str) -> Option<NsKind> {
+    const IPC: [&str; 12] = [
         "kernel.msgmax",
         "kernel.msgmnb",
         "kernel.msgmni",
@@ -407,29 +414,29 @@ fn check_sysctl(key: &str, namespaces: &Namespaces) -> Result<(), SpecError> {
         "kernel.shmall",
         "kernel.shmmax",
         "kernel.shmmni",
+        "kernel.shm_next_id",
         "kernel.shm_rmid_forced",
         "kernel.auto_msgmni",
         "kernel.msg_next_id",
         "kernel.sem_next_id",
     ];
     let dotted = key.replace('/', ".");
-    if dotted.split('.').any(|part| part.is_empty()) {
+    Some(match dotted.as_str() {
+        key if IPC.contains(&key) || key.starts_with("fs.mqueue.") => NsKind::Ipc,
+        key if key.starts_with("net.") => NsKind::Net,
+        key if key.starts_with("user.") => NsKind::User,
+        "kernel.domainname" | "kernel.hostname" => NsKind::Uts,
+        _ => return None,
+    })
+}
+
+/// Only parameters that belong to a namespace of the container may be set.
+fn check_sysctl(key: &str, namespaces: &Namespaces) -> Result<(), SpecError> {
+    if key.split(['.', '/']).any(|part| part.is_empty()) {
         return Err(invalid("linux.sysctl", format!("{key:?} is not a parameter name")));
     }
-    let needs = if IPC.contains(&dotted.as_str())
-        || dotted.starts_with("fs.mqueue.")
-        || dotted == "kernel.shm_next_id"
-    {
-        NsKind::Ipc
-    } else if dotted.starts_with("net.") {
-        NsKind::Net
-    } else if dotted.starts_with("user.") {
-        NsKind::User
-    } else if matches!(dotted.as_str(), "kernel.domainname" | "kernel.hostname") {
-        NsKind::Uts
-    } else {
-        return Err(invalid("linux.sysctl", format!("{key:?} is not in a separate kernel namespace")));
-    };
+    let needs = sysctl_namespace(key)
+        .ok_or_else(|| invalid("linux.sysctl", format!("{key:?} is not in a separate kernel namespace")))?;
     if !namespaces.has(needs) {
         return Err(invalid(
             "linux.sysctl",

@@ -121,6 +121,10 @@ enum Compare {
 
 pub fn compile(spec: &Seccomp) -> Result<Filter, SpecError> {
     let default = action("linux.seccomp.defaultAction", &spec.default_action, spec.default_errno_ret)?;
+    if default == RET_NOTIFY {
+        let why = "the listener would be asked before there is one";
+        return Err(unsupported("linux.seccomp.defaultAction SCMP_ACT_NOTIFY", why));
+    }
     let mut archs = vec![Arch::native()];
     for name in &spec.architectures {
         if !name.starts_with("SCMP_ARCH_") {
@@ -133,6 +137,13 @@ pub fn compile(spec: &Seccomp) -> Result<Filter, SpecError> {
     if uses_notify(spec) {
         if spec.listener_path.as_deref().unwrap_or("").is_empty() {
             return Err(invalid("linux.seccomp.listenerPath", "is needed for SCMP_ACT_NOTIFY"));
+        }
+        let notified = spec.syscalls.iter().filter(|s| s.action == "SCMP_ACT_NOTIFY");
+        if notified.flat_map(|s| &s.names).any(|name| name == "sendmsg") {
+            return Err(unsupported(
+                "linux.seccomp: SCMP_ACT_NOTIFY for sendmsg",
+                "the listener is sent by it",
+            ));
         }
         flags |= FLAG_NEW_LISTENER;
     }
