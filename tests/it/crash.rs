@@ -670,6 +670,43 @@ fn a_container_whose_daemon_and_shim_are_killed_lives_and_is_taken_over() {
     delete_everything(&mut instance);
 }
 
+#[test]
+fn how_a_container_ends_whose_shim_is_killed_is_known_and_its_last_words_are_kept() {
+    let mut instance = Instance::new();
+    instance.import_busybox();
+    let talks =
+        "    command: [sh, -c, 'trap \"echo last words; exit 7\" TERM; while :; do sleep 0.05; done']\n";
+    instance.write("web.yaml", &(pod("web", talks) + "  restartPolicy: Never\n"));
+    let daemon = instance.start_daemon();
+    instance.await_ready("web");
+    let pids = instance.pids();
+    let (id, pid) = pids.iter().next().unwrap();
+    // The daemon learns of both ends at once, after the fact.
+    signal(daemon, Signal::SIGSTOP);
+    let shim = shim_of(&instance, id).unwrap();
+    signal(shim, Signal::SIGKILL);
+    eventually("the shim is dead", || (!is_alive(shim)).then_some(()));
+    signal(*pid, Signal::SIGTERM);
+    eventually("the container is dead", || (!is_alive(*pid)).then_some(()));
+    signal(daemon, Signal::SIGCONT);
+    let record = instance.root().join("exits").join(format!("{id}.json"));
+    let record =
+        eventually("the record", || keel_proto::ExitRecord::parse(&fs::read_to_string(&record).ok()?).ok());
+    if record.lost {
+        eprintln!("skipped in part: this kernel keeps no exit status in a pidfd");
+    } else {
+        assert_eq!(record.code, 7);
+        let state = eventually("the status", || {
+            let state = status(&instance.pod("web"))["state"]["terminated"].clone();
+            state.is_object().then_some(state)
+        });
+        assert_eq!(state["exitCode"], 7, "{state}");
+    }
+    assert_eq!(instance.keel(&["logs", "web"]).expect_code(0).stdout, "last words\n");
+    assert!(instance.stop_daemon().success());
+    delete_everything(&mut instance);
+}
+
 /// The shim of this run has seen its end, and waits to have it restarted.
 #[track_caller]
 fn rests(instance: &Instance, id: &str) {

@@ -598,6 +598,24 @@ fn a_terminal_has_the_size_it_was_given() {
 }
 
 #[test]
+fn a_terminal_that_is_closed_and_opened_again_is_still_heard_and_costs_nothing_meanwhile() {
+    let Some(rig) = Rig::new() else { return };
+    let script = "echo one; exec < /dev/null > /dev/null 2>&1; while [ ! -e /go ]; do sleep 0.02; done
+                  echo two > /dev/pts/0 && echo three > /dev/pts/0; exit $?";
+    let container = rig.run(script, &["--tty"]);
+    container.wait_for_output("one");
+    let switches = || status_field(container.shim_pid(), "voluntary_ctxt_switches");
+    poll("rest", || {
+        let before = switches();
+        std::thread::sleep(Duration::from_secs(1));
+        switches() == before
+    });
+    fs::write(container.dir.join("rootfs/go"), "").unwrap();
+    assert_eq!(container.exit().code, 0);
+    assert_eq!(container.output("stdout"), "one\r\ntwo\r\nthree\r\n");
+}
+
+#[test]
 fn commands_have_their_own_streams_and_status() {
     let Some(rig) = Rig::new() else { return };
     let container = rig.run("sleep 1000", &[]);

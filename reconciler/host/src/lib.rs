@@ -13,6 +13,7 @@ mod good;
 mod heal;
 mod ids;
 mod images;
+mod kept;
 mod logs;
 mod observe;
 mod paths;
@@ -32,7 +33,7 @@ mod views;
 mod volumes;
 mod watch;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
@@ -155,7 +156,8 @@ impl RealHost {
 
 impl Host for RealHost {
     fn observe(&self) -> Result<Observed, PortError> {
-        let (mut pods, orphans) = observe::pods(&self.paths).map_err(HostError::from)?;
+        let (mut pods, orphans) =
+            observe::pods(&self.paths, |id| self.shims.can_recover(id)).map_err(HostError::from)?;
         self.note_over_limit(&mut pods);
         // Not a choice: a container without a monitor gets one, whatever the manifests say.
         self.shims.adopt_later(&orphans);
@@ -248,9 +250,12 @@ impl RealHost {
     fn follow_shims(&self, pods: &BTreeMap<PodKey, ObservedPod>) {
         let Some(ends) = self.shim_ends.get() else { return };
         let runs = pods.values().flat_map(|pod| &pod.containers);
-        let living =
-            runs.filter(|run| matches!(run.state, ContainerState::Running { .. })).map(|run| &run.id);
-        ends.follow(&self.paths, &living.collect());
+        let living: BTreeSet<_> = runs
+            .filter(|run| matches!(run.state, ContainerState::Running { .. }))
+            .map(|run| &run.id)
+            .collect();
+        ends.follow(&self.paths, &living);
+        self.shims.kept.follow(&self.paths, &living);
     }
 
     fn keep_lost(&self, pods: &BTreeMap<PodKey, ObservedPod>) {

@@ -21,7 +21,7 @@ pub(crate) struct ProcessMark {
     pub(crate) start_time: u64,
 }
 
-/// A container whose process lives while its monitor is gone.
+/// A container whose monitor is gone.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Orphan {
     pub(crate) id: ContainerId,
@@ -30,8 +30,12 @@ pub(crate) struct Orphan {
     pub(crate) attempt: u32,
 }
 
-/// Everything about pods and containers, and the orphans among them.
-pub(crate) fn pods(paths: &Paths) -> Result<(BTreeMap<PodKey, ObservedPod>, Vec<Orphan>), PathError> {
+/// Everything about pods and containers, and the orphans among them. A run that has ended without a monitor is one too if
+/// it `can_recover`: it counts as running until it is known how it ended.
+pub(crate) fn pods(
+    paths: &Paths,
+    can_recover: impl Fn(&ContainerId) -> bool,
+) -> Result<(BTreeMap<PodKey, ObservedPod>, Vec<Orphan>), PathError> {
     let mut pods = BTreeMap::new();
     for id in names(&paths.pods())? {
         let id = PodId(id);
@@ -54,7 +58,13 @@ pub(crate) fn pods(paths: &Paths) -> Result<(BTreeMap<PodKey, ObservedPod>, Vec<
     for id in names(&paths.containers())? {
         let id = ContainerId(id);
         let Some(record) = read_json::<ContainerRecord>(&paths.container_record(&id))? else { continue };
-        let (state, orphaned) = container_state(paths, &id, record.created_at)?;
+        let (mut state, mut orphaned) = container_state(paths, &id, record.created_at)?;
+        if matches!(state, ContainerState::Lost { .. })
+            && !paths.exit_record(&id).exists()
+            && can_recover(&id)
+        {
+            (state, orphaned) = (starting(record.created_at), true);
+        }
         if orphaned {
             orphans.push(Orphan {
                 id: id.clone(),
@@ -113,7 +123,7 @@ pub(crate) fn container_state(
     }
 }
 
-/// The shim is between its first and its last step of a start.
+/// The shim is between its first and its last step of a start, or is about to be replaced after the end.
 fn starting(created_at: Millis) -> ContainerState {
     ContainerState::Running { pid: 0, started_at: created_at }
 }

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::ffi::OsString;
 use std::io::{self, Read};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -15,6 +15,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::HostConfig;
 use crate::error::HostError;
+use crate::kept::Kept;
 use crate::observe::Orphan;
 use crate::paths::Paths;
 use crate::records::runtime_of;
@@ -31,6 +32,7 @@ const ADOPT_WORKERS: usize = 4;
 pub(crate) struct Shims {
     paths: Paths,
     config: HostConfig,
+    pub(crate) kept: Kept,
     adoptions: Mutex<Adoptions>,
     /// An adoption has ended.
     ended: Condvar,
@@ -49,7 +51,8 @@ struct Adoptions {
 
 impl Shims {
     pub(crate) fn new(paths: Paths, config: HostConfig) -> Shims {
-        Shims { paths, config, adoptions: Mutex::default(), ended: Condvar::new(), hint: OnceLock::new() }
+        let (adoptions, kept) = (Mutex::default(), Kept::default());
+        Shims { paths, config, kept, adoptions, ended: Condvar::new(), hint: OnceLock::new() }
     }
 
     /// Called after each adoption, whatever came of it.
@@ -58,7 +61,7 @@ impl Shims {
     }
 
     pub(crate) fn start(&self, id: &ContainerId, more: &[OsString]) -> Result<(), HostError> {
-        self.run("run", id, &self.config.runtime, more)
+        self.run("run", id, &self.config.runtime, more, Vec::new())
     }
 
     /// What has a shim see to the next run when nobody else is there to do it.
@@ -143,7 +146,7 @@ impl Shims {
     fn finish_adoption(&self, orphan: &Orphan) -> Result<(), HostError> {
         let done = runtime_of(&self.paths, &orphan.id, &self.config.runtime)
             .map_err(HostError::from)
-            .and_then(|runtime| self.run("adopt", &orphan.id, &runtime, &[]));
+            .and_then(|runtime| self.run("adopt", &orphan.id, &runtime, &[], self.kept.copies(&orphan.id)));
         let mut adoptions = self.lock();
         adoptions.under_way.remove(&orphan.id);
         if done.is_err() {
@@ -151,6 +154,11 @@ impl Shims {
         }
         self.ended.notify_all();
         done
+    }
+
+    /// Whether it can still be found out how this run ended, which has no monitor and no process any more.
+    pub(crate) fn can_recover(&self, id: &ContainerId) -> bool {
+        self.kept.has(id) && !self.lock().refused.contains_key(id)
     }
 
     pub(crate) fn is_adopting(&self, id: &ContainerId) -> bool {
@@ -166,7 +174,14 @@ impl Shims {
             .unwrap_or_else(PoisonError::into_inner);
     }
 
-    fn run(&self, verb: &str, id: &ContainerId, runtime: &Path, more: &[OsString]) -> Result<(), HostError> {
+    fn run(
+        &self,
+        verb: &str,
+        id: &ContainerId,
+        runtime: &Path,
+        more: &[OsString],
+        given: Vec<(&str, OwnedFd)>,
+    ) -> Result<(), HostError> {
         let dir = self.paths.container(id);
         let mut command = Command::new(&self.config.shim);
         command.arg(verb).arg("--id").arg(&id.0).arg("--dir").arg(&dir).arg("--bundle").arg(&dir);
@@ -174,6 +189,12 @@ impl Shims {
         command.arg("--runtime-root").arg(self.paths.runtime_root());
         command.arg("--exit-file").arg(self.paths.exit_record(id));
         command.args(more);
+        for (option, fd) in &given {
+            command.arg(option).arg(fd.as_raw_fd().to_string());
+        }
+        if !given.is_empty() {
+            keel_sys::monitor::give(&mut command, given.into_iter().map(|(_, fd)| fd).collect());
+        }
         let failed = |message: String| HostError::Start { container: id.to_string(), message };
         let mut child = command
             .env_clear()

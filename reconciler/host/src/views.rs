@@ -65,7 +65,7 @@ const WHOLE: &str = "status.json";
 /// `declared` is what would be in force; a pod that only has a record counts as declared too, since nobody ends it.
 /// Probes do not run then: a container whose probe had spoken keeps its verdict as long as the same run lives.
 pub fn offline_status(paths: &Paths, declared: Desired) -> Result<Status, HostError> {
-    let (pods, _) = observe::pods(paths)?;
+    let (pods, _) = observe::pods(paths, |_| false)?;
     let last = last_status(&paths.status_dir())?;
     let before: BTreeMap<&PodKey, &PodStatus> = last.pods.iter().map(|pod| (&pod.key, &**pod)).collect();
     let mut desired = Desired { complete: true, ..declared };

@@ -10,6 +10,8 @@ pub const IN: u32 = libc::EPOLLIN as u32;
 pub const OUT: u32 = libc::EPOLLOUT as u32;
 pub const HUP: u32 = libc::EPOLLHUP as u32;
 pub const ERR: u32 = libc::EPOLLERR as u32;
+/// Told when it happens, and not again as long as it lasts.
+pub const EDGE: u32 = libc::EPOLLET as u32;
 
 /// Events taken from the kernel at once; the rest comes with the next wait.
 pub const BATCH: usize = 16;

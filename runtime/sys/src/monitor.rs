@@ -118,6 +118,22 @@ pub fn die_with_parent(command: &mut Command) -> &mut Command {
     unsafe { command.pre_exec(hook) }
 }
 
+/// Lets the spawned process have these descriptors, by the numbers that they have here; nobody else who is spawned
+/// meanwhile gets them.
+pub fn give(command: &mut Command, fds: Vec<OwnedFd>) -> &mut Command {
+    let hook = move || {
+        for fd in &fds {
+            // SAFETY: fcntl with integers, of the child's own copy of the descriptor; async-signal-safe.
+            if unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFD, 0) } == -1 {
+                return Err(io::Error::last_os_error());
+            }
+        }
+        Ok(())
+    };
+    // SAFETY: the hook makes async-signal-safe calls and allocates nothing.
+    unsafe { command.pre_exec(hook) }
+}
+
 /// A second process with a copy of this one's memory and `kept` for its only descriptor, which has the number of standard
 /// error. It does `main` and ends. Returns its number.
 pub fn spawn_helper(kept: OwnedFd, main: impl FnOnce(BorrowedFd<'_>) -> i32) -> io::Result<i32> {
@@ -157,7 +173,7 @@ fn fork(flags: u64, main: impl FnOnce() -> i32) -> io::Result<i32> {
 
 /// Descriptors below this can be claimed. A process that re-executes itself passes a handful of small ones; one that holds
 /// what others left open for it has a descriptor for each published port of a container.
-const CLAIMABLE: RawFd = 4096;
+pub const CLAIMABLE: RawFd = 4096;
 static CLAIMED: [AtomicU64; CLAIMABLE as usize / 64] = [const { AtomicU64::new(0) }; CLAIMABLE as usize / 64];
 
 /// Takes ownership of a descriptor that came through `execve`, and sets close-on-exec on it again.

@@ -59,6 +59,7 @@ const STDOUT: u64 = 4;
 const STDERR: u64 = 5;
 const OWNER: u64 = 6;
 const NOTIFY: u64 = 7;
+const WRITER: u64 = 8;
 const CLIENTS: u64 = 16;
 const SESSIONS: u64 = 64;
 
@@ -107,6 +108,8 @@ struct Hold {
     listener: Option<OwnedFd>,
     stdin: Option<Stdin>,
     outputs: [Option<Output>; 2],
+    /// Nobody in the container has the terminal open.
+    terminal_left: bool,
     pump: Pump,
     clients: Clients,
     sessions: Sessions,
@@ -171,6 +174,7 @@ impl Hold {
             listener,
             stdin: stdin.map(|fd| Stdin { file: fd.into(), pending: Vec::new() }),
             outputs: [output(stdout, Stream::Stdout, within[0]), output(stderr, Stream::Stderr, within[1])],
+            terminal_left: false,
             pump,
             clients: Clients::new(CLIENTS),
             sessions: Sessions::new(SESSIONS),
@@ -262,6 +266,7 @@ impl Hold {
             }
             OWNER => self.owner_gone(),
             NOTIFY => self.notified(),
+            WRITER => self.writer_has_room(),
             STDIN => self.feed_stdin(),
             STDOUT => self.pump(0),
             STDERR => self.pump(1),

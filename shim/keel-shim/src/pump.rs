@@ -5,6 +5,7 @@ use std::io::{self, Read as _};
 use std::time::SystemTime;
 
 use keel_proto::Stream;
+use keel_sys::epoll::Epoll;
 use keel_sys::file::set_pipe_size;
 use keel_sys::monitor::{Buffer, Reaped, shed_memory};
 
@@ -210,6 +211,19 @@ impl Pump {
             || self.writer.as_mut().is_some_and(|writer| writer.reaped(reaped));
         self.warm |= ours;
         ours
+    }
+
+    /// Waits for the writer where it is behind.
+    pub(crate) fn watch_writer(&mut self, epoll: &Epoll, token: u64) {
+        if let Some(writer) = &mut self.writer {
+            writer.watch(epoll, token);
+        }
+    }
+
+    pub(crate) fn writer_has_room(&mut self) {
+        if let Some(writer) = &mut self.writer {
+            writer.catch_up();
+        }
     }
 
     /// Everything is read.

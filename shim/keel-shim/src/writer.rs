@@ -66,6 +66,8 @@ pub(crate) struct Writer {
 struct Child {
     pid: i32,
     pipe: File,
+    /// Room in the pipe is waited for.
+    watched: bool,
 }
 
 impl Writer {
@@ -100,7 +102,8 @@ impl Writer {
         command.stdin(theirs).stdout(Stdio::null()).stderr(Stdio::null());
         let child = command.spawn()?;
         self.given = Lost::default();
-        self.child = Some(Child { pid: i32::try_from(child.id()).unwrap_or(0), pipe: ours.into() });
+        let pid = i32::try_from(child.id()).unwrap_or(0);
+        self.child = Some(Child { pid, pipe: ours.into(), watched: false });
         Ok(())
     }
 
@@ -112,10 +115,30 @@ impl Writer {
         }
     }
 
+    /// Waits for room in the pipe as long as something is to go there, be there more output or not.
+    pub(crate) fn watch(&mut self, epoll: &Epoll, token: u64) {
+        let waiting = !self.rest.is_empty() || self.untold != Lost::default();
+        let Some(child) = self.child.as_mut().filter(|child| child.watched != waiting) else { return };
+        let done = if waiting { epoll.add(&child.pipe, OUT, token) } else { epoll.remove(&child.pipe) };
+        child.watched = waiting && done.is_ok();
+    }
+
+    /// The pipe has room.
+    pub(crate) fn catch_up(&mut self) {
+        if self.flush().is_err() {
+            self.child_gone();
+        }
+    }
+
+    /// True: nothing is to go into the pipe any more.
+    fn flush(&mut self) -> io::Result<bool> {
+        Ok(self.flush_rest()? && self.tell_loss()?)
+    }
+
     fn put(&mut self, mut records: &[u8]) -> io::Result<()> {
         self.restart();
         while !records.is_empty() {
-            if !self.flush_rest()? || !self.tell_loss()? {
+            if !self.flush()? {
                 self.drop(records);
                 return Ok(());
             }
@@ -245,6 +268,9 @@ impl Writer {
         }
         let missing = self.unwritten();
         self.lost.add(missing);
+        self.lost.add(self.cells(LOST_LINES, LOST_BYTES));
+        self.given = Lost::default();
+        clear(&self.cells);
     }
 
     fn flush_until(&mut self, deadline: Instant) {
@@ -252,7 +278,7 @@ impl Writer {
         let Some(child) = &self.child else { return };
         let _ = epoll.add(&child.pipe, OUT, 0);
         let mut ready = [Ready::default(); BATCH];
-        while let Ok(false) = self.flush_rest().and_then(|flushed| Ok(flushed && self.tell_loss()?)) {
+        while let Ok(false) = self.flush() {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() || epoll.wait(&mut ready, Some(left)).is_err() {
                 return;

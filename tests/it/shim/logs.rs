@@ -182,19 +182,9 @@ fn kept_and_told(text: &str) -> (u64, u64) {
 #[test]
 fn a_log_that_hangs_does_not_stop_a_container_that_shall_not_wait_and_every_line_is_accounted_for() {
     let Some(rig) = Rig::new() else { return };
-    let script = "while [ ! -e /go ]; do sleep 0.02; done; seq 1 500000; echo > /written
-                  while [ ! -e /on ]; do sleep 0.02; done; echo last; exit 4";
-    let container = rig.run(script, &["--log-buffer", "65536", "--log-max-bytes", "100000000"]);
-    poll("the writer runs", || !children_of(container.shim_pid(), "keel-log").is_empty());
-    let writers = children_of(container.shim_pid(), "keel-log");
-    assert_eq!(writers.len(), 1);
     // As a process that waits for a disk.
-    kill(Pid::from_raw(writers[0]), Signal::SIGSTOP).unwrap();
-    fs::write(container.dir.join("rootfs/go"), "").unwrap();
-    poll("the container is done", || container.dir.join("rootfs/written").exists());
-    let lost = container.client().state().unwrap().log_lost_lines;
-    assert!(lost > 100_000, "{lost}");
-    kill(Pid::from_raw(writers[0]), Signal::SIGCONT).unwrap();
+    let (container, writer) = far_behind(&rig);
+    kill(writer, Signal::SIGCONT).unwrap();
     // Until there is room for more.
     poll("the buffer in the log", || container.log_size() > 50_000);
     fs::write(container.dir.join("rootfs/on"), "").unwrap();
@@ -204,7 +194,50 @@ fn a_log_that_hangs_does_not_stop_a_container_that_shall_not_wait_and_every_line
     let (kept, told) = kept_and_told(&text);
     assert_eq!((kept + told, told), (500_001, record.log_lost_lines));
     assert!(text.ends_with("stdout F last\n"));
-    assert!(!runs(writers[0]));
+    assert!(!runs(writer.as_raw()));
+}
+
+/// A container whose log is far behind, and the process that is to write it, which stands still.
+fn far_behind(rig: &Rig) -> (Container<'_>, Pid) {
+    let script = "while [ ! -e /go ]; do sleep 0.02; done; seq 1 500000; echo > /written
+                  while [ ! -e /on ]; do sleep 0.02; done; echo last; exit 4";
+    let container = rig.run(script, &["--log-buffer", "65536", "--log-max-bytes", "100000000"]);
+    poll("the writer runs", || !children_of(container.shim_pid(), "keel-log").is_empty());
+    let writer = Pid::from_raw(children_of(container.shim_pid(), "keel-log")[0]);
+    kill(writer, Signal::SIGSTOP).unwrap();
+    fs::write(container.dir.join("rootfs/go"), "").unwrap();
+    poll("the container is done", || container.dir.join("rootfs/written").exists());
+    poll("loss", || container.client().state().unwrap().log_lost_lines > 100_000);
+    (container, writer)
+}
+
+#[test]
+fn a_log_catches_up_and_says_what_it_missed_though_nothing_more_is_written() {
+    let Some(rig) = Rig::new() else { return };
+    let (container, writer) = far_behind(&rig);
+    kill(writer, Signal::SIGCONT).unwrap();
+    poll("the last of it", || {
+        let (kept, told) = kept_and_told(&fs::read_to_string(container.log(0)).unwrap());
+        kept + told == 500_000 && told == container.client().state().unwrap().log_lost_lines
+    });
+    container.client().signal(9).unwrap();
+    container.exit();
+}
+
+#[test]
+fn an_upgrade_takes_no_line_along_that_a_log_has_not_taken_yet() {
+    let Some(rig) = Rig::new() else { return };
+    let (container, writer) = far_behind(&rig);
+    std::thread::scope(|scope| {
+        scope.spawn(|| container.client().upgrade().unwrap());
+        std::thread::sleep(Duration::from_millis(200));
+        kill(writer, Signal::SIGCONT).unwrap();
+    });
+    fs::write(container.dir.join("rootfs/on"), "").unwrap();
+    let record = container.exit();
+    assert_eq!(record.code, 4);
+    let (kept, told) = kept_and_told(&fs::read_to_string(container.log(0)).unwrap());
+    assert_eq!((kept + told, told), (500_001, record.log_lost_lines));
 }
 
 #[test]

@@ -266,6 +266,8 @@ impl Hold {
                 "not while the container is being stopped or fed, or runs a command",
             );
         }
+        // A writer of logs is another program's then.
+        self.pump.settle();
         self.memory.lost = self.lost();
         self.memory.resumed = true;
         if let Err(e) = self.memory.save() {
