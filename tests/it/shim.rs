@@ -929,6 +929,12 @@ fn helper_of(shim: i32) -> Option<i32> {
     children.find(|pid| fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|n| n == "keel-helper\n"))
 }
 
+/// It takes its name a moment after it was made.
+fn await_helper(shim: i32) -> i32 {
+    poll("the helper", || helper_of(shim).is_some());
+    helper_of(shim).unwrap()
+}
+
 #[test]
 fn a_monitor_is_confined_and_what_it_starts_is_not() {
     let Some(rig) = Rig::new() else { return };
@@ -960,12 +966,12 @@ fn a_helper_goes_with_its_monitor_and_is_not_needed_for_the_record() {
     let Some(rig) = Rig::new() else { return };
     let container = rig.run("sleep 1000", &[]);
     assert_confined(container.shim_pid());
-    let first = helper_of(container.shim_pid()).unwrap();
+    let first = await_helper(container.shim_pid());
     assert!(container.kill_shim());
     poll("the helper goes", || !runs(first));
     container.adopt().unwrap();
     assert_confined(container.shim_pid());
-    let second = helper_of(container.shim_pid()).unwrap();
+    let second = await_helper(container.shim_pid());
     kill(Pid::from_raw(second), Signal::SIGKILL).unwrap();
     let refused = container.exec("true", false, false).map(drop).unwrap_err();
     assert!(matches!(refused, ClientError::Refused { code: ErrorCode::Failed, .. }), "{refused}");
@@ -992,7 +998,7 @@ fn an_idle_shim_has_one_thread_few_descriptors_and_never_wakes() {
         std::thread::sleep(Duration::from_secs(2));
         switches() == before
     });
-    let helper = helper_of(container.shim_pid()).unwrap();
+    let helper = await_helper(container.shim_pid());
     assert_eq!(status_field(helper, "Threads"), "1");
     let count = |pid: i32| fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count();
     let (own, helpers) = (count(container.shim_pid()), count(helper));
@@ -1004,7 +1010,7 @@ fn what_a_library_says_in_a_monitor_or_its_helper_reaches_no_file_and_no_contain
     let Some(rig) = Rig::new() else { return };
     let container = rig.run("sleep 1000", &[]);
     assert_confined(container.shim_pid());
-    let helper = helper_of(container.shim_pid()).unwrap();
+    let helper = await_helper(container.shim_pid());
     let link = |pid: i32, number: i32| {
         let link = fs::read_link(format!("/proc/{pid}/fd/{number}"));
         link.map_or("nothing".to_owned(), |link| link.to_string_lossy().into_owned())

@@ -31,7 +31,10 @@ impl ByHand<'_> {
         command.arg("-b").arg(&dir).arg("-p").arg(dir.join("pidfile")).arg("-P").arg(dir.join("conmon.pid"));
         command.arg("-l").arg(format!("k8s-file:{}", dir.join("0.log").display()));
         command.arg("--exit-dir").arg(dir.join("exits")).arg("--persist-dir").arg(dir.join("persist"));
-        command.args(["--full-attach"]).args(options);
+        if !options.contains(&"--socket-dir-path") {
+            command.arg("--full-attach");
+        }
+        command.args(options);
         command.env("_OCI_SYNCPIPE", theirs.as_raw_fd().to_string()).stdin(Stdio::null());
         let monitor = command.spawn().unwrap();
         ByHand { rig, id, dir, monitor, sync: std::io::BufReader::new(ours.into()) }
@@ -91,7 +94,7 @@ fn the_monitor_is_confined_and_its_exit_command_is_not_and_comes_late_enough() {
     assert_eq!(container.text("conmon.pid").trim(), container.pid().to_string());
     container.start();
     assert_confined(container.pid());
-    let (shim, helper) = (container.pid(), helper_of(container.pid()).unwrap());
+    let (shim, helper) = (container.pid(), await_helper(container.pid()));
     assert_eq!(fs::read_dir(format!("/proc/{helper}/fd")).unwrap().count(), 1);
     assert_eq!(status_field(i32::try_from(pid).unwrap(), "NoNewPrivs"), "0");
     fs::write(container.dir.join("rootfs/go"), "").unwrap();
@@ -190,4 +193,44 @@ fn a_client_stopped_by_a_signal_delays_output_and_nothing_of_it_is_lost_when_it_
     client.signal(Signal::SIGKILL);
     assert_eq!(container.exit_code(), Some(5));
     assert_eq!(output(&container.text("0.log"), "stdout").len(), BYTES);
+}
+
+#[test]
+fn the_input_ends_with_its_first_client_unless_it_is_to_be_left_open() {
+    let Some(rig) = Rig::new() else { return };
+    for (options, expected) in [(&[][..], "one\n"), (&["--leave-stdin-open"], "one\ntwo\n")] {
+        let options = [&["--api-version", "-i"], options].concat();
+        let mut container = ByHand::create(&rig, "read a; echo $a; if read b; then echo $b; fi", &options);
+        container.answer();
+        container.start();
+        let socket = container.dir.join("attach");
+        let Some(first) = Listener::connect(&socket, b"one\n") else { return };
+        poll("the first line", || output(&container.text("0.log"), "stdout") == "one\n");
+        drop(first);
+        let second = (expected != "one\n").then(|| Listener::connect(&socket, b"two\n"));
+        assert_eq!(container.exit_code(), Some(0));
+        assert_eq!(output(&container.text("0.log"), "stdout"), expected);
+        drop(second);
+    }
+}
+
+#[test]
+fn a_short_way_to_the_attach_socket_is_there_as_long_as_the_container() {
+    let Some(rig) = Rig::new() else { return };
+    let sockets = rig.path().join("sockets");
+    fs::create_dir(&sockets).unwrap();
+    let options = ["--api-version", "--socket-dir-path", sockets.to_str().unwrap()];
+    let mut container =
+        ByHand::create(&rig, "while [ ! -e /go ]; do sleep 0.02; done; echo seen; exit 3", &options);
+    container.answer();
+    let link = sockets.join(&container.id);
+    assert_eq!(fs::read_link(&link).unwrap(), container.dir);
+    container.start();
+    let Some(mut client) = Listener::connect(&link.join("attach"), b"") else { return };
+    fs::write(container.dir.join("rootfs/go"), "").unwrap();
+    // The stream's byte, then output.
+    assert_eq!(client.next().unwrap(), b"\x02seen\n");
+    assert_eq!(client.next(), None);
+    assert_eq!(container.exit_code(), Some(3));
+    assert!(fs::symlink_metadata(&link).is_err());
 }

@@ -178,3 +178,30 @@ impl Client {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use keel_sys::file::set_nonblocking;
+
+    #[test]
+    fn a_client_that_takes_nothing_is_cut_off_after_its_time_and_no_sooner() {
+        let client = || {
+            let (socket, theirs) = seqpacket::pair().unwrap();
+            set_nonblocking(&socket, true).unwrap();
+            (Client { socket, queue: VecDeque::new(), stuck_since: None, feeds: true }, theirs)
+        };
+        let ((stuck, _unread), (other, reader)) = (client(), client());
+        let mut clients = Clients { slots: vec![Some(stuck), Some(other)], first_token: 0 };
+        while !clients.behind() {
+            clients.broadcast(Stream::Stdout, &[b'x'; LARGEST]);
+            let got = seqpacket::receive(reader.as_fd(), &mut [0; LARGEST + 1]).unwrap();
+            assert_eq!(got.len, LARGEST + 1);
+        }
+        let due = clients.deadline().unwrap();
+        clients.drop_stuck(due - Duration::from_millis(1));
+        assert!(clients.behind());
+        clients.drop_stuck(due);
+        assert!(!clients.behind() && clients.slots[0].is_none() && clients.slots[1].is_some());
+    }
+}
