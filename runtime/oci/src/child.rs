@@ -32,7 +32,14 @@ pub(crate) struct Fds {
     pub(crate) relayed: bool,
     /// Takes the seccomp notification descriptor.
     pub(crate) notify: Option<OwnedFd>,
+    /// The container belongs to an ordinary user, who cannot open its namespaces while its process forbids tracing.
+    pub(crate) hand_out: bool,
 }
+
+/// What is said to a process that waits for its start: the word for its namespaces. Anything else is the start.
+pub(crate) const ASK_NAMESPACES: &[u8] = b"join";
+/// Ends its answer: without it one may be missing, and a process that joined the others would stay in the host's.
+pub(crate) const ALL_TOLD: &[u8] = b"all";
 
 /// What the child tells, and the parent hears.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -863,7 +870,8 @@ impl Machine<'_> {
 
     fn close_unneeded(&self, first: u32) -> Done {
         let raw = |fd: &Option<OwnedFd>| fd.as_ref().map_or(0, |fd| fd.as_raw_fd() as u32);
-        let mut needed = [raw(&self.fds.sync), raw(&self.fds.start), raw(&self.fds.notify)];
+        let procfs = if self.fds.hand_out { raw(&self.procfs) } else { 0 };
+        let mut needed = [raw(&self.fds.sync), raw(&self.fds.start), raw(&self.fds.notify), procfs];
         needed.sort_unstable();
         let mut from = first;
         for fd in needed.into_iter().filter(|fd| *fd >= first) {
@@ -891,12 +899,34 @@ impl Machine<'_> {
         loop {
             let starter = socket::accept(listener).at(Step::Whole)?;
             let mut word = [0u8; 4];
-            // A connection that says nothing was only a look whether somebody is here.
-            if socket::recv(&starter, &mut word).unwrap_or(0) > 0 {
-                self.starter = Some(starter);
-                return Ok(());
+            match socket::recv(&starter, &mut word).unwrap_or(0) {
+                // A connection that says nothing was only a look whether somebody is here.
+                0 => {}
+                n if &word[..n] == ASK_NAMESPACES => self.hand_out_namespaces(&starter),
+                _ => {
+                    self.starter = Some(starter);
+                    return Ok(());
+                }
             }
         }
+    }
+
+    /// Whoever reaches the socket may start the container, and owns its user namespace, so this gives no new right. To be
+    /// traceable instead would also let in what others have started in the container.
+    fn hand_out_namespaces(&self, asker: &OwnedFd) {
+        let Some(procfs) = self.procfs.as_ref().filter(|_| self.fds.hand_out) else { return };
+        for kind in NsKind::ALL {
+            let sent = match file::openat(procfs, kind.own_file(), libc::O_RDONLY, 0) {
+                Ok(fd) => socket::send_fd(asker, b"ns", &fd),
+                // A kernel without this kind.
+                Err(e) if errno(&e) == libc::ENOENT => Ok(()),
+                Err(e) => Err(e),
+            };
+            if sent.is_err() {
+                return;
+            }
+        }
+        let _ = socket::send(asker, ALL_TOLD);
     }
 
     fn send_listener(&self, notify: &OwnedFd, listener: &OwnedFd) -> Done {

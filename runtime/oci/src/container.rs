@@ -295,6 +295,7 @@ impl Runtime {
         if wait {
             let listener = socket::listen_at(&dir.open_fd()?, c"start.sock", libc::SOCK_SEQPACKET);
             fds.start = Some(listener.map_err(io_error("listen on", dir.file(START_SOCKET)))?);
+            fds.hand_out = facts.euid != 0;
         }
         if let Some(path) = &options.console_socket {
             let socket = socket::connect(path, libc::SOCK_STREAM);
@@ -372,11 +373,7 @@ impl Runtime {
                     launch::answer(&launched.sync)?;
                 }
                 Heard::Word(Word::WantHooks) => {
-                    if let Some(hooks) = &spec.hooks {
-                        // Programs for the older kind of hook know no "creating".
-                        run_hooks("prestart", &hooks.prestart, state, "created")?;
-                        run_hooks("createRuntime", &hooks.create_runtime, state, "creating")?;
-                    }
+                    run_early_hooks(spec, state)?;
                     launch::answer(&launched.sync)?;
                 }
                 Heard::Source(op) => match lowered.ops.get(op) {
@@ -853,6 +850,14 @@ fn run_hooks(kind: &'static str, hooks: &[Hook], state: &State, status: &str) ->
         }
     }
     Ok(())
+}
+
+/// Those of the runtime's namespaces that run once the container's stand.
+pub(crate) fn run_early_hooks(spec: &Spec, state: &State) -> Result<(), RuntimeError> {
+    let Some(hooks) = &spec.hooks else { return Ok(()) };
+    // Programs for the older kind of hook know no "creating".
+    run_hooks("prestart", &hooks.prestart, state, "created")?;
+    run_hooks("createRuntime", &hooks.create_runtime, state, "creating")
 }
 
 /// A failing poststart hook stops the container (specification 1.3, "Lifecycle").

@@ -1,6 +1,6 @@
 //! `exec`: a further process in a running container.
 
-use crate::child::{Fds, StateText, Word};
+use crate::child::{ALL_TOLD, ASK_NAMESPACES, Fds, StateText, Word};
 use crate::container::{Runtime, notify_path, notify_text, read_config, state_text, write_pid_file};
 use crate::error::{RuntimeError, io_error, sys_error};
 use crate::host;
@@ -9,12 +9,14 @@ use crate::lower::{ProcessContext, lower_affinity, lower_process, session_keyrin
 use crate::op::{NsKind, Op};
 use crate::scope;
 use crate::spec::{Capabilities, Process, Spec};
-use crate::state::{State, Status, SystemdUnit};
+use crate::state::{ContainerDir, START_SOCKET, State, Status, SystemdUnit};
 use keel_cgroup::{Cgroup, Roots};
 use keel_sys::cred::NO_ID;
 use keel_sys::{file, process, socket};
 use std::fs;
+use std::io;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 #[derive(Clone, Debug, Default)]
@@ -77,8 +79,25 @@ impl Runtime {
         let init = state.init_pidfd().ok_or_else(|| wrong("exec in a container that is not running"))?;
         let spec = dir.load_spec()?;
         let facts = host::observe(&self.roots)?;
-        let mut flags = foreign_namespaces(state.pid)?;
+        // Of a container that is not started an ordinary user can open nothing: its process is asked.
+        let mut told = match status {
+            Status::Created if facts.euid != 0 => Some(ask_namespaces(&dir)?),
+            _ => None,
+        };
+        let mut flags = match &told {
+            Some(told) => told.iter().fold(0, |flags, (kind, _)| flags | kind.flag()),
+            None => foreign_namespaces(state.pid)?,
+        };
         let user_namespace = flags & libc::CLONE_NEWUSER != 0;
+        let mut namespace = |kind: NsKind| {
+            let found = told
+                .as_mut()
+                .and_then(|told| told.iter().position(|(k, _)| *k == kind).map(|i| told.remove(i)));
+            found.map_or_else(
+                || file::dup_above(&init, 3).map_err(sys_error("copy a descriptor")),
+                |(_, fd)| Ok(fd),
+            )
+        };
         let context = ProcessContext {
             linux: spec.linux.as_ref(),
             facts: &facts,
@@ -91,14 +110,28 @@ impl Runtime {
         let mut warnings = Vec::new();
         let rest = lower_process(process, &context, &mut warnings)?;
         // Only in the container's user namespace does an ordinary user have the right to join the others.
-        let user_join = (user_namespace && facts.euid != 0).then(|| file::dup_above(&init, 3));
-        let user_join = user_join.transpose().map_err(sys_error("copy a descriptor"))?;
+        let user_join = (user_namespace && facts.euid != 0).then(|| namespace(NsKind::User)).transpose()?;
         if user_join.is_some() {
             flags &= !libc::CLONE_NEWUSER;
         }
         // From a session of its own a user can only ask systemd to let a process into the scope.
         let attached = state.systemd.as_ref().filter(|unit| unit.user);
-        let mut ops = exec_ops(process, &state, flags, user_namespace, rest)?;
+        let mut parent_joins = Vec::new();
+        if flags & libc::CLONE_NEWPID != 0 {
+            // It takes effect only for children, and is joined before the clone.
+            parent_joins.push((NsKind::Pid, namespace(NsKind::Pid)?));
+            flags &= !libc::CLONE_NEWPID;
+        }
+        let (enter, namespaces): (Vec<Op>, Vec<OwnedFd>) = match told {
+            None => (vec![Op::EnterProcess { flags }], Vec::new()),
+            Some(mut told) => {
+                // Last, for it changes what paths mean.
+                told.sort_by_key(|(kind, _)| *kind == NsKind::Mount);
+                let join = |(slot, (kind, fd))| (Op::Join { kind, slot }, fd);
+                told.into_iter().enumerate().map(join).unzip()
+            }
+        };
+        let mut ops = exec_ops(process, &state, enter, user_namespace, rest)?;
         if attached.is_some() {
             ops.insert(0, Op::WaitCgroup);
         }
@@ -107,7 +140,7 @@ impl Runtime {
             None => open_cgroup(&state, options, &self.roots)?,
         };
         let relayed = console.is_some();
-        let mut fds = Fds { tasks, console, relayed, ..Fds::default() };
+        let mut fds = Fds { tasks, namespaces, console, relayed, ..Fds::default() };
         if let Some(path) = &options.console_socket {
             let socket = socket::connect(path, libc::SOCK_STREAM);
             fds.console = Some(socket.map_err(io_error("connect to the console socket", path))?);
@@ -115,11 +148,6 @@ impl Runtime {
         if let Some(path) = notify_path(&spec) {
             let socket = socket::connect(Path::new(path), libc::SOCK_STREAM);
             fds.notify = Some(socket.map_err(io_error("failed to connect with seccomp agent", path))?);
-        }
-        let mut parent_joins = Vec::new();
-        if flags & libc::CLONE_NEWPID != 0 {
-            parent_joins
-                .push((NsKind::Pid, file::dup_above(&init, 3).map_err(sys_error("copy a descriptor"))?));
         }
         fds.process = Some(init);
         self.tell_steps(&ops);
@@ -183,7 +211,7 @@ fn finish(
 fn exec_ops(
     process: &Process,
     state: &State,
-    flags: i32,
+    enter: Vec<Op>,
     user_namespace: bool,
     rest: Vec<Op>,
 ) -> Result<Vec<Op>, RuntimeError> {
@@ -198,8 +226,7 @@ fn exec_ops(
     if process.exec_cpu_affinity.as_ref().is_none_or(|a| a.initial.is_none() && a.last.is_none()) {
         ops.push(Op::ResetAffinity);
     }
-    // The pid namespace was joined before the clone: it takes effect only for children.
-    ops.extend([Op::EnterProcess { flags: flags & !libc::CLONE_NEWPID }]);
+    ops.extend(enter);
     if user_namespace {
         ops.push(Op::BecomeRoot);
     }
@@ -217,12 +244,38 @@ fn exec_ops(
     Ok(ops)
 }
 
+/// The namespaces of a container that waits for its start, but for those that are also this process's.
+fn ask_namespaces(dir: &ContainerDir) -> Result<Vec<(NsKind, OwnedFd)>, RuntimeError> {
+    let place = dir.open_fd()?;
+    let told = || -> io::Result<Vec<(NsKind, OwnedFd)>> {
+        let socket = socket::connect_at(&place, c"start.sock", libc::SOCK_SEQPACKET)?;
+        socket::send(&socket, ASK_NAMESPACES)?;
+        let mut found = Vec::new();
+        let mut word = [0u8; 4];
+        loop {
+            let fd = match socket::recv_fd(&socket, &mut word)? {
+                (_, Some(fd)) => fd,
+                (n, None) if &word[..n] == ALL_TOLD => return Ok(found),
+                _ => return Err(io::ErrorKind::UnexpectedEof.into()),
+            };
+            let flag = process::namespace_type(&fd)?;
+            let kind = NsKind::ALL.into_iter().find(|kind| kind.flag() == flag);
+            let kind = kind.ok_or(io::ErrorKind::InvalidData)?;
+            let theirs = file::fstat(&fd)?;
+            let ours = fs::metadata(format!("/proc/self/ns/{}", kind.proc_name()))?;
+            if (theirs.dev, theirs.ino) != (ours.dev(), ours.ino()) {
+                found.push((kind, fd));
+            }
+        }
+    };
+    told().map_err(io_error("ask the container's process for its namespaces by", dir.file(START_SOCKET)))
+}
+
 /// Flags of the namespaces in which a process differs from this one.
 fn foreign_namespaces(pid: i32) -> Result<i32, RuntimeError> {
     let mut flags = 0;
     for kind in NsKind::ALL {
         let identity = |who: &str| {
-            use std::os::unix::fs::MetadataExt;
             let path = format!("/proc/{who}/ns/{}", kind.proc_name());
             match fs::metadata(&path) {
                 Ok(meta) => Ok(Some((meta.dev(), meta.ino()))),

@@ -138,6 +138,20 @@ impl NsKind {
         }
     }
 
+    /// A process's own, below a procfs.
+    pub(crate) fn own_file(self) -> &'static std::ffi::CStr {
+        match self {
+            NsKind::User => c"self/ns/user",
+            NsKind::Cgroup => c"self/ns/cgroup",
+            NsKind::Ipc => c"self/ns/ipc",
+            NsKind::Uts => c"self/ns/uts",
+            NsKind::Net => c"self/ns/net",
+            NsKind::Pid => c"self/ns/pid",
+            NsKind::Mount => c"self/ns/mnt",
+            NsKind::Time => c"self/ns/time",
+        }
+    }
+
     pub fn flag(self) -> i32 {
         match self {
             NsKind::User => libc::CLONE_NEWUSER,

@@ -120,6 +120,32 @@ fn an_ordinary_user_creates_execs_kills_and_deletes() {
     assert_eq!(fs::read_dir(case.path("state")).unwrap().count(), 0);
 }
 
+/// The process that waits cannot be traced by its user either, so it tells its namespaces itself.
+#[test]
+fn an_ordinary_user_executes_in_a_container_that_is_not_started() {
+    require!(ours);
+    let case = users_case("cat /data/made", OWN).with("/hostname", json!("early"));
+    let bundle = case.bundle();
+    ok(&case, &["create", "--bundle", &bundle, &case.id]);
+    let state = ok(&case, &["state", &case.id]);
+    let pid = serde_json::from_str::<Value>(&state).unwrap()["pid"].as_i64().unwrap();
+    let kinds = ["cgroup", "ipc", "mnt", "net", "pid", "user", "uts"];
+    let of_init =
+        kinds.map(|kind| fs::read_link(format!("/proc/{pid}/ns/{kind}")).unwrap().display().to_string());
+    let script = "id -u; hostname; echo made > /data/made; \
+                  for n in cgroup ipc mnt net pid user uts; do readlink /proc/self/ns/$n; done";
+    let said = ok(&case, &["exec", &case.id, "sh", "-c", script]);
+    assert_eq!(said, format!("0\nearly\n{}\n", of_init.join("\n")));
+    assert_eq!(fs::metadata(format!("/proc/{pid}/environ")).unwrap().uid(), 0, "it can be traced");
+    let state = ok(&case, &["state", &case.id]);
+    assert!(state.contains("\"created\""), "{state}");
+    let output = as_user(&case, "true", &["exec", &case.id, "sh", "-c", "exit 9"]);
+    assert_eq!(output.status.code(), Some(9), "{}", text(&output.stderr));
+    ok(&case, &["start", &case.id]);
+    wait_for("the program to end", || !alive(pid as i32));
+    ok(&case, &["delete", &case.id]);
+}
+
 #[test]
 fn ranges_of_subordinate_ids_are_mapped_by_newuidmap() {
     require!(ours);
