@@ -573,3 +573,16 @@ fn an_error_says_that_it_is_one() {
     let said = Case::new("true").fails(&["kill", "nobody", "KILL"]);
     assert!(said.contains("error"), "{said}");
 }
+
+#[test]
+fn without_device_rules_only_the_common_devices_open() {
+    require!();
+    let mut case = Case::new(
+        "mknod /tmp/loop b 7 0 && head -c 1 /tmp/loop 2>&1; mknod /tmp/zero c 1 5 && head -c 1 /tmp/zero | wc -c",
+    );
+    for set in ["bounding", "effective", "permitted"] {
+        case.set(&format!("/process/capabilities/{set}/-"), json!("CAP_MKNOD"));
+    }
+    case.config["linux"].as_object_mut().unwrap().remove("resources");
+    assert_eq!(case.output(), "head: /tmp/loop: Operation not permitted\n1\n");
+}

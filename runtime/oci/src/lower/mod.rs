@@ -12,7 +12,7 @@ use crate::netdev::{self, NetDevice};
 use crate::op::{HookProgram, NsKind, Op, Rel, StringArray};
 use crate::rdt::{Rdt, lower_rdt};
 use crate::spec::{Hook, IdMapping, Linux, Spec};
-use keel_cgroup::{DeviceSpec, Layout};
+use keel_cgroup::{DeviceRule, DeviceSpec, Layout};
 use std::collections::BTreeSet;
 use std::ffi::CString;
 
@@ -461,15 +461,14 @@ fn check_name_sysctl(spec: &Spec, key: &str, value: &str) -> Result<(), SpecErro
     }
 }
 
-/// The specification's rules, then those for the devices that every container has. Where there is no rule nothing is
-/// allowed: whoever wants all devices says so.
+/// The specification's rules, then those for the devices that every container has. What no rule names is denied, also where
+/// there is no rule: whoever wants all devices says so.
 fn device_rules(linux: &Linux, facts: &HostFacts) -> Vec<DeviceSpec> {
     if facts.euid != 0 {
         // An ordinary user has no right to the rules, and its user namespace no right to devices.
         return Vec::new();
     }
     let given = linux.resources.as_ref().map_or(&[][..], |r| r.devices.as_slice());
-    let nothing = [DeviceSpec { access: Some("rwm".to_owned()), ..DeviceSpec::default() }];
     let rule = |kind: &str, major: i64, minor: Option<i64>, access: &str| DeviceSpec {
         allow: true,
         kind: Some(kind.to_owned()),
@@ -477,7 +476,12 @@ fn device_rules(linux: &Linux, facts: &HostFacts) -> Vec<DeviceSpec> {
         minor,
         access: Some(access.to_owned()),
     };
-    let mut rules = if given.is_empty() { nothing.to_vec() } else { given.to_vec() };
+    let mut rules = Vec::new();
+    if !given.first().is_some_and(|first| DeviceRule::from_spec(first).is_ok_and(|rule| rule.is_everything()))
+    {
+        rules.push(DeviceSpec { access: Some("rwm".to_owned()), ..DeviceSpec::default() });
+    }
+    rules.extend_from_slice(given);
     // mknod of any device is harmless without the right to open it.
     rules.push(rule("c", -1, None, "m"));
     rules.push(rule("b", -1, None, "m"));
