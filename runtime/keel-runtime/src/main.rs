@@ -9,7 +9,7 @@ mod log;
 mod update;
 
 use args::{Command, Globals};
-use keel_oci::checkpoint::{HELPER, helper};
+use keel_oci::checkpoint::{HELPER, action, helper};
 use log::Log;
 use std::process::ExitCode;
 use std::rc::Rc;
@@ -20,6 +20,11 @@ fn main() -> ExitCode {
     if words.next().as_deref() == Some(HELPER) {
         eprintln!("keel-runtime: error: {}", helper(&words.collect::<Vec<_>>()).chain());
         return ExitCode::from(1);
+    }
+    if std::env::args_os().len() == 1
+        && let Some(goes_on) = action()
+    {
+        return ExitCode::from(u8::from(!goes_on));
     }
     let mut globals = Globals::default();
     let parsed = args::parse(std::env::args_os().skip(1), &mut globals);

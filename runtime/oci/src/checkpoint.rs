@@ -4,25 +4,30 @@
 //! (`criu-helper`), waits until that process is in the cgroup, and lets it execute CRIU in a mount namespace in which the
 //! root file system is a mount of its own.
 
-use crate::container::{Runtime, destroy, open_namespace, poststart, resources, write_pid_file};
+use crate::container::{
+    Runtime, destroy, open_namespace, poststart, resources, run_early_hooks, write_pid_file,
+};
 use crate::error::{RuntimeError, io_error, sys_error};
 use crate::host;
 use crate::lower::{self, Request, is_bind};
 use crate::op::NsKind;
 use crate::scope::{self, Scope};
 use crate::spec::Spec;
-use crate::state::{State, Status, start_time};
+use crate::state::{ContainerDir, State, Status, start_time};
 use keel_sys::file::{self, RESOLVE_IN_ROOT};
-use keel_sys::{mount, process};
+use keel_sys::{mount, process, socket};
 use std::fs;
 use std::io::{self, Read};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 /// The hidden command by which the helper is started.
 pub const HELPER: &str = "criu-helper";
+/// Where this program, called back by CRIU (see [`action`]), finds the `restore` that runs the hooks.
+const ACTIONS: &str = "KEEL_CRIU_ACTIONS";
+const ACTIONS_SOCKET: &str = "criu.sock";
 /// As runc names it, with what it holds: the names of the three standard descriptors.
 const DESCRIPTORS: &str = "descriptors.json";
 /// Of CRIU's log, what is told when it fails.
@@ -73,7 +78,7 @@ pub struct Restored {
     pub pid: i32,
     pub pidfd: OwnedFd,
     pub warnings: Vec<String>,
-    dir: crate::state::ContainerDir,
+    dir: ContainerDir,
     state: State,
 }
 
@@ -221,7 +226,18 @@ impl Runtime {
             kept.push(copy);
         }
         let (theirs, ours) = file::pipe().map_err(sys_error("make a pipe"))?;
+        let hooks =
+            spec.hooks.as_ref().is_some_and(|h| !h.prestart.is_empty() || !h.create_runtime.is_empty());
+        let mut actions = None;
         let mut helper = Command::new(me);
+        if hooks {
+            let listener = socket::listen_at(&dir.open_fd()?, c"criu.sock", libc::SOCK_SEQPACKET);
+            let path = dir.file(ACTIONS_SOCKET);
+            actions = Some(listener.map_err(io_error("listen on", &path))?);
+            // CRIU runs a program without arguments, and by then `/proc/self` is another.
+            criu.arg("--action-script").arg(format!("/proc/{}/exe", std::process::id()));
+            helper.env(ACTIONS, path);
+        }
         helper.arg(HELPER).arg(theirs.as_raw_fd().to_string()).arg(&rootfs).arg(&root);
         helper.arg(criu.get_program()).args(criu.get_args()).stdin(Stdio::inherit());
         kept.push(theirs);
@@ -240,8 +256,14 @@ impl Runtime {
             }
         }
         file::write_once(&ours, b"go").map_err(sys_error("let CRIU go"))?;
+        drop(ours);
+        let hooked = match &actions {
+            Some(listener) => hooks_until_end(listener, pid, &dir, &spec, &mut state.clone()),
+            None => Ok(()),
+        };
         let status = child.wait().map_err(io_error("wait for", "criu"))?;
         undo.helper = None;
+        hooked?;
         if !status.success() {
             return Err(failed("restore", status.to_string(), &log));
         }
@@ -257,15 +279,64 @@ impl Runtime {
         if let Some(path) = &options.pid_file {
             write_pid_file(path, pid)?;
         }
-        poststart(&spec, &state)?;
         let _ = fs::remove_dir(&root);
+        poststart(&spec, &state).inspect_err(|_| {
+            // It has killed the container; the failure of the hook is what the caller is told.
+            let _ = process::wait_pid(pid);
+            let _ = destroy(&dir, &state);
+        })?;
         Ok(Restored { pid, pidfd, warnings: lowered.warnings, dir, state })
     }
 }
 
+/// Runs the hooks that come before a container's own program when CRIU says that the namespaces stand and nothing runs in
+/// them; a failure ends the restore.
+fn hooks_until_end(
+    listener: &OwnedFd,
+    criu: i32,
+    dir: &ContainerDir,
+    spec: &Spec,
+    state: &mut State,
+) -> Result<(), RuntimeError> {
+    let criu = process::pidfd_open(criu).map_err(sys_error("open CRIU's process"))?;
+    loop {
+        let sources = [Some(listener.as_fd()), Some(criu.as_fd())];
+        let [called, ended] = file::poll_readable(&sources).map_err(sys_error("wait for CRIU"))?;
+        if called {
+            let caller = socket::accept(listener).map_err(sys_error("accept CRIU's call"))?;
+            let mut text = [0u8; 16];
+            let n = socket::recv(&caller, &mut text).map_err(sys_error("read CRIU's call"))?;
+            let pid = std::str::from_utf8(&text[..n]).ok().and_then(|t| t.parse().ok());
+            state.pid = pid.ok_or_else(|| usage("CRIU does not say which process it restores".to_owned()))?;
+            state.start_time = start_time(state.pid).unwrap_or(0);
+            dir.save(state)?;
+            run_early_hooks(spec, state)?;
+            socket::send(&caller, b"go").map_err(sys_error("answer CRIU's call"))?;
+        } else if ended {
+            return Ok(());
+        }
+    }
+}
+
+/// The part of the program that CRIU calls at each stage of a restore: passes the one that hooks wait for on. `None` when
+/// it was not CRIU that called; else whether CRIU may go on.
+pub fn action() -> Option<bool> {
+    let (stage, socket) = (std::env::var_os("CRTOOLS_SCRIPT_ACTION")?, std::env::var_os(ACTIONS)?);
+    if stage != "setup-namespaces" {
+        return Some(true);
+    }
+    let pass_on = || -> io::Result<bool> {
+        let pid = std::env::var_os("CRTOOLS_INIT_PID").unwrap_or_default();
+        let socket = socket::connect(Path::new(&socket), libc::SOCK_SEQPACKET)?;
+        socket::send(&socket, pid.as_encoded_bytes())?;
+        Ok(socket::recv(&socket, &mut [0u8; 4])? > 0)
+    };
+    Some(pass_on().unwrap_or(false))
+}
+
 /// Takes back what was made when the container does not come back.
 struct Undo<'a> {
-    dir: &'a crate::state::ContainerDir,
+    dir: &'a ContainerDir,
     state: &'a State,
     armed: bool,
     helper: Option<i32>,
