@@ -217,24 +217,26 @@ fn stats_v1(group: &Cgroup, stats: &mut Stats) {
     }
 }
 
+/// Of v1; on v2 other runtimes say 0 for each.
+const CPUSET_SWITCHES: [&str; 9] = [
+    "cpu_exclusive",
+    "mem_exclusive",
+    "mem_hardwall",
+    "memory_migrate",
+    "memory_pressure",
+    "memory_spread_page",
+    "memory_spread_slab",
+    "sched_load_balance",
+    "sched_relax_domain_level",
+];
+
 fn cpuset(dir: &Path) -> BTreeMap<String, Cpuset> {
-    const SWITCHES: [&str; 9] = [
-        "cpu_exclusive",
-        "mem_exclusive",
-        "mem_hardwall",
-        "memory_migrate",
-        "memory_pressure",
-        "memory_spread_page",
-        "memory_spread_slab",
-        "sched_load_balance",
-        "sched_relax_domain_level",
-    ];
     let mut out = BTreeMap::new();
     for name in ["cpus", "mems"] {
         let numbers = text(dir, &format!("cpuset.{name}")).trim().split(',').flat_map(range).collect();
         out.insert(name.to_owned(), Cpuset::List(numbers));
     }
-    for name in SWITCHES {
+    for name in CPUSET_SWITCHES {
         let value = text(dir, &format!("cpuset.{name}")).trim().parse().unwrap_or(0);
         out.insert(name.to_owned(), Cpuset::Number(value));
     }
@@ -296,12 +298,15 @@ fn stats_v2(dir: &Path, stats: &mut Stats) {
         max: number(dir, "memory.peak"),
         failcnt: flat(&text(dir, "memory.events")).get("max").copied().unwrap_or(0),
     };
+    // As on v1, which is how the figure is read: memory and swap together.
+    let memory = &stats.memory.usage;
     stats.memory.swap = MemoryEntry {
-        limit: number(dir, "memory.swap.max"),
-        usage: number(dir, "memory.swap.current"),
+        limit: number(dir, "memory.swap.max").saturating_add(memory.limit),
+        usage: number(dir, "memory.swap.current").saturating_add(memory.usage),
         max: 0,
         failcnt: 0,
     };
+    stats.cpuset = CPUSET_SWITCHES.into_iter().map(|name| (name.to_owned(), Cpuset::Number(0))).collect();
     stats.pids = pids(dir);
     stats.hugetlb = hugetlb(dir, |size, dir| Hugetlb {
         usage: number(dir, &format!("hugetlb.{size}.current")),
