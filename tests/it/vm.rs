@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use keel_tests::bin;
 use keel_tests::image::{busybox_archive_in, busybox_rootfs, run};
+use serde_json::Value;
 
 /// An emulated boot with all cases takes half a minute on a quiet machine.
 const DEADLINE: Duration = Duration::from_secs(300);
@@ -38,6 +39,8 @@ const PROGRAMS: &[&str] = &[
     "/bin/systemctl",
     "/usr/bin/dbus-daemon",
     "/usr/sbin/criu",
+    // The other side of comparisons.
+    "/usr/sbin/runc",
     // CRIU runs these, and busybox' versions know too little.
     "/bin/ip",
     "/bin/tar",
@@ -72,24 +75,36 @@ macro_rules! cases {
 
 cases! {
     limits_are_in_the_files
+    limits_of_input_and_output_are_in_the_files
+    an_idle_container_has_the_least_of_the_cpu
+    fields_without_a_control_on_v2_are_refused_by_name
     update_changes_the_files
     exec_starts_in_the_containers_cgroup
     exec_follows_a_container_that_made_cgroups_of_its_own
     pause_freezes_and_resume_thaws
+    a_frozen_cgroup_is_refused
     a_paused_container_can_be_deleted_by_force
     kill_all_reaches_what_left_the_session
+    kill_all_outruns_forks
     a_signal_reaches_the_first_process
     a_device_can_be_made_but_not_opened
     device_rules_decide_about_open
     a_later_device_rule_wins
     device_rules_hold_for_exec_too
+    without_device_rules_only_the_common_devices_open
+    device_rules_have_wildcards
+    the_cgroup_mount_is_writable_only_as_declared
     capabilities_are_as_declared
     ambient_capabilities_reach_an_ordinary_user
     rlimits_can_be_raised
     oom_score_and_priority_can_be_lowered
+    realtime_scheduling_is_as_declared
     memory_beyond_the_limit_kills
+    the_exit_record_says_that_memory_ran_out
+    in_conmons_place_the_oom_file_is_there_when_memory_ran_out
     forks_beyond_the_limit_fail
     stats_come_from_the_files
+    documents_are_collected_beside_runcs
     a_missing_controller_file_is_named
     a_populated_cgroup_is_refused
     a_restored_container_goes_on_where_it_was
@@ -97,6 +112,9 @@ cases! {
     a_pre_dump_is_the_parent_of_a_checkpoint
     output_into_a_pipe_goes_into_the_new_one_after_a_restore
     a_restore_that_fails_leaves_nothing
+    hooks_of_the_host_run_at_a_restore
+    a_failing_hook_ends_a_restore
+    an_ordinary_user_has_limits_in_a_delegated_cgroup
     nothing_of_the_runtime_is_left
     a_container_is_a_scope_in_its_slice
     limits_outlive_a_reload_of_systemd
@@ -105,6 +123,10 @@ cases! {
     delete_leaves_no_unit
     a_failed_start_leaves_no_unit_and_frees_the_name
     annotations_become_properties
+    properties_are_those_of_runc
+    properties_are_those_of_runc_without_limits
+    updated_properties_are_those_of_runc
+    properties_of_unified_values_are_those_of_runc
     the_managers_own_socket_will_do
     without_systemd_the_error_says_where_it_was_looked_for
     an_ordinary_user_has_scopes_of_its_own
@@ -113,6 +135,73 @@ cases! {
     pod_can_be_looked_into
     pod_killed_for_memory_says_so
     pods_go_without_a_trace
+}
+
+/// What only one side says.
+const ONLY: &[&str] = &[
+    // runc leaves out what is zero.
+    "[].minor",
+    "[].value",
+    ".throttling.",
+    // The peak, which runc says from 1.2 on.
+    "memory.usage.max",
+    // Of newer versions of the specification.
+    "features.",
+];
+
+/// What `documents_are_collected_beside_runcs` printed.
+#[test]
+fn documents_have_the_keys_and_types_of_runcs() {
+    let Some((_, console)) = results() else { return };
+    let document = |runtime: &str, command: &str| -> Value {
+        let start = format!("data {runtime} {command} ");
+        let line = console
+            .lines()
+            .find_map(|line| line.strip_prefix(&start))
+            .unwrap_or_else(|| panic!("no {start}\n{console}"));
+        serde_json::from_str(line).unwrap_or_else(|e| panic!("{start}: {e}: {line}"))
+    };
+    let mut differences = Vec::new();
+    for command in ["events", "state", "ps", "list", "features"] {
+        compare(command, &document("runc", command), &document("keel-runtime", command), &mut differences);
+    }
+    differences.retain(|line| !ONLY.iter().any(|known| line.contains(known)));
+    assert!(differences.is_empty(), "{}", differences.join("\n"));
+    // Values that the case decides about.
+    for runtime in ["runc", "keel-runtime"] {
+        let stats = document(runtime, "events");
+        let at = |path: &str| {
+            stats.pointer(path).and_then(Value::as_u64).unwrap_or_else(|| panic!("{runtime} {path}: {stats}"))
+        };
+        assert_eq!(at("/data/pids/current"), 1);
+        assert_eq!(at("/data/pids/limit"), 50);
+        assert_eq!(at("/data/memory/usage/limit"), 64 << 20);
+        assert!((4096..64 << 20).contains(&at("/data/memory/usage/usage")));
+        assert!(at("/data/cpu/usage/total") > 1_000_000);
+        assert!(at("/data/cpu/usage/total") >= at("/data/cpu/usage/user"));
+    }
+}
+
+fn compare(path: &str, theirs: &Value, ours: &Value, out: &mut Vec<String>) {
+    match (theirs, ours) {
+        (Value::Object(theirs), Value::Object(ours)) => {
+            for key in theirs.keys().chain(ours.keys().filter(|key| !theirs.contains_key(*key))) {
+                let path = format!("{path}.{key}");
+                match (theirs.get(key), ours.get(key)) {
+                    (Some(theirs), Some(ours)) => compare(&path, theirs, ours, out),
+                    (Some(theirs), None) => out.push(format!("{path}: runc only: {theirs}")),
+                    (None, ours) => out.push(format!("{path}: ours only: {ours:?}")),
+                }
+            }
+        }
+        (Value::Array(theirs), Value::Array(ours)) => match (theirs.first(), ours.first()) {
+            (Some(theirs), Some(ours)) => compare(&format!("{path}[]"), theirs, ours, out),
+            (None, None) => {}
+            _ => out.push(format!("{path}: one is empty: {theirs:?} {ours:?}")),
+        },
+        _ if std::mem::discriminant(theirs) == std::mem::discriminant(ours) => {}
+        _ => out.push(format!("{path}: other types: {theirs} {ours}")),
+    }
 }
 
 fn check(name: &str) {
