@@ -129,7 +129,9 @@ fn what_refers_to_an_image_is_listed_from_its_registry() {
     assert!(text.contains(&about) && text.contains("application/vnd.example.sig"), "{text}");
     let other = instance.keel(&["image", "referrers", &image, "--type", "x/y"]).expect_code(0).stdout;
     assert!(!other.contains(&about), "{other}");
-    instance.keel(&["image", "referrers", &format!("{}/app/absent:1", registry.address)]).expect_code(4);
+    let absent = format!("{}/app/absent:1", registry.address);
+    instance.keel(&["image", "referrers", &absent]).expect_code(4);
+    instance.keel(&["image", "pull", &absent]).expect_code(4);
 }
 
 #[test]

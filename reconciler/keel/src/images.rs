@@ -71,12 +71,15 @@ async fn pull(
 ) -> Result<String, ControlError> {
     let reference = keel_store::canonical_reference(image).map_err(|error| invalid(&error))?;
     let report = reporter(&reference, events);
-    let pulled = registry.pull_with(store, &reference, options, report).await.map_err(|error| {
-        let refused = ControlError::new(ErrorCode::Internal, chain(&error));
-        error.hint().into_iter().fold(refused, ControlError::hint)
-    })?;
+    let pulled = registry.pull_with(store, &reference, options, report).await;
+    let pulled = pulled.map_err(|error| not_had(&error))?;
     let _ = events.send(ControlEvent::Data { value: summary(&pulled) }).await;
     Ok(format!("{} {}", pulled.reference, pushed_digest(&pulled)))
+}
+
+fn not_had(error: &PullError) -> ControlError {
+    let code = if error.is_not_found() { ErrorCode::NotFound } else { ErrorCode::Internal };
+    error.hint().into_iter().fold(ControlError::new(code, chain(error)), ControlError::hint)
 }
 
 /// What its name means in a registry.
@@ -91,13 +94,8 @@ async fn referrers(
     events: &EventSender,
 ) -> Result<String, ControlError> {
     let reference = keel_store::canonical_reference(image).map_err(|error| invalid(&error))?;
-    let found = registry.referrers(&reference, artifact_type, &[]).await.map_err(|error| {
-        let code = match error {
-            PullError::NotFound { .. } => ErrorCode::NotFound,
-            _ => ErrorCode::Internal,
-        };
-        error.hint().into_iter().fold(ControlError::new(code, chain(&error)), ControlError::hint)
-    })?;
+    let found = registry.referrers(&reference, artifact_type, &[]).await;
+    let found = found.map_err(|error| not_had(&error))?;
     let _ = events.send(ControlEvent::Data { value: json!(found) }).await;
     Ok(String::new())
 }

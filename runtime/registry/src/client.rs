@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, Weak};
 
 use bytes::Bytes;
 use futures_util::{StreamExt, TryStreamExt};
-use keel_store::{Digest, Image, Index, IndexError, IndexWalk, LayerError, Lease, Partial, Store};
+use keel_store::{Digest, Image, Index, IndexError, IndexWalk, LayerError, Lease, Partial, Platform, Store};
 use tokio::sync::{Semaphore, oneshot};
 
 use crate::auth::TokenCache;
@@ -17,7 +17,6 @@ use crate::endpoint::Endpoint;
 use crate::error::PullError;
 use crate::manifest::{self, Descriptor, Document, Manifest};
 use crate::mirrors;
-use crate::platform::Platform;
 use crate::progress::{LayerState, OnProgress, PullProgress, Tracker};
 use crate::push::DEFAULT_CHUNK_BYTES;
 use crate::reference::Reference;

@@ -256,6 +256,15 @@ impl PullError {
         })
     }
 
+    /// Whether the registry itself says that it has no such image.
+    pub fn is_not_found(&self) -> bool {
+        match self {
+            Self::NotFound { .. } => true,
+            Self::AllPlaces { error, .. } => error.is_not_found(),
+            _ => false,
+        }
+    }
+
     /// How often one pull tries again by itself before it reports the error.
     pub(crate) fn patience(&self) -> Patience {
         match self {

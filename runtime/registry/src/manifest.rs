@@ -4,8 +4,7 @@ use oci_client::manifest::{ImageIndexEntry, OciDescriptor, OciImageIndex, OciIma
 use serde::Deserialize;
 
 use crate::error::PullError;
-use crate::platform::Platform;
-use keel_store::Digest;
+use keel_store::{Digest, Platform};
 
 pub(crate) const OCI_INDEX: &str = "application/vnd.oci.image.index.v1+json";
 pub(crate) const OCI_MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
@@ -412,6 +411,21 @@ mod tests {
             let body = image("application/vnd.oci.image.layer.v1.tar").replace(&from, &to);
             assert!(matches!(lower(&body, ""), Err(PullError::Malformed { .. })), "{to}");
         }
+        let layer = format!(
+            r#"{{"mediaType":"application/vnd.oci.image.layer.v1.tar","digest":"{}","size":10}}"#,
+            d(2)
+        );
+        let layers = |n: usize| {
+            let layers = vec![layer.as_str(); n].join(",");
+            image("application/vnd.oci.image.layer.v1.tar").replace(&layer, &layers)
+        };
+        assert!(lower(&layers(MAX_LAYERS), "").is_ok());
+        let error = lower(&layers(MAX_LAYERS + 1), "").unwrap_err();
+        assert!(error.to_string().contains("more than 500 layers"), "{error}");
+        let entry = format!(r#"{{"mediaType":"{OCI_MANIFEST}","digest":"{}","size":10}}"#, d(2));
+        let many = vec![entry.as_str(); MAX_INDEX_ENTRIES + 1].join(",");
+        let error = lower(&format!(r#"{{"schemaVersion":2,"manifests":[{many}]}}"#), OCI_INDEX).unwrap_err();
+        assert!(error.to_string().contains("more than 4096 entries"), "{error}");
         assert!(lower_diff_ids(br#"{"rootfs":{"type":"layers","diff_ids":[]}}"#, 1).is_err());
         assert!(lower_diff_ids(br#"{"rootfs":{"diff_ids":["sha256:1"]}}"#, 1).is_err());
     }

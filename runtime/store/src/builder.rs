@@ -223,7 +223,7 @@ fn config_json(config: &ConfigSpec, layers: &[BuiltLayer]) -> serde_json::Value 
         .collect();
     serde_json::json!({
         "created": "1970-01-01T00:00:00Z",
-        "architecture": architecture(),
+        "architecture": crate::Platform::host().architecture,
         "os": "linux",
         "config": run,
         "rootfs": { "type": "layers", "diff_ids": diff_ids },
@@ -252,17 +252,6 @@ fn manifest_json(config: &[u8], layers: &[BuiltLayer]) -> serde_json::Value {
         },
         "layers": layers,
     })
-}
-
-/// This machine's architecture in Go's words, which are OCI's.
-pub(crate) fn architecture() -> &'static str {
-    match std::env::consts::ARCH {
-        "x86_64" => "amd64",
-        "aarch64" => "arm64",
-        "x86" => "386",
-        "powerpc64" => "ppc64le",
-        other => other,
-    }
 }
 
 /// Hashes and counts what is written.

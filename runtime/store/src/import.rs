@@ -6,7 +6,7 @@ use crate::fsio::{At, FsError};
 use crate::image::{self, CommitError, MAX_CONFIG, MAX_MANIFEST};
 use crate::layer::LayerError;
 use crate::platform::{self, Platform};
-use crate::{BlobError, Digest, Image, Index, IndexError, IndexWalk, Reference, Store, builder};
+use crate::{BlobError, Digest, Image, Index, IndexError, IndexWalk, Reference, Store};
 use serde::Deserialize;
 use std::collections::BTreeMap;
 use std::io::{self, Read};
@@ -63,8 +63,8 @@ pub enum ImportError {
     Missing { path: PathBuf, name: String },
     #[error("{} in {} has the wrong content: its digest is {actual}", name, path.display())]
     WrongDigest { path: PathBuf, name: String, actual: Digest },
-    #[error("image has no variant for linux/{wanted}; it has {available}")]
-    Platform { wanted: &'static str, available: String },
+    #[error("image has no variant for {wanted}; it has {available}")]
+    Platform { wanted: Platform, available: String },
     #[error("{0}")]
     Invalid(String),
     #[error(transparent)]
@@ -426,12 +426,11 @@ fn choose(archive: &Archive, mut group: Vec<Descriptor>, nesting: usize) -> Resu
     {
         0
     } else {
-        let wanted = builder::architecture();
         let platforms: Vec<Option<Platform>> = group.iter().map(|d| d.platform.clone()).collect();
-        platform::choose(&platforms, wanted).ok_or_else(|| {
+        platform::choose(&platforms).ok_or_else(|| {
             let known: Vec<String> =
                 platforms.iter().flatten().filter(|p| p.os != "unknown").map(Platform::to_string).collect();
-            ImportError::Platform { wanted, available: known.join(", ") }
+            ImportError::Platform { wanted: Platform::host(), available: known.join(", ") }
         })?
     };
     let descriptor = group.swap_remove(chosen);
@@ -449,7 +448,7 @@ fn choose(archive: &Archive, mut group: Vec<Descriptor>, nesting: usize) -> Resu
         .filter(|d| d.platform.as_ref().is_none_or(|p| p.os != "unknown"))
         .collect();
     if runnable.is_empty() {
-        return Err(ImportError::Platform { wanted: builder::architecture(), available: "none".into() });
+        return Err(ImportError::Platform { wanted: Platform::host(), available: "none".into() });
     }
     choose(archive, runnable, nesting + 1)
 }

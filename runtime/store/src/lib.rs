@@ -58,6 +58,7 @@ pub use index::{Blob, Index, IndexError, IndexWalk, Member, stays_with_its_publi
 pub use layer::{LayerError, LayerIngest};
 pub use mount::{MountError, RootfsOptions, unmount_rootfs};
 pub use path::PathError;
+pub use platform::Platform;
 pub use reference::{Reference, ReferenceError, canonical_reference};
 pub use save::{SaveError, SaveFormat};
 pub use space::Space;

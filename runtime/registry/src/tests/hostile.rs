@@ -10,6 +10,7 @@ use serde_json::json;
 use super::fixture::{Content, Packing, noise};
 use super::server::{Body, Reply, Request, Server, honest};
 use super::{Bench, eventually, options, recorder, silent};
+use crate::manifest::OCI_MANIFEST;
 use crate::{Client, ClientOptions, InlineAuth, LayerState, Platform, PullError, PullOptions};
 
 /// Larger than every buffer between server and store, so that half of it is really half.
@@ -402,6 +403,22 @@ async fn endless_documents_cost_little_memory() {
         assert!(matches!(error, PullError::TooLarge { .. }), "{part}: {error}");
         // The limit, and what the kernel's socket buffers took.
         assert!(server.sent() < 24 << 20, "{part}: {} bytes were taken", server.sent());
+    }
+    // A config is as long as the manifest says, and that has a limit, too.
+    for (size, body) in [(100, Body::Endless), (5 << 20, Body::Whole(vec![b' '; 5 << 20]))] {
+        let mut content = content.clone();
+        let (_, manifest) = &content.manifests[&content.tags["1"]];
+        let mut manifest: serde_json::Value = serde_json::from_slice(manifest).unwrap();
+        manifest["config"]["size"] = json!(size);
+        manifest["config"]["digest"] = json!(Digest::of(b"config"));
+        content.manifest("1", OCI_MANIFEST, manifest.to_string().into_bytes());
+        let server = Server::start(content, move |r| {
+            r.is_blob(&Digest::of(b"config")).then(|| Reply::new(200).body(body.clone()))
+        })
+        .await;
+        let error = Bench::new().pull(options(), &server.reference("1")).await.unwrap_err();
+        assert!(matches!(error, PullError::TooLarge { limit: 4194304, .. }), "{error}");
+        assert!(server.sent() < 24 << 20, "{} bytes were taken", server.sent());
     }
     let announced = Server::start(content, |r| {
         r.target.contains("/manifests/").then(|| Reply::new(200).body(Body::Stall(2 << 30, Vec::new())))

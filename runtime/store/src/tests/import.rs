@@ -162,7 +162,7 @@ fn an_index_gives_this_machines_image() {
     let tar = Tar::default().file("f", "x").end();
     let id = Digest::of(&tar);
     let (m, c) = manifest(&[(id, tar.len() as u64)], &[id], "application/vnd.oci.image.layer.v1.tar");
-    let mine = crate::builder::architecture();
+    let host = crate::Platform::host();
     let index = |arch: &str| {
         let entry = |arch: &str, digest: Digest| {
             serde_json::json!({"mediaType": crate::image::OCI_MANIFEST, "digest": digest, "size": 1,
@@ -180,7 +180,7 @@ fn an_index_gives_this_machines_image() {
             "size": nested.len(), "annotations": {"org.opencontainers.image.ref.name": name}}]})
         .to_string()
     };
-    let nested = index(mine);
+    let nested = index(&host.architecture);
     let dir = layout(&bench, "good", &top(&nested, "multi"), &[nested.as_bytes(), &m, &c, &tar]);
     let images = import(&bench, &dir).unwrap();
     assert_eq!(images[0].reference, "docker.io/library/multi:latest");
@@ -189,7 +189,7 @@ fn an_index_gives_this_machines_image() {
     let nested = index("sparc");
     let dir = layout(&bench, "bad", &top(&nested, "multi"), &[nested.as_bytes(), &m, &c, &tar]);
     let error = import(&bench, &dir).unwrap_err().to_string();
-    assert_eq!(error, format!("image has no variant for linux/{mine}; it has linux/riscv99, linux/sparc"));
+    assert_eq!(error, format!("image has no variant for {host}; it has linux/riscv99, linux/sparc"));
 
     // One that is alone in its index is for what the index says, too.
     let alone = serde_json::json!({"schemaVersion": 2, "manifests": [
@@ -198,7 +198,7 @@ fn an_index_gives_this_machines_image() {
     .to_string();
     let dir = layout(&bench, "alone", &top(&alone, "multi"), &[alone.as_bytes(), &m, &c, &tar]);
     let error = import(&bench, &dir).unwrap_err().to_string();
-    assert_eq!(error, format!("image has no variant for linux/{mine}; it has linux/sparc"));
+    assert_eq!(error, format!("image has no variant for {host}; it has linux/sparc"));
 }
 
 #[test]
