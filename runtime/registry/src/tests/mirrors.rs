@@ -81,8 +81,9 @@ async fn a_dead_mirror_is_remembered() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_short_body_of_a_mirror_is_completed_elsewhere_from_where_it_ended() {
-    let short = |request: &Request| {
-        let Body::Whole(bytes) = honest(&content(), request).body else { unreachable!() };
+    let served = content();
+    let short = move |request: &Request| {
+        let Body::Whole(bytes) = honest(&served, request).body else { unreachable!() };
         let cut = bytes.len() / 2;
         (bytes.len() == BIG + 1536 || bytes.len() > BIG).then(|| {
             // The length is announced as what it is, and as a lie: both happen.
