@@ -512,9 +512,16 @@ fn an_upgraded_shim_keeps_process_container_and_log() {
     let container = rig.run("printf 'one '; while [ ! -e /go ]; do sleep 0.02; done; echo two; exit 6", &[]);
     container.wait_for_output("one ");
     let before = fs::read_to_string(container.dir.join("shim.pid")).unwrap();
-    container.client().upgrade().unwrap();
+    let upgrade =
+        || Command::new(&rig.shim).arg("upgrade").arg("--dir").arg(&container.dir).output().unwrap();
+    assert_eq!(upgrade().stdout, b"ok\n");
     let state = container.client().state().unwrap();
     assert_eq!((state.phase, state.adopted), (Phase::Running, false));
+    let mut session = container.exec("exec sleep 1000", false, false).unwrap();
+    let refused = String::from_utf8(upgrade().stdout).unwrap();
+    assert!(refused.starts_with("error shim refuses: not while"), "{refused}");
+    session.signal(9).unwrap();
+    assert_eq!(converse(&mut session).2, 137);
     fs::write(container.dir.join("rootfs/go"), "").unwrap();
     let record = container.exit();
     assert_eq!((record.code, record.lost), (6, false));

@@ -58,6 +58,10 @@ keel-shim adopt --dir DIR [--runtime PATH] [--pidfd N] [--terminal N]
     kept can be given by number. Other options of `run` are ignored: the container keeps
     what it was started with.
 
+keel-shim upgrade --dir DIR
+    Has the monitor of DIR become the program that now has its name. The container does
+    not notice; attachments end. Refused while it runs commands or stops the container.
+
 keel-shim pause
     Reaps and waits: the first process of a pid namespace that containers share.
 
@@ -76,6 +80,8 @@ pub(crate) enum Command {
     Version,
     Run(Box<Options>),
     Adopt(AdoptOptions),
+    /// Of the monitor of this directory.
+    Upgrade(PathBuf),
     /// `run` and `adopt` in their own session, with the report going to a pipe.
     Setup(Box<Options>),
     SetupAdopt(AdoptOptions),
@@ -299,6 +305,7 @@ impl Command {
             b"run" => Options::parse(rest).map(|o| Command::Run(Box::new(o))),
             b"setup" => Options::parse(rest).map(|o| Command::Setup(Box::new(o))),
             b"adopt" => AdoptOptions::parse(rest).map(Command::Adopt),
+            b"upgrade" => AdoptOptions::parse(rest).map(|o| Command::Upgrade(o.dir)),
             b"setup-adopt" => AdoptOptions::parse(rest).map(Command::SetupAdopt),
             b"pause" if rest.is_empty() => Ok(Command::Pause),
             b"call" => Call::parse(rest).map(Command::Call),

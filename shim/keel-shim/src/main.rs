@@ -40,6 +40,7 @@ mod sockets;
 mod writer;
 
 use std::io::Write as _;
+use std::path::Path;
 use std::process::ExitCode;
 
 use args::Command;
@@ -59,6 +60,7 @@ fn main() -> ExitCode {
         Ok(Command::Version) => print(concat!("keel-shim ", env!("CARGO_PKG_VERSION"), "\n")),
         Ok(Command::Run(options)) => finish(setup::launch(&words, &options.dir)),
         Ok(Command::Adopt(options)) => finish(setup::launch(&words, &options.dir)),
+        Ok(Command::Upgrade(dir)) => finish(upgrade(&dir)),
         Ok(Command::Setup(options)) => setup::run(*options),
         Ok(Command::SetupAdopt(options)) => adopt::run(&options),
         Ok(Command::Call(call)) => finish(sockets::become_program(&call)),
@@ -73,6 +75,13 @@ fn main() -> ExitCode {
             ExitCode::from(USAGE)
         }
     }
+}
+
+fn upgrade(dir: &Path) -> Result<ExitCode, Error> {
+    let done = keel_proto::Client::connect(dir).and_then(|mut client| client.upgrade());
+    done.map_err(|e| Error::new(e.to_string()))?;
+    println!("ok");
+    Ok(ExitCode::SUCCESS)
 }
 
 fn print(text: &str) -> ExitCode {
