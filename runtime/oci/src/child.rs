@@ -301,9 +301,11 @@ impl Machine<'_> {
                 process::setns(fd, *flags).at(Step::Whole)
             }
             Op::WaitIdMaps => self.ask(Word::WantIdMaps),
-            Op::BecomeRoot => {
+            Op::BecomeRoot { keep_groups } => {
                 // Groups first: without the right to set them the old ones stay, which unprivileged maps demand.
-                let _ = cred::setgroups(&[]);
+                if !keep_groups {
+                    let _ = cred::setgroups(&[]);
+                }
                 cred::setresgid(0).at(Step::Whole)?;
                 cred::setresuid(0).at(Step::Whole)
             }

@@ -106,6 +106,7 @@ impl Runtime {
             listen_fds: None,
             hooks: &[],
             exec: true,
+            keep_groups: spec.keeps_groups(),
         };
         let mut warnings = Vec::new();
         let rest = lower_process(process, &context, &mut warnings)?;
@@ -131,7 +132,7 @@ impl Runtime {
                 told.into_iter().enumerate().map(join).unzip()
             }
         };
-        let mut ops = exec_ops(process, &state, enter, user_namespace, rest)?;
+        let mut ops = exec_ops(process, &state, enter, user_namespace, context.keep_groups, rest)?;
         if attached.is_some() {
             ops.insert(0, Op::WaitCgroup);
         }
@@ -213,6 +214,7 @@ fn exec_ops(
     state: &State,
     enter: Vec<Op>,
     user_namespace: bool,
+    keep_groups: bool,
     rest: Vec<Op>,
 ) -> Result<Vec<Op>, RuntimeError> {
     let mut ops = Vec::new();
@@ -228,7 +230,7 @@ fn exec_ops(
     }
     ops.extend(enter);
     if user_namespace {
-        ops.push(Op::BecomeRoot);
+        ops.push(Op::BecomeRoot { keep_groups });
     }
     ops.extend([Op::NotDumpable, Op::NewSession]);
     if !state.no_new_keyring {

@@ -212,7 +212,9 @@ pub enum Op {
     /// Asks the parent to write the id maps, and waits.
     WaitIdMaps,
     /// Becomes user and group 0 of the user namespace.
-    BecomeRoot,
+    BecomeRoot {
+        keep_groups: bool,
+    },
     /// A new network namespace has a loopback interface, which is down.
     LoopbackUp,
     NotDumpable,
@@ -583,7 +585,7 @@ impl Op {
             Op::Join { kind, .. } => format!("join {} namespace", kind.spec_name()),
             Op::EnterProcess { .. } => "join the container's namespaces".into(),
             Op::WaitIdMaps => "wait for the id maps".into(),
-            Op::BecomeRoot => "become root of the user namespace".into(),
+            Op::BecomeRoot { .. } => "become root of the user namespace".into(),
             Op::LoopbackUp => "set up the loopback interface".into(),
             Op::NotDumpable => "forbid tracing".into(),
             Op::Unshare { kind } => format!("unshare {} namespace", kind.spec_name()),

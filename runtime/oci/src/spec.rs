@@ -34,6 +34,13 @@ pub struct Spec {
     pub freebsd: Option<IgnoredAny>,
 }
 
+impl Spec {
+    /// What rootless callers ask for to reach files by a group that has no place in the container.
+    pub fn keeps_groups(&self) -> bool {
+        self.annotations.get("run.oci.keep_original_groups").is_some_and(|value| value == "1")
+    }
+}
+
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default)]
 pub struct Root {

@@ -258,6 +258,30 @@ fn a_user_begins_in_a_directory_that_only_root_may_enter() {
 }
 
 #[test]
+fn the_callers_groups_stay_when_an_annotation_asks_for_it() {
+    require!(ours);
+    for user_namespace in [false, true] {
+        let mut case = Case::new("grep Groups: /proc/self/status");
+        if user_namespace {
+            case = with_user_namespace(case);
+            own_by(&case.rootfs(), 100_000);
+        }
+        let groups = |case: &Case| {
+            // Writes the bundle's configuration.
+            drop(case.command(&["list"]));
+            let mut run = Command::new("setpriv");
+            run.args(["--groups", "100007"]).arg(runtime()).arg("--root").arg(case.path("state"));
+            let output = run.args(["run", "--bundle", &case.bundle(), &case.id]).output().unwrap();
+            assert!(output.status.success(), "{}", text(&output.stderr));
+            text(&output.stdout).split_whitespace().skip(1).collect::<Vec<_>>().join(" ")
+        };
+        assert_eq!(groups(&case), "");
+        case.set("/annotations/run.oci.keep_original_groups", json!("1"));
+        assert_eq!(groups(&case), if user_namespace { "7" } else { "100007" });
+    }
+}
+
+#[test]
 fn an_idmapped_mount_goes_into_a_user_namespace() {
     require!(ours);
     let mut case = with_user_namespace(Case::new("stat -c %u /data/file"));

@@ -200,6 +200,7 @@ pub fn lower(spec: &Spec, request: &Request, facts: &HostFacts) -> Result<Lowere
             listen_fds: request.listen_fds,
             hooks: spec.hooks.as_ref().map_or(&[], |h| h.start_container.as_slice()),
             exec: false,
+            keep_groups: spec.keeps_groups(),
         };
         out.ops.extend(lower_process(process, &context, &mut out.warnings)?);
     } else {
@@ -357,7 +358,7 @@ fn early(
         ops.push(Op::WaitIdMaps);
     }
     if namespaces.has(NsKind::User) {
-        ops.push(Op::BecomeRoot);
+        ops.push(Op::BecomeRoot { keep_groups: spec.keeps_groups() });
     }
     if namespaces.is_new(NsKind::Net) {
         ops.push(Op::LoopbackUp);

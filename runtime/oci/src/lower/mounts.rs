@@ -62,7 +62,7 @@ pub(super) fn lower_rootfs(
     }
     hooks(spec, out)?;
     for path in &linux.readonly_paths {
-        out.ops.push(Op::ReadOnly { path: rel("linux.readonlyPaths", path)? });
+        out.ops.push(Op::ReadOnly { path: absolute("linux.readonlyPaths", path)? });
     }
     let mut masked = Vec::new();
     for path in &linux.masked_paths {
@@ -71,7 +71,7 @@ pub(super) fn lower_rootfs(
         }
         masked.push(clean(path));
         let label = mount_label.map(|l| c_string("linux.mountLabel", l)).transpose()?;
-        out.ops.push(Op::Mask { path: rel("linux.maskedPaths", path)?, label });
+        out.ops.push(Op::Mask { path: absolute("linux.maskedPaths", path)?, label });
     }
     if root.readonly {
         out.ops.push(Op::ReadOnlyRoot);
@@ -81,6 +81,14 @@ pub(super) fn lower_rootfs(
         out.ops.push(Op::RootPropagation { flag });
     }
     Ok(())
+}
+
+/// The specification asks for it: what a relative path was meant to protect, nobody knows.
+fn absolute(field: &str, path: &str) -> Result<Rel, SpecError> {
+    match path.starts_with('/') {
+        true => rel(field, path),
+        false => Err(invalid(field, format!("{path:?} is not absolute"))),
+    }
 }
 
 /// What only mounts can do must not be lost in silence.

@@ -21,6 +21,8 @@ pub struct ProcessContext<'a> {
     pub hooks: &'a [Hook],
     /// A further process of a running container: there is no start to wait for.
     pub exec: bool,
+    /// The caller's additional groups stay.
+    pub keep_groups: bool,
 }
 
 pub fn lower_process(
@@ -299,7 +301,9 @@ fn privileges(
     ops.push(Op::KeepCapabilities);
     let user = &process.user;
     check_ids(user)?;
-    ops.push(Op::Groups { gids: user.additional_gids.clone() });
+    if !context.keep_groups {
+        ops.push(Op::Groups { gids: user.additional_gids.clone() });
+    }
     ops.push(Op::Gid { gid: user.gid });
     ops.push(Op::Uid { uid: user.uid });
     ops.push(Op::WorkingDirectory { path: cwd(process)?, early: false });

@@ -137,6 +137,14 @@ fn bind_mount_options() {
 }
 
 #[test]
+fn paths_to_be_protected_are_absolute() {
+    for field in ["maskedPaths", "readonlyPaths"] {
+        let text = error(&format!(r#"{{"linux":{{"namespaces":[{{"type":"mount"}}],"{field}":["../x"]}}}}"#));
+        assert!(text.contains(field) && text.contains("not absolute"), "{text}");
+    }
+}
+
+#[test]
 fn a_tmpfs_that_is_copied_up_turns_read_only_after_the_copy() {
     let text = golden(
         r#"{"mounts":[{"destination":"/var","type":"tmpfs","source":"t",
