@@ -9,6 +9,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::io::{self, Write};
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -36,6 +37,8 @@ pub enum CgroupError {
     DeviceFilter { path: PathBuf, source: io::Error },
     #[error("kill process {pid} of {}", path.display())]
     Kill { pid: i32, path: PathBuf, source: io::Error },
+    #[error("container's cgroup is not empty: {}: {by}", path.display())]
+    Occupied { path: PathBuf, by: String },
     #[error("remove cgroup {}", path.display())]
     Remove { path: PathBuf, source: io::Error },
     #[error("memory limit {limit} is not set: {used} bytes are in use")]
@@ -139,16 +142,52 @@ impl Cgroup {
 
     /// Makes the directories, with parents; what exists is left as it is.
     pub fn create(&self) -> Result<(), CgroupError> {
-        for entry in &self.entries {
-            match (self.mode, entry.version) {
-                (Mode::V2, Version::V2) => create_v2(entry)?,
-                _ => create_dirs(&entry.mount, &entry.dir)?,
+        self.entries.iter().try_for_each(|entry| self.create_entry(entry).map(drop))
+    }
+
+    /// Whether this call made the last directory.
+    fn create_entry(&self, entry: &Entry) -> Result<bool, CgroupError> {
+        let made = match (self.mode, entry.version) {
+            (Mode::V2, Version::V2) => create_v2(entry)?,
+            _ => create_dirs(&entry.mount, &entry.dir)?,
+        };
+        if entry.has("cpuset") {
+            fill_cpuset(&entry.mount, &entry.dir)?;
+        }
+        Ok(made)
+    }
+
+    /// As [`Cgroup::create`], for one container alone: others that want the same cgroup are refused while the claim
+    /// lasts, and it is refused where processes are.
+    pub fn claim(&self) -> Result<Claim, CgroupError> {
+        let mut claim = Claim { mode: self.mode, made: Vec::new(), lock: None };
+        // The lock is on the directory whose processes count, so that comes first.
+        let Some(first) = self.listing_entry() else { return Ok(claim) };
+        let made = self.create_entry(first)?;
+        let occupied = |by: String| CgroupError::Occupied { path: first.dir.clone(), by };
+        let lock = fs::File::from(open_dir(&first.dir)?);
+        match lock.try_lock() {
+            Err(fs::TryLockError::WouldBlock) => {
+                return Err(occupied("another container is being created in it".to_owned()));
             }
-            if entry.has("cpuset") {
-                fill_cpuset(&entry.mount, &entry.dir)?;
+            Err(fs::TryLockError::Error(source)) => {
+                return Err(CgroupError::Open { path: first.dir.clone(), source });
+            }
+            Ok(()) => claim.lock = Some(lock),
+        }
+        let count = self.pids()?.len();
+        if count > 0 {
+            return Err(occupied(format!("{count} process(es) found")));
+        }
+        if made {
+            claim.note(first)?;
+        }
+        for entry in self.entries.iter().filter(|e| *e != first) {
+            if self.create_entry(entry)? {
+                claim.note(entry)?;
             }
         }
-        Ok(())
+        Ok(claim)
     }
 
     pub fn exists(&self) -> bool {
@@ -464,33 +503,76 @@ impl Cgroup {
     }
 }
 
+/// What [`Cgroup::claim`] made: it goes, with the processes in it, unless it is kept.
+#[derive(Debug)]
+pub struct Claim {
+    mode: Mode,
+    /// With the number that the directory has for ever: another of the same name is another's.
+    made: Vec<(Entry, u64)>,
+    lock: Option<fs::File>,
+}
+
+impl Claim {
+    fn note(&mut self, entry: &Entry) -> Result<(), CgroupError> {
+        let found = fs::metadata(&entry.dir);
+        let found = found.map_err(|source| CgroupError::Open { path: entry.dir.clone(), source })?;
+        self.made.push((entry.clone(), found.ino()));
+        Ok(())
+    }
+
+    /// The container stands, and what was made goes when it is deleted.
+    pub fn keep(mut self) {
+        self.made.clear();
+    }
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        let made = std::mem::take(&mut self.made).into_iter();
+        let still = |(entry, number): (Entry, u64)| {
+            fs::metadata(&entry.dir).is_ok_and(|found| found.ino() == number).then_some(entry)
+        };
+        let made = Cgroup::from_entries(self.mode, made.filter_map(still).collect());
+        if !made.entries.is_empty() {
+            let _ = made.kill_all();
+            let _ = made.remove();
+        }
+        // The container's process has a copy of the descriptor, so that closing it would not unlock.
+        if let Some(lock) = self.lock.take() {
+            let _ = lock.unlock();
+        }
+    }
+}
+
 fn gone(e: &io::Error) -> bool {
     matches!(e.raw_os_error(), Some(libc::ENOENT | libc::ENODEV))
 }
 
-fn create_dirs(mount: &Path, dir: &Path) -> Result<(), CgroupError> {
+/// Whether this call made it.
+fn create_dirs(mount: &Path, dir: &Path) -> Result<bool, CgroupError> {
     match fs::create_dir(dir) {
         Err(e) if e.kind() == io::ErrorKind::NotFound && dir != mount => {
             let parent = dir.parent().unwrap_or(mount);
             create_dirs(mount, parent)?;
             create_dirs(mount, dir)
         }
-        Err(e) if e.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+        Err(e) if e.kind() == io::ErrorKind::AlreadyExists => Ok(false),
         Err(source) => Err(CgroupError::Create { path: dir.to_owned(), source }),
-        Ok(()) => Ok(()),
+        Ok(()) => Ok(true),
     }
 }
 
 /// On v2 a controller is available below only when each ancestor passes it on.
-fn create_v2(entry: &Entry) -> Result<(), CgroupError> {
+fn create_v2(entry: &Entry) -> Result<bool, CgroupError> {
+    let mut made = false;
     let mut here = entry.mount.clone();
     let rest = entry.dir.strip_prefix(&entry.mount).unwrap_or(Path::new("")).to_owned();
     for part in rest.components() {
         delegate(&here);
         here.push(part);
-        create_dirs(&entry.mount, &here)?;
+        made = create_dirs(&entry.mount, &here)?;
     }
-    Ok(())
+    Ok(made)
 }
 
 /// Best effort: what could not be passed on shows when a limit is written.
@@ -669,6 +751,32 @@ mod tests {
         assert_eq!(std::os::unix::process::ExitStatusExt::signal(&child.wait().unwrap()), Some(9));
         parent(&group).remove().unwrap();
         assert!(!parent(&group).exists());
+    }
+
+    #[test]
+    fn a_cgroup_is_claimed_once_and_only_what_was_made_goes() {
+        let Some(group) = test_group("claim") else { return };
+        let top = parent(&group);
+        group.remove().unwrap();
+        let first = group.claim().unwrap();
+        assert!(matches!(group.claim(), Err(CgroupError::Occupied { .. })));
+        assert!(group.exists(), "the loser leaves it");
+        let mut child = Command::new("sleep").arg("1000").stdin(Stdio::null()).spawn().unwrap();
+        group.add(child.id() as i32).unwrap();
+        first.keep();
+        assert!(matches!(group.claim(), Err(CgroupError::Occupied { .. })));
+        assert!(child.try_wait().unwrap().is_none(), "the loser kills nobody");
+        group.kill_all().unwrap();
+        child.wait().unwrap();
+        drop(group.claim().unwrap());
+        assert!(group.exists(), "it was there before");
+        group.remove().unwrap();
+        let stale = group.claim().unwrap();
+        group.remove().unwrap();
+        group.create().unwrap();
+        drop(stale);
+        assert!(group.exists(), "another of that name is another's");
+        top.remove().unwrap();
     }
 
     #[test]

@@ -13,7 +13,7 @@ mod stats;
 mod write;
 
 pub use devices::{Access, DeviceKind, DeviceRule, device_program};
-pub use group::{Cgroup, CgroupError, Entry, Version};
+pub use group::{Cgroup, CgroupError, Claim, Entry, Version};
 pub use layout::{Hierarchy, Layout, LayoutError, Mode, Roots};
 pub use resources::*;
 pub use stats::*;

@@ -13,7 +13,8 @@ use crate::lower::{self, Request, is_bind};
 use crate::op::NsKind;
 use crate::scope::{self, Scope};
 use crate::spec::Spec;
-use crate::state::{ContainerDir, State, Status, start_time};
+use crate::state::{ContainerDir, State, Status, SystemdUnit, start_time};
+use keel_cgroup::{Cgroup, Claim};
 use keel_sys::file::{self, RESOLVE_IN_ROOT};
 use keel_sys::{mount, process, socket};
 use std::fs;
@@ -184,7 +185,7 @@ impl Runtime {
         let mut state = State::new(&spec, &options.id, &bundle, &rootfs, &cgroup, &cgroup_path);
         state.own_pid_namespace = lowered.own_pid_namespace;
         state.systemd = scope.as_ref().map(Scope::record);
-        let mut undo = Undo { dir: &dir, state: &state, armed: true, helper: None };
+        let mut undo = Undo { dir: &dir, scope: None, claim: None, armed: true, child: None };
         dir.save_config(&text)?;
         dir.save(&state)?;
         prepare_targets(&rootfs, &spec)?;
@@ -247,11 +248,16 @@ impl Runtime {
         let mut child = helper.spawn().map_err(io_error("run", me))?;
         drop(kept);
         let pid = child.id() as i32;
-        undo.helper = Some(pid);
+        undo.child = Some(pid);
         match &mut scope {
-            Some(scope) => scope.start(&cgroup, pid, resources(&spec, &lowered), &self.roots)?,
+            Some(scope) => {
+                let started = scope.start(&cgroup, pid, resources(&spec, &lowered), &self.roots);
+                undo.scope = scope.started.then(|| (scope.record(), &cgroup));
+                started?;
+            }
             None => {
-                crate::container::create_cgroup(&cgroup, &spec, &lowered)?;
+                undo.claim = Some(cgroup.claim()?);
+                cgroup.apply(&resources(&spec, &lowered))?;
                 cgroup.add(pid)?;
             }
         }
@@ -262,7 +268,7 @@ impl Runtime {
             None => Ok(()),
         };
         let status = child.wait().map_err(io_error("wait for", "criu"))?;
-        undo.helper = None;
+        undo.child = None;
         hooked?;
         if !status.success() {
             return Err(failed("restore", status.to_string(), &log));
@@ -270,8 +276,8 @@ impl Runtime {
         let text = fs::read_to_string(&pid_path).map_err(io_error("read", &pid_path))?;
         let pid = text.trim().parse().map_err(|_| usage(format!("CRIU wrote {text:?} as the pid")))?;
         let pidfd = process::pidfd_open(pid).map_err(sys_error("open the restored process"))?;
-        undo.armed = false;
-        drop(undo);
+        // A sibling of CRIU's, and so a child of this process.
+        undo.child = Some(pid);
         state.pid = pid;
         state.start_time = start_time(pid).unwrap_or(0);
         state.ready = true;
@@ -279,6 +285,7 @@ impl Runtime {
         if let Some(path) = &options.pid_file {
             write_pid_file(path, pid)?;
         }
+        undo.disarm();
         let _ = fs::remove_dir(&root);
         poststart(&spec, &state).inspect_err(|_| {
             // It has killed the container; the failure of the hook is what the caller is told.
@@ -337,9 +344,20 @@ pub fn action() -> Option<bool> {
 /// Takes back what was made when the container does not come back.
 struct Undo<'a> {
     dir: &'a ContainerDir,
-    state: &'a State,
+    /// The unit that was started, and its cgroup.
+    scope: Option<(SystemdUnit, &'a Cgroup)>,
+    claim: Option<Claim>,
     armed: bool,
-    helper: Option<i32>,
+    child: Option<i32>,
+}
+
+impl Undo<'_> {
+    fn disarm(mut self) {
+        self.armed = false;
+        if let Some(claim) = self.claim.take() {
+            claim.keep();
+        }
+    }
 }
 
 impl Drop for Undo<'_> {
@@ -347,14 +365,16 @@ impl Drop for Undo<'_> {
         if !self.armed {
             return;
         }
-        if let Some(pid) = self.helper {
+        if let Some(pid) = self.child {
             let _ = process::kill(pid, libc::SIGKILL);
             let _ = process::wait_pid(pid);
         }
-        let cgroup = self.state.cgroup();
-        let _ = cgroup.kill_all();
-        scope::stop(self.state.systemd.as_ref());
-        let _ = cgroup.remove();
+        if let Some((unit, cgroup)) = &self.scope {
+            let _ = cgroup.kill_all();
+            scope::stop(Some(unit));
+            let _ = cgroup.remove();
+        }
+        drop(self.claim.take());
         let _ = self.dir.remove();
     }
 }

@@ -11,8 +11,8 @@ use crate::op::{NsKind, Op};
 use crate::rdt;
 use crate::scope::{self, Scope};
 use crate::spec::{Hook, IdMapping, Spec};
-use crate::state::{ContainerDir, START_SOCKET, State, Status, Store, SystemdUnit, start_time};
-use keel_cgroup::{Cgroup, Mode, Resources, Roots};
+use crate::state::{ContainerDir, START_SOCKET, State, Status, Store, start_time};
+use keel_cgroup::{Cgroup, CgroupError, Claim, Mode, Resources, Roots};
 use keel_sys::{file, process, socket};
 use std::fs;
 use std::io::Read;
@@ -141,15 +141,19 @@ impl Runtime {
         };
         let mut cgroup = facts.layout.cgroup(&cgroup_path)?;
         let mut no_cgroup = None;
+        let mut claim = None;
         if let Some(scope) = &scope {
             scope::reachable(&mut cgroup, &scope.record());
-        } else if facts.euid != 0
-            && let Err(e) = cgroup.create()
-        {
-            // An ordinary user may have been delegated nothing: the container runs in its caller's cgroup.
-            let _ = cgroup.remove();
-            cgroup.entries.clear();
-            no_cgroup = Some(format!("no cgroup, no limits: {}", RuntimeError::from(e).chain()));
+        } else if facts.euid != 0 {
+            match cgroup.claim() {
+                Ok(made) => claim = Some(made),
+                Err(e @ CgroupError::Occupied { .. }) => return Err(e.into()),
+                // An ordinary user may have been delegated nothing: the container runs in its caller's cgroup.
+                Err(e) => {
+                    cgroup.entries.clear();
+                    no_cgroup = Some(format!("no cgroup, no limits: {}", RuntimeError::from(e).chain()));
+                }
+            }
         }
         let request = Request {
             id: options.id.clone(),
@@ -163,13 +167,7 @@ impl Runtime {
             borrowed_cgroup: no_cgroup.is_some(),
             wait_for_cgroup: scope.is_some(),
         };
-        let mut lowered = match lower::lower(&spec, &request, &facts) {
-            Err(e) if facts.euid != 0 => {
-                let _ = cgroup.remove();
-                return Err(e.into());
-            }
-            other => other?,
-        };
+        let mut lowered = lower::lower(&spec, &request, &facts)?;
         lowered.warnings.extend(no_cgroup);
         if options.notify_socket.is_some() && !notify {
             lowered.warnings.push("NOTIFY_SOCKET is not passed on: that needs a mount namespace".to_owned());
@@ -199,7 +197,7 @@ impl Runtime {
         let mut building = Building {
             dir: &dir,
             cgroup: &cgroup,
-            unit: state.systemd.clone(),
+            claim,
             scope: scope.as_mut(),
             pid: None,
             rdt: rdt::Made::new(),
@@ -214,6 +212,9 @@ impl Runtime {
         let launched =
             self.build(&mut building, &spec, &lowered, &facts, &mut state, options, wait, console)?;
         building.done = true;
+        if let Some(claim) = building.claim.take() {
+            claim.keep();
+        }
         let mut warnings = lowered.warnings.clone();
         warnings.extend(other_score(&spec, launched.pid));
         drop(building);
@@ -268,7 +269,12 @@ impl Runtime {
         let mut fds = Fds { console, relayed, ..Fds::default() };
         let mut cgroup = None;
         if building.scope.is_none() {
-            create_cgroup(building.cgroup, spec, lowered)?;
+            if building.claim.is_none() {
+                building.claim = Some(building.cgroup.claim()?);
+            }
+            if !building.cgroup.entries.is_empty() {
+                building.cgroup.apply(&resources(spec, lowered))?;
+            }
             fds.tasks = building.cgroup.open_tasks()?;
             cgroup = building.cgroup.open_v2()?;
         }
@@ -610,7 +616,7 @@ impl Drop for Created {
 struct Building<'a> {
     dir: &'a ContainerDir,
     cgroup: &'a Cgroup,
-    unit: Option<SystemdUnit>,
+    claim: Option<Claim>,
     /// To be started when the process is there.
     scope: Option<&'a mut Scope>,
     pid: Option<i32>,
@@ -627,10 +633,13 @@ impl Drop for Building<'_> {
             let _ = process::kill(pid, libc::SIGKILL);
             let _ = process::wait_pid(pid);
         }
-        // A cgroup that others use too is busy or has children of theirs, and stays.
-        let _ = self.cgroup.kill_all();
-        scope::stop(self.unit.as_ref());
-        let _ = self.cgroup.remove();
+        // A unit that another container has is not ours to stop.
+        if let Some(scope) = self.scope.as_ref().filter(|s| s.started) {
+            let _ = self.cgroup.kill_all();
+            scope::stop(Some(&scope.record()));
+            let _ = self.cgroup.remove();
+        }
+        drop(self.claim.take());
         let _ = rdt::remove(&self.rdt);
         let _ = self.dir.remove();
     }
@@ -707,14 +716,6 @@ fn check_terminal(
         (false, true) => usage("cannot use console socket if the container will not allocate a tty"),
         _ => Ok(()),
     }
-}
-
-pub(crate) fn create_cgroup(cgroup: &Cgroup, spec: &Spec, lowered: &Lowered) -> Result<(), RuntimeError> {
-    if cgroup.entries.is_empty() {
-        return Ok(());
-    }
-    cgroup.create()?;
-    Ok(cgroup.apply(&resources(spec, lowered))?)
 }
 
 pub(crate) fn resources(spec: &Spec, lowered: &Lowered) -> Resources {

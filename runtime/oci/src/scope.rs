@@ -14,6 +14,8 @@ pub(crate) struct Scope {
     unit: Unit,
     instance: Instance,
     annotated: Vec<Property>,
+    /// The unit is there, and it is this container's.
+    pub(crate) started: bool,
     /// As [`keel_cgroup::Layout::cgroup`] takes it.
     pub(crate) path: String,
 }
@@ -27,7 +29,7 @@ impl Scope {
         let annotated = annotated(spec.annotations.iter())?;
         let mut manager = Manager::connect(instance, process::geteuid())?;
         let path = format!("{}{}", manager.cgroup()?, unit.cgroup()?);
-        Ok(Scope { manager, unit, instance, annotated, path })
+        Ok(Scope { manager, unit, instance, annotated, started: false, path })
     }
 
     /// What a later command needs to find the unit.
@@ -52,6 +54,7 @@ impl Scope {
         let mut properties = limits(&mut resources, cgroup.mode, version, &devices(roots)?)?;
         properties.extend(self.annotated.iter().filter_map(|(n, v)| Some((n.clone(), v.try_clone().ok()?))));
         self.manager.start(&self.unit, pid as u32, &properties)?;
+        self.started = true;
         if user && cgroup.mode != Mode::V2 {
             // On v1 no controller is given to users.
             return Ok(());

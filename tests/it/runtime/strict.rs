@@ -242,3 +242,60 @@ fn errors_of_the_command_line_reach_the_log() {
         assert_eq!(line["level"], "error", "{args:?}: {line}");
     }
 }
+
+/// Makes a "restored process" in the cgroup it is in, as CRIU does.
+const CRIU: &str = r#"#!/bin/sh
+while [ $# -gt 0 ]; do [ "$1" = --pidfile ] && file=$2; shift; done
+sleep 1000 >/dev/null 2>&1 &
+echo $! > "$file"
+echo $! > "$(dirname "$0")/restored"
+"#;
+
+#[test]
+fn a_restore_that_cannot_write_the_pid_file_leaves_nothing() {
+    require!(ours);
+    let case = in_cgroup(Case::new("true"));
+    let criu = case.path("criu");
+    fs::write(&criu, CRIU).unwrap();
+    fs::set_permissions(&criu, fs::Permissions::from_mode(0o755)).unwrap();
+    fs::create_dir(case.path("image")).unwrap();
+    let (criu, image) = (criu.display().to_string(), case.path("image").display().to_string());
+    let bundle = case.bundle();
+    let args = ["--criu", &criu, "restore", "--detach", "--image-path", &image, "--bundle", &bundle];
+    let error = case.fails(&[&args[..], &["--pid-file", "/nowhere/pid", &case.id]].concat());
+    assert!(error.contains("/nowhere"), "{error}");
+    let pid: i32 = fs::read_to_string(case.path("restored")).unwrap().trim().parse().unwrap();
+    wait_for("the restored process to go", || !alive(pid));
+    case.assert_gone();
+    assert!(case.call(&[&args[..], &[&case.id]].concat()).status.success());
+    let pid: i32 = fs::read_to_string(case.path("restored")).unwrap().trim().parse().unwrap();
+    assert!(alive(pid), "without the failure it stays");
+    case.ok(&["delete", "--force", &case.id]);
+}
+
+#[test]
+fn of_creates_in_one_cgroup_one_has_it_and_lives() {
+    require!(ours);
+    for round in 0..10 {
+        let cgroup = format!("/keel-it-shared-{}-{round}", std::process::id());
+        let new = || Case::new("true").with("/linux/cgroupsPath", json!(cgroup));
+        let cases = [new(), new(), new(), new()];
+        let spawned: Vec<_> = cases
+            .iter()
+            .map(|case| {
+                let mut create = case.command(&["create", "--bundle", &case.bundle(), &case.id]);
+                let file = |name: &str| fs::File::create(case.path(name)).unwrap();
+                create.stdout(file("out")).stderr(file("err")).spawn().unwrap()
+            })
+            .collect();
+        let succeeded: Vec<bool> = spawned.into_iter().map(|mut c| c.wait().unwrap().success()).collect();
+        let won: Vec<&Case> = cases.iter().zip(&succeeded).filter(|(_, ok)| **ok).map(|(c, _)| c).collect();
+        assert_eq!(won.len(), 1, "{succeeded:?}");
+        assert_eq!(won[0].status(), "created");
+        for (loser, _) in cases.iter().zip(&succeeded).filter(|(_, ok)| !**ok) {
+            let said = fs::read_to_string(loser.path("err")).unwrap();
+            assert!(said.contains("container's cgroup"), "{said}");
+        }
+        won[0].ok(&["delete", "--force", &won[0].id]);
+    }
+}
