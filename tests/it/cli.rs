@@ -400,53 +400,122 @@ fn exec_runs_inside_and_ends_with_the_commands_code() {
     assert_eq!(instance.keel(&["exec", "web", "--", "echo", "with"]).expect_code(0).stdout, "with\n");
 }
 
+/// A terminal and who sits at it.
+struct Terminal {
+    pty: nix::pty::OpenptyResult,
+    output: std::sync::mpsc::Receiver<Vec<u8>>,
+    seen: String,
+}
+
+impl Terminal {
+    fn open() -> Terminal {
+        let size = nix::pty::Winsize { ws_row: 33, ws_col: 77, ws_xpixel: 0, ws_ypixel: 0 };
+        let pty = nix::pty::openpty(Some(&size), None).unwrap();
+        let mut reader = fs::File::from(pty.master.try_clone().unwrap());
+        let (sender, output) = channel();
+        std::thread::spawn(move || {
+            let mut buffer = [0; 4096];
+            while let Ok(n) = reader.read(&mut buffer) {
+                if n == 0 || sender.send(buffer[..n].to_vec()).is_err() {
+                    return;
+                }
+            }
+        });
+        Terminal { pty, output, seen: String::new() }
+    }
+
+    fn run(&self, mut command: std::process::Command) -> std::process::Child {
+        let slave = || -> OwnedFd { self.pty.slave.try_clone().unwrap() };
+        command.stdin(slave()).stdout(slave()).stderr(slave()).spawn().unwrap()
+    }
+
+    fn write(&self, keys: &[u8]) {
+        fs::File::from(self.pty.master.try_clone().unwrap()).write_all(keys).unwrap();
+    }
+
+    fn expect(&mut self, part: &str) {
+        let deadline = std::time::Instant::now() + PATIENCE;
+        while !self.seen.contains(part) {
+            assert!(std::time::Instant::now() < deadline, "{part:?} is missing in {:?}", self.seen);
+            if let Ok(bytes) = self.output.recv_timeout(Duration::from_millis(100)) {
+                self.seen.push_str(&String::from_utf8_lossy(&bytes));
+            }
+        }
+        self.seen.clear();
+    }
+}
+
+#[test]
+fn attach_shows_types_resizes_and_is_left_by_its_keys() {
+    let instance = Instance::new();
+    instance.import_busybox();
+    let shell =
+        "    command: [sh, -c, 'echo ready; read a; echo got-$a; sh']\n    stdin: true\n    tty: true\n";
+    instance.apply(&pod("web", shell)).expect_code(0);
+    let mut terminal = Terminal::open();
+    let mut child = terminal.run(instance.command(&["attach", "-it", "web", "--replay", "4"]));
+    terminal.expect("ready");
+    terminal.write(b"one\r");
+    terminal.expect("got-one");
+    terminal.expect("#");
+    terminal.write(b"test -t 0 && echo is-a-$((40+2))-terminal\r");
+    terminal.expect("is-a-42-terminal");
+    // The first of the keys alone is for the container; both leave it, and it goes on.
+    terminal.write(&[0x10, 0x11]);
+    terminal.expect("detached");
+    assert_eq!(eventually("attach ends", || child.try_wait().unwrap()).code(), Some(0));
+    assert_eq!(instance.pids().len(), 1);
+
+    let mut child = terminal.run(instance.command(&["attach", "-it", "web", "--detach-keys", "ctrl-x,x"]));
+    terminal.write(b"echo again-$((1+1))\r");
+    terminal.expect("again-2");
+    terminal.write(b"stty size || ttysize\r");
+    terminal.expect("33 77");
+    terminal.write(&[0x18, b'x']);
+    assert_eq!(eventually("attach ends", || child.try_wait().unwrap()).code(), Some(0));
+    assert_eq!(instance.pids().len(), 1);
+}
+
+#[test]
+fn attach_passes_input_on_and_ends_with_the_containers_code() {
+    let instance = Instance::new();
+    instance.import_busybox();
+    let count = "    command: [sh, -c, 'echo hello; wc -c; exit 7']\n    stdin: true\n    stdinOnce: true\n";
+    let once = pod("count", count).replace("spec:\n", "spec:\n  restartPolicy: Never\n");
+    instance.apply(&once).expect_code(0);
+    let bytes = "x".repeat(3 << 20);
+    let ran = instance.keel_with_input(&["attach", "-i", "count", "--replay", "1"], &bytes).expect_code(7);
+    assert_eq!(ran.stdout, format!("hello\n{}\n", 3 << 20), "{}", ran.stderr);
+
+    instance.apply(&sleeper("deaf")).expect_code(0);
+    let ran = instance.keel(&["attach", "-i", "deaf"]).expect_code(1);
+    assert!(ran.stderr.contains("stdin: true"), "{}", ran.stderr);
+    let ran = instance.keel(&["attach", "deaf", "--detach-keys", "ctrl-1"]).expect_code(2);
+    assert!(ran.stderr.contains("ctrl-1"), "{}", ran.stderr);
+    instance.keel(&["attach", "nope"]).expect_code(4);
+}
+
 #[test]
 fn exec_gives_a_terminal_and_passes_size_and_keys_on() {
     let instance = Instance::new();
     instance.import_busybox();
     instance.apply(&sleeper("web")).expect_code(0);
-    let size = nix::pty::Winsize { ws_row: 33, ws_col: 77, ws_xpixel: 0, ws_ypixel: 0 };
-    let pty = nix::pty::openpty(Some(&size), None).unwrap();
-    let slave = || -> OwnedFd { pty.slave.try_clone().unwrap() };
-    let mut command = instance.command(&["exec", "-it", "web", "--", "sh"]);
-    let mut child = command.stdin(slave()).stdout(slave()).stderr(slave()).spawn().unwrap();
-    drop(command);
-    let mut master = fs::File::from(pty.master.try_clone().unwrap());
-    let mut reader = fs::File::from(pty.master.try_clone().unwrap());
-    let (sender, output) = channel();
-    std::thread::spawn(move || {
-        let mut buffer = [0; 4096];
-        while let Ok(n) = reader.read(&mut buffer) {
-            if n == 0 || sender.send(buffer[..n].to_vec()).is_err() {
-                return;
-            }
-        }
-    });
-    let mut seen = String::new();
-    let mut expect = |part: &str| {
-        let deadline = std::time::Instant::now() + PATIENCE;
-        while !seen.contains(part) {
-            assert!(std::time::Instant::now() < deadline, "{part:?} is missing in {seen:?}");
-            if let Ok(bytes) = output.recv_timeout(Duration::from_millis(100)) {
-                seen.push_str(&String::from_utf8_lossy(&bytes));
-            }
-        }
-        seen.clear();
-    };
-    expect("#");
-    master.write_all(b"test -t 0 && test -t 1 && echo is-a-$((40+2))-terminal\n").unwrap();
-    expect("is-a-42-terminal");
+    let mut terminal = Terminal::open();
+    let mut child = terminal.run(instance.command(&["exec", "-it", "web", "--", "sh"]));
+    terminal.expect("#");
+    terminal.write(b"test -t 0 && test -t 1 && echo is-a-$((40+2))-terminal\n");
+    terminal.expect("is-a-42-terminal");
     // What the terminal says to its size is asked of it inside.
-    master.write_all(b"busybox stty size 2>/dev/null || ttysize\n").unwrap();
-    master.write_all(b"echo done-$((1+1))\n").unwrap();
-    expect("done-2");
+    terminal.write(b"busybox stty size 2>/dev/null || ttysize\n");
+    terminal.write(b"echo done-$((1+1))\n");
+    terminal.expect("done-2");
     // Ctrl-C reaches the command, not us.
-    master.write_all(b"sleep 1000\n").unwrap();
+    terminal.write(b"sleep 1000\n");
     std::thread::sleep(Duration::from_millis(300));
-    master.write_all(&[3]).unwrap();
-    master.write_all(b"echo alive-$((2+3))\n").unwrap();
-    expect("alive-5");
-    master.write_all(b"exit 9\n").unwrap();
+    terminal.write(&[3]);
+    terminal.write(b"echo alive-$((2+3))\n");
+    terminal.expect("alive-5");
+    terminal.write(b"exit 9\n");
     let status = eventually("exec ends", || child.try_wait().unwrap());
     assert_eq!(status.code(), Some(9));
 }

@@ -155,6 +155,7 @@ impl RealHost {
         }
         words.extend(container.tty.then(|| "--tty".into()));
         words.extend(container.stdin.then(|| "--stdin".into()));
+        words.extend((container.stdin && container.stdin_once).then(|| "--stdin-once".into()));
         self.shims.start(id, &words)?;
         self.dismiss_earlier(pod, desired, attempt);
         Ok(())

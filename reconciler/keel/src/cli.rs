@@ -129,6 +129,11 @@ pub(crate) enum Command {
         after_help = "Examples:\n  keel exec web -- ls /\n  keel exec -it web -c main -- sh\n  tar c . | keel exec -i web -- tar x -C /data"
     )]
     Exec(Exec),
+    /// See the output of a running container as it comes, and type to it
+    #[command(
+        after_help = "Examples:\n  keel attach web                          Ctrl-C leaves\n  keel attach -it web                      Ctrl-P Ctrl-Q leaves\n  keel attach web -c main --replay 64      with the last 64 KiB\n\nEnds with the container's code; 0 when it is left."
+    )]
+    Attach(Attach),
     /// One look at the whole host
     #[command(
         after_help = "Examples:\n  keel status\n  keel status --check                      3 unless everything is ready"
@@ -391,6 +396,49 @@ pub(crate) struct Exec {
     /// Program and arguments
     #[arg(last = true, required = true, value_name = "COMMAND", value_hint = ValueHint::CommandWithArguments)]
     pub(crate) command: Vec<std::ffi::OsString>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Attach {
+    /// Pod
+    #[arg(value_name = "POD")]
+    pub(crate) object: String,
+    /// Container [default: the first]
+    #[arg(short, long, value_name = "NAME")]
+    pub(crate) container: Option<String>,
+    /// Pass standard input on
+    #[arg(short = 'i', long = "stdin")]
+    pub(crate) interactive: bool,
+    /// Key by key, where the container has a terminal; with -i
+    #[arg(short, long)]
+    pub(crate) tty: bool,
+    /// Leave by these keys, with -it: characters or ctrl-<key>, separated by commas; none if empty
+    #[arg(long, value_name = "KEYS", default_value = "ctrl-p,ctrl-q")]
+    pub(crate) detach_keys: DetachKeys,
+    /// Earlier output first, so much of it; about 128 at most
+    #[arg(long, value_name = "KIB", default_value_t = 0)]
+    pub(crate) replay: u16,
+}
+
+/// As docker writes them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct DetachKeys(pub(crate) Vec<u8>);
+
+impl std::str::FromStr for DetachKeys {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<DetachKeys, String> {
+        if text.is_empty() {
+            return Ok(DetachKeys(Vec::new()));
+        }
+        let key =
+            |word: &str| match (word.strip_prefix("ctrl-").unwrap_or_default().as_bytes(), word.as_bytes()) {
+                ([key @ (b'a'..=b'z' | b'@' | b'[' | b'\\' | b']' | b'^' | b'_')], _) => Ok(key & 0x1f),
+                (_, [key]) if key.is_ascii_graphic() => Ok(*key),
+                _ => Err(format!("`{word}` is neither a character nor ctrl-<a to z, @ [ \\ ] ^ _>")),
+            };
+        text.split(',').map(key).collect::<Result<_, _>>().map(DetachKeys)
+    }
 }
 
 #[derive(Debug, Args)]

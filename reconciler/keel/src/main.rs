@@ -99,6 +99,7 @@ fn acts(command: &Command) -> bool {
         | Command::Restart(_)
         | Command::Reconcile(_)
         | Command::Exec(_)
+        | Command::Attach(_)
         | Command::Image(_)
         | Command::System(_)
         | Command::RestartRun(_) => true,
@@ -116,7 +117,7 @@ fn acts(command: &Command) -> bool {
 }
 
 fn dispatch(context: &Context, command: &Command) -> Outcome<u8> {
-    use commands::{apply, check, delete, exec, image, logs, see, version};
+    use commands::{apply, attach, check, delete, exec, image, logs, see, version};
     match command {
         Command::Apply(args) => done(apply::apply(context, args)),
         Command::Plan(args) => done(apply::plan(context, args)),
@@ -125,6 +126,7 @@ fn dispatch(context: &Context, command: &Command) -> Outcome<u8> {
         Command::Daemon(args) => done(daemon::run(context, args)),
         Command::Logs(args) => done(logs::logs(context, args)),
         Command::Exec(args) => exec::exec(context, args),
+        Command::Attach(args) => attach::attach(context, args),
         Command::Completion { shell } => done(version::completion(context, *shell)),
         Command::Version(args) => done(version::version(context, args)),
         Command::Get(args) => done(see::get(context, args)),

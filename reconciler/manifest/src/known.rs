@@ -72,16 +72,7 @@ pub(crate) const FIELDS: &[KnownFields] = &[
     },
     KnownFields {
         type_name: "Container",
-        not_yet: &[
-            "lifecycle",
-            "resizePolicy",
-            "restartPolicy",
-            "restartPolicyRules",
-            "stdin",
-            "stdinOnce",
-            "tty",
-            "volumeDevices",
-        ],
+        not_yet: &["lifecycle", "resizePolicy", "restartPolicy", "restartPolicyRules", "volumeDevices"],
         no_effect: &["terminationMessagePath", "terminationMessagePolicy"],
     },
     KnownFields { type_name: "EnvVarSource", not_yet: &["fileKeyRef"], no_effect: &[] },

@@ -68,7 +68,7 @@ fn the_schema_knows_what_the_reader_accepts() {
     let all = crate::schema(None).unwrap();
     let list = 1;
     assert_eq!(all["oneOf"].as_array().unwrap().len(), crate::kinds().len() + list);
-    assert!(all["$defs"]["Container"]["properties"].get("tty").is_none(), "not done yet");
+    assert!(all["$defs"]["Container"]["properties"].get("lifecycle").is_none(), "not done yet");
     assert!(all["$defs"]["PodSpec"]["properties"].get("nodeSelector").is_some(), "accepted");
 }
 

@@ -6,8 +6,10 @@ use std::io::{self, IsTerminal, Read, Seek, SeekFrom, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Command, Stdio};
+use std::sync::Arc;
 use std::thread;
 
+use keel_plan::PodStatus;
 use serde_json::{Value, json};
 
 use crate::cli::Exec;
@@ -27,23 +29,7 @@ const MAX_CONFIG_BYTES: u64 = 4 << 20;
 pub(crate) fn exec(context: &Context, args: &Exec) -> Outcome<u8> {
     let status = world::status(context)?;
     let pods = object::pods(&status, &context.settings.namespace, &args.object)?;
-    let pod =
-        pods.iter().find(|pod| pod.container_statuses.iter().any(|c| c.pid.is_some())).unwrap_or(&pods[0]);
-    let container = match &args.container {
-        Some(name) => name,
-        None => match pod.container_statuses.split_first() {
-            Some((first, others)) => {
-                if !others.is_empty() && io::stderr().is_terminal() {
-                    context.term.note(&format!(
-                        "container {} of pod {} (choose with -c)\n",
-                        first.name, pod.key.name
-                    ));
-                }
-                &first.name
-            }
-            None => return Err(Failure::failed(format!("pod {} has no containers yet", pod.key.name))),
-        },
-    };
+    let (pod, container) = pick(context, &pods, args.container.as_deref())?;
     let running = world::running(context, pod, container)?;
     let tty = args.tty && terminal(context);
     let run = || {
@@ -52,6 +38,27 @@ pub(crate) fn exec(context: &Context, args: &Exec) -> Outcome<u8> {
         run(&running, &process, args.interactive, tty)
     };
     run().map_err(not_tried)
+}
+
+/// The pod that runs and the container that is meant: the first, unless one is named.
+pub(super) fn pick<'a>(
+    context: &Context,
+    pods: &'a [Arc<PodStatus>],
+    named: Option<&'a str>,
+) -> Outcome<(&'a PodStatus, &'a str)> {
+    let runs = |pod: &&Arc<PodStatus>| pod.container_statuses.iter().any(|c| c.pid.is_some());
+    let pod = pods.iter().find(runs).unwrap_or(&pods[0]);
+    if let Some(name) = named {
+        return Ok((pod, name));
+    }
+    let Some((first, others)) = pod.container_statuses.split_first() else {
+        return Err(Failure::failed(format!("pod {} has no containers yet", pod.key.name)));
+    };
+    if !others.is_empty() && io::stderr().is_terminal() {
+        let note = format!("container {} of pod {} (choose with -c)\n", first.name, pod.key.name);
+        context.term.note(&note);
+    }
+    Ok((pod, &first.name))
 }
 
 /// A failure without a code of its own is the engine's, not the command's.
@@ -70,7 +77,7 @@ fn terminal(context: &Context) -> bool {
 }
 
 /// `process` of the bundle: what the container itself was started with.
-fn configured(running: &world::Running) -> Outcome<Value> {
+pub(super) fn configured(running: &world::Running) -> Outcome<Value> {
     let path = running.bundle.join("config.json");
     let mut text = Vec::new();
     File::open(&path)

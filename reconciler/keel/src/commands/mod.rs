@@ -1,6 +1,7 @@
 //! One module per command. Each takes the context and its arguments, and ends with a failure or not at all.
 
 pub(crate) mod apply;
+pub(crate) mod attach;
 pub(crate) mod check;
 pub(crate) mod delete;
 pub(crate) mod exec;
