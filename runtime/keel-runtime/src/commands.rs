@@ -33,6 +33,8 @@ pub(crate) fn run(
 ) -> Outcome {
     let mut runtime = Runtime::new(root(globals));
     runtime.systemd = globals.systemd_cgroup;
+    let warnings = log.clone();
+    runtime.warn = Rc::new(move |line| warnings.warning(line));
     if globals.debug {
         let log = log.clone();
         runtime.debug = Some(Box::new(move |line| log.debug(line)));
@@ -43,7 +45,7 @@ pub(crate) fn run(
         "run" => run_container(&runtime, options, positional, log),
         "start" => done(runtime.start(id(positional)?, notify_socket().as_deref())),
         "state" => state(&runtime, positional),
-        "list" => list(&runtime, globals, options),
+        "list" => list(&runtime, globals, options, log),
         "kill" => kill(&runtime, options, positional),
         "delete" => done(runtime.delete(id(positional)?, options.has("force"))),
         "exec" => exec(&runtime, options, positional, log),
@@ -258,7 +260,7 @@ fn kill(runtime: &Runtime, options: &Options, positional: &[String]) -> Outcome 
     done(runtime.kill(id, signal, options.has("all")))
 }
 
-fn list(runtime: &Runtime, globals: &Globals, options: &Options) -> Outcome {
+fn list(runtime: &Runtime, globals: &Globals, options: &Options, log: &Log) -> Outcome {
     if let Some(root) = &globals.root {
         // Only the default root may not have been made yet; a wrong one would look like a host without containers.
         fs::metadata(root).map_err(|source| RuntimeError::Io { what: "open", path: root.clone(), source })?;
@@ -271,10 +273,12 @@ fn list(runtime: &Runtime, globals: &Globals, options: &Options) -> Outcome {
     }
     let mut rows = Vec::new();
     for dir in &dirs {
-        // A container may vanish while the list is made.
-        let Ok(state) = dir.load() else { continue };
-        let status = dir.status(&state)?;
-        rows.push((state, status));
+        match dir.load().and_then(|state| Ok((dir.status(&state)?, state))) {
+            Ok((status, state)) => rows.push((state, status)),
+            // A container may vanish while the list is made.
+            Err(RuntimeError::NotFound(_)) => {}
+            Err(e) => log.warning(&format!("container {:?} is not listed: {}", dir.id, e.chain())),
+        }
     }
     match format {
         "json" => {

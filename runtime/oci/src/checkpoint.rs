@@ -23,6 +23,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::rc::Rc;
 
 /// The hidden command by which the helper is started.
 pub const HELPER: &str = "criu-helper";
@@ -81,12 +82,13 @@ pub struct Restored {
     pub warnings: Vec<String>,
     dir: ContainerDir,
     state: State,
+    warn: Rc<dyn Fn(&str)>,
 }
 
 impl Restored {
     /// Removes everything of the container after its init has been waited for.
     pub fn finish(self) -> Result<(), RuntimeError> {
-        destroy(&self.dir, &self.state)
+        destroy(&self.dir, &self.state, &*self.warn)
     }
 }
 
@@ -152,7 +154,7 @@ impl Runtime {
         let text =
             serde_json::to_vec(&names).map_err(|source| RuntimeError::Json { path: path.clone(), source })?;
         fs::write(&path, text).map_err(io_error("write", &path))?;
-        if options.leave_running { Ok(()) } else { destroy(&dir, &state) }
+        if options.leave_running { Ok(()) } else { destroy(&dir, &state, &*self.warn) }
     }
 
     /// Brings a container back from an image; its processes run when this returns. `me` is the program that knows the
@@ -185,7 +187,8 @@ impl Runtime {
         let mut state = State::new(&spec, &options.id, &bundle, &rootfs, &cgroup, &cgroup_path);
         state.own_pid_namespace = lowered.own_pid_namespace;
         state.systemd = scope.as_ref().map(Scope::record);
-        let mut undo = Undo { dir: &dir, scope: None, claim: None, armed: true, child: None };
+        let mut undo =
+            Undo { dir: &dir, scope: None, claim: None, warn: &*self.warn, armed: true, child: None };
         dir.save_config(&text)?;
         dir.save(&state)?;
         prepare_targets(&rootfs, &spec)?;
@@ -290,9 +293,9 @@ impl Runtime {
         poststart(&spec, &state).inspect_err(|_| {
             // It has killed the container; the failure of the hook is what the caller is told.
             let _ = process::wait_pid(pid);
-            let _ = destroy(&dir, &state);
+            let _ = destroy(&dir, &state, &*self.warn);
         })?;
-        Ok(Restored { pid, pidfd, warnings: lowered.warnings, dir, state })
+        Ok(Restored { pid, pidfd, warnings: lowered.warnings, dir, state, warn: self.warn.clone() })
     }
 }
 
@@ -347,6 +350,7 @@ struct Undo<'a> {
     /// The unit that was started, and its cgroup.
     scope: Option<(SystemdUnit, &'a Cgroup)>,
     claim: Option<Claim>,
+    warn: &'a dyn Fn(&str),
     armed: bool,
     child: Option<i32>,
 }
@@ -371,7 +375,7 @@ impl Drop for Undo<'_> {
         }
         if let Some((unit, cgroup)) = &self.scope {
             let _ = cgroup.kill_all();
-            scope::stop(Some(unit));
+            scope::stop(Some(unit), self.warn);
             let _ = cgroup.remove();
         }
         drop(self.claim.take());

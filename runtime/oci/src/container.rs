@@ -19,6 +19,7 @@ use std::io::Read;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 /// How long `start` waits for a `create` that is not done: its caller has seen the container, and begins at once.
@@ -35,6 +36,8 @@ pub struct Runtime {
     pub systemd: bool,
     /// Hears what is done, step by step.
     pub debug: Option<Listener>,
+    /// Hears what does not stop a command, but should be known.
+    pub warn: Rc<dyn Fn(&str)>,
 }
 
 pub(crate) type Listener = Box<dyn Fn(&str)>;
@@ -65,12 +68,14 @@ pub struct Created {
     launched: Launched,
     lowered: Lowered,
     pub warnings: Vec<String>,
+    warn: Rc<dyn Fn(&str)>,
     kept: bool,
 }
 
 impl Runtime {
     pub fn new(root: impl Into<PathBuf>) -> Runtime {
-        Runtime { store: Store::new(root), roots: Roots::default(), systemd: false, debug: None }
+        let (store, roots) = (Store::new(root), Roots::default());
+        Runtime { store, roots, systemd: false, debug: None, warn: Rc::new(|_| {}) }
     }
 
     /// `create`: the process stays, waiting for `start`.
@@ -201,6 +206,7 @@ impl Runtime {
             scope: scope.as_mut(),
             pid: None,
             rdt: rdt::Made::new(),
+            warn: &*self.warn,
             done: false,
         };
         if notify {
@@ -218,7 +224,8 @@ impl Runtime {
         let mut warnings = lowered.warnings.clone();
         warnings.extend(other_score(&spec, launched.pid));
         drop(building);
-        Ok(Created { dir, state, spec, launched, lowered, warnings, kept: false })
+        let warn = self.warn.clone();
+        Ok(Created { dir, state, spec, launched, lowered, warnings, warn, kept: false })
     }
 
     pub(crate) fn tell(&self, line: impl FnOnce() -> String) {
@@ -437,7 +444,7 @@ impl Runtime {
         let spec = dir.load_spec()?;
         poststart(&spec, &state).inspect_err(|_| {
             // The specification goes on with the destruction, and the hook's failure is what the caller is told.
-            let _ = self.kill_and_wait(&state).and_then(|()| destroy(&dir, &state));
+            let _ = self.kill_and_wait(&state).and_then(|()| destroy(&dir, &state, &*self.warn));
         })?;
         match (notify, state.init_pidfd()) {
             (Some(notify), Some(init)) => notify.wait_ready(init),
@@ -479,7 +486,7 @@ impl Runtime {
         let state = match dir.load() {
             // Claimed, but its maker died before it wrote anything: there is nothing but the directory.
             Err(RuntimeError::NotFound(_)) if force => return dir.remove(),
-            Err(RuntimeError::Json { .. }) if force => return dir.remove(),
+            Err(e @ RuntimeError::Json { .. }) if force => return self.delete_unknown(&dir, &e),
             other => other?,
         };
         let status = dir.status(&state)?;
@@ -489,7 +496,28 @@ impl Runtime {
             _ if force => self.kill_and_wait(&state)?,
             status => return Err(RuntimeError::NotStopped { id: id.to_owned(), status: status.as_str() }),
         }
-        destroy(&dir, &state)
+        destroy(&dir, &state, &*self.warn)
+    }
+
+    /// Of a container whose state nobody can read: what its configuration, or else its id, says where it is.
+    fn delete_unknown(&self, dir: &ContainerDir, why: &RuntimeError) -> Result<(), RuntimeError> {
+        let spec = dir.load_spec().ok();
+        // Of a path that is none there was never a cgroup.
+        let path = spec.and_then(|spec| cgroup_path(&spec, &dir.id).ok()).unwrap_or_else(|| dir.id.clone());
+        let found = match host::observe(&self.roots)?.layout.cgroup(&path) {
+            Ok(cgroup) if cgroup.exists() => {
+                kill_and_empty(&cgroup)?;
+                cgroup.remove()?;
+                "is removed"
+            }
+            _ => "is not there",
+        };
+        (self.warn)(&format!(
+            "{}; its cgroup {path:?} {found}; not known, and left as they are: processes and cgroups elsewhere, \
+             systemd units, resctrl classes; no poststop hook is run",
+            why.chain()
+        ));
+        dir.remove()
     }
 
     fn kill_and_wait(&self, state: &State) -> Result<(), RuntimeError> {
@@ -591,7 +619,7 @@ impl Created {
     /// Removes everything of the container after its init has been waited for.
     pub fn finish(mut self) -> Result<(), RuntimeError> {
         self.kept = true;
-        destroy(&self.dir, &self.state)
+        destroy(&self.dir, &self.state, &*self.warn)
     }
 
     fn write_pid_file(&self, options: &CreateOptions) -> Result<(), RuntimeError> {
@@ -607,7 +635,7 @@ impl Drop for Created {
         if !self.kept {
             let _ = process::pidfd_send_signal(&self.launched.pidfd, libc::SIGKILL);
             let _ = process::wait_pid(self.launched.pid);
-            let _ = destroy(&self.dir, &self.state);
+            let _ = destroy(&self.dir, &self.state, &*self.warn);
         }
     }
 }
@@ -621,6 +649,7 @@ struct Building<'a> {
     scope: Option<&'a mut Scope>,
     pid: Option<i32>,
     rdt: rdt::Made,
+    warn: &'a dyn Fn(&str),
     done: bool,
 }
 
@@ -636,7 +665,7 @@ impl Drop for Building<'_> {
         // A unit that another container has is not ours to stop.
         if let Some(scope) = self.scope.as_ref().filter(|s| s.started) {
             let _ = self.cgroup.kill_all();
-            scope::stop(Some(&scope.record()));
+            scope::stop(Some(&scope.record()), self.warn);
             let _ = self.cgroup.remove();
         }
         drop(self.claim.take());
@@ -873,25 +902,32 @@ pub(crate) fn poststart(spec: &Spec, state: &State) -> Result<(), RuntimeError> 
     result
 }
 
-/// Removes cgroup and state of a container without processes; a failing poststop hook is only told.
-pub(crate) fn destroy(dir: &ContainerDir, state: &State) -> Result<(), RuntimeError> {
+/// Removes cgroup and state of a container without processes. Then come the poststop hooks, of which a failing one is only
+/// told.
+pub(crate) fn destroy(dir: &ContainerDir, state: &State, warn: &dyn Fn(&str)) -> Result<(), RuntimeError> {
     let cgroup = state.cgroup();
     // Without a pid namespace of its own, processes may have outlived the init.
     if !state.own_pid_namespace {
-        cgroup.kill_all()?;
-        let deadline = Instant::now() + KILL_DEADLINE;
-        while !cgroup.pids()?.is_empty() && Instant::now() < deadline {
-            std::thread::sleep(Duration::from_millis(1));
-        }
+        kill_and_empty(&cgroup)?;
     }
-    scope::stop(state.systemd.as_ref());
+    scope::stop(state.systemd.as_ref(), warn);
     cgroup.remove()?;
     rdt::remove(&state.rdt)?;
     let hooks = dir.load_spec().ok().and_then(|s| s.hooks).unwrap_or_default();
+    dir.remove()?;
     for hook in &hooks.poststop {
         if let Err(e) = run_hooks("poststop", std::slice::from_ref(hook), state, "stopped") {
-            eprintln!("warning: {}", e.chain());
+            warn(&e.chain());
         }
     }
-    dir.remove()
+    Ok(())
+}
+
+fn kill_and_empty(cgroup: &Cgroup) -> Result<(), RuntimeError> {
+    cgroup.kill_all()?;
+    let deadline = Instant::now() + KILL_DEADLINE;
+    while !cgroup.pids()?.is_empty() && Instant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    Ok(())
 }

@@ -589,7 +589,9 @@ impl Op {
             Op::LoopbackUp => "set up the loopback interface".into(),
             Op::NotDumpable => "forbid tracing".into(),
             Op::Unshare { kind } => format!("unshare {} namespace", kind.spec_name()),
-            Op::SessionKeyring { .. } => "join a new session keyring".into(),
+            Op::SessionKeyring { .. } => {
+                "join a new session keyring (--no-new-keyring leaves the container the caller's)".into()
+            }
             Op::NewSession => "start a session".into(),
             Op::PrivateProcfs => "mount a private procfs".into(),
             Op::OomScoreAdj { value } => format!("set oom_score_adj to {value}"),

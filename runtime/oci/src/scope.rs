@@ -118,9 +118,9 @@ pub(crate) fn attach(unit: &SystemdUnit, below: &str, pid: i32) -> Result<(), Ru
 }
 
 /// Ends the scope. The container goes whether or not systemd can be asked; what stays is told.
-pub(crate) fn stop(unit: Option<&SystemdUnit>) {
+pub(crate) fn stop(unit: Option<&SystemdUnit>, warn: &dyn Fn(&str)) {
     let Some(unit) = unit else { return };
     if let Err(e) = connect(unit).and_then(|mut manager| Ok(manager.stop(&unit.unit)?)) {
-        eprintln!("warning: stop systemd unit {}: {}", unit.unit, e.chain());
+        warn(&format!("stop systemd unit {}: {}", unit.unit, e.chain()));
     }
 }

@@ -16,8 +16,8 @@ use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::{self, Write};
-use std::os::fd::OwnedFd;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 /// The version of the file's form.
@@ -131,6 +131,8 @@ pub struct Store {
 pub struct ContainerDir {
     pub id: String,
     pub path: PathBuf,
+    /// Of the one who made it: what is written goes there, also when the name is another's by now.
+    own: Option<fs::File>,
 }
 
 pub(crate) const START_SOCKET: &str = "start.sock";
@@ -144,7 +146,7 @@ impl Store {
         if !names::valid_id(id) {
             return Err(RuntimeError::InvalidId(id.to_owned()));
         }
-        Ok(ContainerDir { id: id.to_owned(), path: self.root.join(id) })
+        Ok(ContainerDir { id: id.to_owned(), path: self.root.join(id), own: None })
     }
 
     /// Where a container's directory is, whether it exists or not. Absolute.
@@ -159,7 +161,7 @@ impl Store {
 
     /// Claims the id: of two that try, one gets an error.
     pub fn create(&self, id: &str) -> Result<ContainerDir, RuntimeError> {
-        let dir = self.dir(id)?;
+        let mut dir = self.dir(id)?;
         // The start socket in it is for the owner alone.
         let make = |path: &Path| fs::DirBuilder::new().mode(0o700).create(path);
         match make(&dir.path) {
@@ -178,6 +180,7 @@ impl Store {
             io::ErrorKind::AlreadyExists => RuntimeError::Exists(id.to_owned()),
             _ => io_error("create", &dir.path)(e),
         })?;
+        dir.own = Some(fs::File::open(&dir.path).map_err(io_error("open", &dir.path))?);
         Ok(dir)
     }
 
@@ -225,8 +228,8 @@ impl ContainerDir {
     }
 
     pub fn save(&self, state: &State) -> Result<(), RuntimeError> {
-        let path = self.file("state.json");
-        let temp = self.file(".state.json");
+        let path = self.own_file("state.json");
+        let temp = self.own_file(".state.json");
         let text =
             serde_json::to_vec(state).map_err(|source| RuntimeError::Json { path: path.clone(), source })?;
         write_private(&temp, &text)?;
@@ -234,7 +237,7 @@ impl ContainerDir {
     }
 
     pub fn save_config(&self, text: &[u8]) -> Result<(), RuntimeError> {
-        write_private(&self.file("config.json"), text)
+        write_private(&self.own_file("config.json"), text)
     }
 
     pub fn load_spec(&self) -> Result<Spec, RuntimeError> {
@@ -243,7 +246,28 @@ impl ContainerDir {
         serde_json::from_slice(&text).map_err(|source| RuntimeError::Json { path, source })
     }
 
+    /// In a directory that was removed nothing can be made: a create that was overtaken by a delete fails there, and
+    /// does not write over the next container of that id.
+    fn own_file(&self, name: &str) -> PathBuf {
+        match &self.own {
+            Some(own) => format!("/proc/self/fd/{}/{name}", own.as_raw_fd()).into(),
+            None => self.file(name),
+        }
+    }
+
+    /// Whether the name has come to be another container's.
+    fn is_lost(&self) -> bool {
+        let Some(own) = &self.own else { return false };
+        match (own.metadata(), fs::symlink_metadata(&self.path)) {
+            (Ok(own), Ok(found)) => (own.dev(), own.ino()) != (found.dev(), found.ino()),
+            _ => true,
+        }
+    }
+
     pub fn remove(&self) -> Result<(), RuntimeError> {
+        if self.is_lost() {
+            return Ok(());
+        }
         match fs::remove_dir_all(&self.path) {
             Err(e) if e.kind() != io::ErrorKind::NotFound => Err(io_error("remove", &self.path)(e)),
             _ => Ok(()),
@@ -251,6 +275,9 @@ impl ContainerDir {
     }
 
     pub(crate) fn open_fd(&self) -> Result<OwnedFd, RuntimeError> {
+        if let Some(own) = &self.own {
+            return own.try_clone().map(OwnedFd::from).map_err(io_error("open", &self.path));
+        }
         let open = || {
             let path = file::c_path(&self.path)?;
             file::openat(file::cwd(), &path, libc::O_PATH | libc::O_DIRECTORY, 0)
@@ -439,6 +466,22 @@ mod tests {
         assert_eq!(rfc3339(0, 0), "1970-01-01T00:00:00.000000000Z");
         assert_eq!(rfc3339(951_782_400, 5), "2000-02-29T00:00:00.000000005Z");
         assert_eq!(rfc3339(1_767_225_599, 0), "2025-12-31T23:59:59.000000000Z");
+    }
+
+    #[test]
+    fn a_create_that_was_overtaken_writes_nothing_for_the_next_of_that_id() {
+        let root = tempfile::tempdir().unwrap();
+        let store = Store::new(root.path());
+        let slow = store.create("a").unwrap();
+        slow.save_config(b"slow").unwrap();
+        store.open("a").unwrap().remove().unwrap();
+        let next = store.create("a").unwrap();
+        next.save_config(b"next").unwrap();
+        assert!(slow.save_config(b"slow").is_err());
+        slow.remove().unwrap();
+        assert_eq!(fs::read(next.file("config.json")).unwrap(), b"next");
+        next.remove().unwrap();
+        assert!(!next.path.exists());
     }
 
     #[test]

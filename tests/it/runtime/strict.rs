@@ -299,3 +299,105 @@ fn of_creates_in_one_cgroup_one_has_it_and_lives() {
         won[0].ok(&["delete", "--force", &won[0].id]);
     }
 }
+
+#[test]
+fn a_broken_state_is_told_by_list_and_cleared_by_a_forced_delete() {
+    require!(ours);
+    let mut case = in_cgroup(Case::new("sleep 1000"));
+    case.start();
+    let pid = case.pid();
+    let dir = case.path("state").join(&case.id);
+    fs::write(dir.join("state.json"), "{").unwrap();
+    let other = format!("{}-whole", case.id);
+    case.set("/linux/cgroupsPath", json!(format!("/{other}")));
+    let mut create = case.command(&["create", "--bundle", &case.bundle(), &other]);
+    assert!(create.stdout(Stdio::null()).stderr(Stdio::null()).status().unwrap().success());
+    let output = case.call(&["list"]);
+    case.ok(&["delete", "--force", &other]);
+    assert!(output.status.success());
+    assert!(text(&output.stdout).contains(&other), "{}", text(&output.stdout));
+    let said = text(&output.stderr);
+    assert!(said.contains("warning") && said.contains(&case.id), "{said}");
+    let output = case.call(&["delete", "--force", &case.id]);
+    let said = text(&output.stderr);
+    assert!(output.status.success(), "{said}");
+    assert!(said.contains("not known"), "{said}");
+    wait_for("the container's process to go", || !alive(pid));
+    case.assert_gone();
+}
+
+#[test]
+fn a_failing_poststop_hook_is_told_in_the_log_after_the_state_is_gone() {
+    require!(ours);
+    let mut case = Case::new("true");
+    let gone = format!("test ! -e {}/{} && exit 7; exit 3", case.path("state").display(), case.id);
+    case.set("/hooks/poststop", json!([{"path": "/bin/sh", "args": ["sh", "-c", gone]}]));
+    case.create(&[]).unwrap();
+    let log = case.path("log.json").display().to_string();
+    case.ok(&["--log", &log, "--log-format", "json", "delete", "--force", &case.id]);
+    let line: Value = serde_json::from_str(&fs::read_to_string(log).unwrap()).unwrap();
+    assert_eq!(line["level"], "warning");
+    let said = line["msg"].as_str().unwrap();
+    assert!(said.contains("poststop") && said.contains("exit status 7"), "{said}");
+}
+
+/// Lets `keyctl(2)` answer an error.
+fn without_keyctl(error: i32) -> std::io::Result<()> {
+    const LOAD: u16 = 0x20;
+    const JUMP_EQUAL: u16 = 0x15;
+    const RETURN: u16 = 0x06;
+    let line = |code, jt, jf, k| libc::sock_filter { code, jt, jf, k };
+    let filter = [
+        line(LOAD, 0, 0, 0),
+        line(JUMP_EQUAL, 0, 1, libc::SYS_keyctl as u32),
+        line(RETURN, 0, 0, libc::SECCOMP_RET_ERRNO | error as u32),
+        line(RETURN, 0, 0, libc::SECCOMP_RET_ALLOW),
+    ];
+    let program = libc::sock_fprog { len: filter.len() as u16, filter: filter.as_ptr().cast_mut() };
+    // SAFETY: the program and its filter outlive the call.
+    match unsafe { libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &program) } {
+        0 => Ok(()),
+        _ => Err(std::io::Error::last_os_error()),
+    }
+}
+
+#[test]
+fn the_callers_keyring_is_never_kept_in_silence() {
+    require!();
+    for (error, fine) in [(libc::EPERM, false), (libc::EDQUOT, false), (libc::ENOSYS, true)] {
+        let run = |more: &[&str]| {
+            let case = Case::new("true");
+            let bundle = case.bundle();
+            let mut command = case.command(&[&["run", "--bundle", &bundle], more, &[&case.id]].concat());
+            // SAFETY: a system call only.
+            unsafe { command.pre_exec(move || without_keyctl(error)) }.output().unwrap()
+        };
+        let output = run(&[]);
+        let said = text(&output.stderr);
+        assert_eq!(output.status.success(), fine, "{error}: {said}");
+        assert!(fine || said.contains("keyring"), "{said}");
+        assert!(run(&["--no-new-keyring"]).status.success());
+    }
+}
+
+#[test]
+fn a_create_that_was_overtaken_leaves_the_next_of_that_id_alone() {
+    require!(ours);
+    let mut case = in_cgroup(Case::new("sleep 1000"));
+    let (here, go) = (case.path("here").display().to_string(), case.path("go").display().to_string());
+    let wait = format!("touch {here}; until test -e {go}; do /bin/busybox usleep 2000; done");
+    case.set("/hooks/createRuntime", json!([{"path": "/bin/sh", "args": ["sh", "-c", wait]}]));
+    let mut slow = case.command(&["create", "--bundle", &case.bundle(), &case.id]);
+    let file = |name: &str| fs::File::create(case.path(name)).unwrap();
+    let mut slow = slow.stdout(file("out")).stderr(file("slow")).spawn().unwrap();
+    wait_for("the hook to run", || Path::new(&here).exists());
+    case.ok(&["delete", "--force", &case.id]);
+    case.set("/hooks", json!({}));
+    case.start();
+    let state = case.state();
+    fs::write(&go, "").unwrap();
+    assert!(!slow.wait().unwrap().success());
+    assert_eq!(case.state(), state);
+    assert_eq!(case.status(), "running");
+    case.ok(&["exec", &case.id, "true"]);
+}
