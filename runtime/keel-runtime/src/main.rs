@@ -14,6 +14,10 @@ use log::Log;
 use std::process::ExitCode;
 use std::rc::Rc;
 
+#[cfg(debug_assertions)]
+#[global_allocator]
+static GUARD: keel_oci::ChildGuard = keel_oci::ChildGuard;
+
 fn main() -> ExitCode {
     // Not in the help: this program starts itself with it.
     let mut words = std::env::args().skip(1);

@@ -8,9 +8,13 @@ use crate::op::{Failure, HookProgram, NsKind, Op, Step, StringArray, Target};
 use keel_sys::file::{self, RESOLVE_IN_ROOT, RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS};
 use keel_sys::mount::{self, Attr};
 use keel_sys::{cred, errno, process, seccomp, socket, tty};
+#[cfg(debug_assertions)]
+use std::alloc::{GlobalAlloc, Layout, System};
 use std::ffi::{CStr, c_char};
 use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+#[cfg(debug_assertions)]
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 /// Descriptors that the parent opened for the child.
@@ -188,6 +192,50 @@ pub(crate) fn fork<T>(
     }
 }
 
+/// The allocator of debug builds: in the child it ends the process, so that every test of a container's start is also one
+/// of the rule that nothing there allocates.
+#[cfg(debug_assertions)]
+pub struct ChildGuard;
+
+/// Set in the child's copy of the memory alone.
+#[cfg(debug_assertions)]
+static GUARDED: AtomicBool = AtomicBool::new(false);
+
+#[cfg(debug_assertions)]
+impl ChildGuard {
+    /// What the guarded process ends with.
+    const EXIT_CODE: i32 = 134;
+
+    fn check() {
+        if GUARDED.load(Ordering::Relaxed) {
+            let _ = file::write_once(file::standard(2), b"keel-runtime: the child uses the allocator\n");
+            process::exit_now(Self::EXIT_CODE)
+        }
+    }
+}
+
+// SAFETY: all is passed on to the system's allocator as it comes.
+#[cfg(debug_assertions)]
+unsafe impl GlobalAlloc for ChildGuard {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        Self::check();
+        // SAFETY: the caller's promise.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, place: *mut u8, layout: Layout) {
+        Self::check();
+        // SAFETY: the caller's promise.
+        unsafe { System.dealloc(place, layout) }
+    }
+
+    unsafe fn realloc(&self, place: *mut u8, layout: Layout, size: usize) -> *mut u8 {
+        Self::check();
+        // SAFETY: the caller's promise.
+        unsafe { System.realloc(place, layout, size) }
+    }
+}
+
 /// Runs the whole list and ends in exec or exit. `texts` explains the operations after [`Op::Ready`], which a later
 /// `start` command must print without having the list.
 pub(crate) fn run(ops: &[Op], texts: &[Vec<u8>], fds: &Fds, state: &StateText) -> ! {
@@ -206,6 +254,8 @@ pub(crate) fn run(ops: &[Op], texts: &[Vec<u8>], fds: &Fds, state: &StateText) -
         index: 0,
         executable: [0; PATH_BYTES],
     };
+    #[cfg(debug_assertions)]
+    GUARDED.store(true, Ordering::Relaxed);
     process::reset_signals();
     // A hook that does not read its input must not kill the set-up.
     process::ignore_sigpipe(true);
@@ -1472,6 +1522,28 @@ fn listen_until_end(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    #[cfg(debug_assertions)]
+    fn a_child_that_uses_the_allocator_ends() {
+        let end = |use_it: fn(Vec<u8>)| {
+            let held = vec![1u8];
+            let forked = fork(0, None, held, |held| {
+                GUARDED.store(true, Ordering::Relaxed);
+                use_it(held);
+                process::exit_now(0)
+            });
+            process::wait_pid(forked.unwrap().0).unwrap()
+        };
+        assert_eq!(end(std::mem::forget), process::Exit::Code(0));
+        for use_it in [
+            |held: Vec<u8>| drop(held),
+            |mut held: Vec<u8>| held.reserve(1000),
+            |held: Vec<u8>| std::mem::forget((held, std::hint::black_box(Box::new(1)))),
+        ] {
+            assert_eq!(end(use_it), process::Exit::Code(ChildGuard::EXIT_CODE));
+        }
+    }
 
     #[test]
     fn messages_round_trip() {

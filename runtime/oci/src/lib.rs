@@ -28,7 +28,13 @@ pub mod spec;
 pub mod state;
 pub mod template;
 
+#[cfg(all(test, debug_assertions))]
+#[global_allocator]
+static GUARD: child::ChildGuard = child::ChildGuard;
+
 pub use activation::Notify;
+#[cfg(debug_assertions)]
+pub use child::ChildGuard;
 pub use container::{CreateOptions, Created, Runtime};
 pub use error::RuntimeError;
 pub use exec::{ExecOptions, Executed, parse_user};
