@@ -140,6 +140,9 @@ pub enum PullError {
     Setup { detail: String },
 }
 
+/// Docker's registry writes its files in place: who meets one of another client half written is told this.
+const TORN: &str = "provided digest did not match uploaded content";
+
 impl PullError {
     /// Whether the same pull may succeed later without anybody changing a manifest, a login or a certificate.
     pub fn is_retryable(&self) -> bool {
@@ -153,7 +156,9 @@ impl PullError {
             | Self::WrongLength { .. }
             | Self::BlobNotFound { .. }
             | Self::DiskFull { .. } => true,
-            Self::Server { status, .. } => *status >= 500 || *status == 408 || *status == 425,
+            Self::Server { status, detail, .. } => {
+                *status >= 500 || matches!(status, 408 | 425) || *status == 400 && detail.contains(TORN)
+            }
             Self::CredentialHelper { .. } | Self::Store { .. } => true,
             // A mirror may get well, or get the image.
             Self::AllPlaces { .. } => true,
