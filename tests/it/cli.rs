@@ -435,13 +435,16 @@ impl Terminal {
 
     fn expect(&mut self, part: &str) {
         let deadline = std::time::Instant::now() + PATIENCE;
-        while !self.seen.contains(part) {
+        let end = loop {
+            if let Some(at) = self.seen.find(part) {
+                break at + part.len();
+            }
             assert!(std::time::Instant::now() < deadline, "{part:?} is missing in {:?}", self.seen);
             if let Ok(bytes) = self.output.recv_timeout(Duration::from_millis(100)) {
                 self.seen.push_str(&String::from_utf8_lossy(&bytes));
             }
-        }
-        self.seen.clear();
+        };
+        self.seen.drain(..end);
     }
 }
 
