@@ -68,7 +68,7 @@ fn a_digest_in_the_manifest_is_what_runs() {
     let id = pod["status"]["containerStatuses"][0]["imageID"].as_str().unwrap_or_default().to_string();
     assert!(id.ends_with(&digest), "{id}");
     let absent = format!("{}/app/mixed@sha256:{}", registry.address, "0".repeat(64));
-    let ran = instance.keel(&["image", "pull", &absent]).expect_code(1);
+    let ran = instance.keel(&["image", "pull", &absent]).expect_code(4);
     assert!(ran.stderr.contains("hint:"), "{}", ran.all());
 }
 

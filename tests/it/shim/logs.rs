@@ -4,6 +4,16 @@ use super::*;
 
 /// All files of a log, oldest first, compressed ones as `zcat` reads them.
 fn whole_log(container: &Container<'_>) -> String {
+    let mut text = None;
+    poll("a log whose files can be read", || {
+        text = read_log(container);
+        text.is_some()
+    });
+    text.unwrap_or_default()
+}
+
+/// `None` when a file was moved while it was read.
+fn read_log(container: &Container<'_>) -> Option<String> {
     let mut texts = Vec::new();
     for n in 0.. {
         let path = container.log(n);
@@ -12,14 +22,16 @@ fn whole_log(container: &Container<'_>) -> String {
             Ok(text) => texts.push(text),
             Err(_) if packed.exists() => {
                 let out = Command::new("zcat").arg(&packed).output().unwrap();
-                assert!(out.status.success(), "{out:?}");
+                if !out.status.success() {
+                    return None;
+                }
                 texts.push(String::from_utf8(out.stdout).unwrap());
             }
             Err(_) => break,
         }
     }
     texts.reverse();
-    texts.concat()
+    Some(texts.concat())
 }
 
 /// Sizes of all files of a log.
