@@ -370,8 +370,9 @@ pub(crate) struct Logs {
     pub(crate) all_containers: bool,
 }
 
+/// A running container, and whether it hears us.
 #[derive(Debug, Args)]
-pub(crate) struct Exec {
+pub(crate) struct Target {
     /// Pod
     #[arg(value_name = "POD")]
     pub(crate) object: String,
@@ -381,6 +382,12 @@ pub(crate) struct Exec {
     /// Pass standard input on
     #[arg(short = 'i', long = "stdin")]
     pub(crate) interactive: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Exec {
+    #[command(flatten)]
+    pub(crate) target: Target,
     /// With a terminal
     #[arg(short, long)]
     pub(crate) tty: bool,
@@ -400,15 +407,8 @@ pub(crate) struct Exec {
 
 #[derive(Debug, Args)]
 pub(crate) struct Attach {
-    /// Pod
-    #[arg(value_name = "POD")]
-    pub(crate) object: String,
-    /// Container [default: the first]
-    #[arg(short, long, value_name = "NAME")]
-    pub(crate) container: Option<String>,
-    /// Pass standard input on
-    #[arg(short = 'i', long = "stdin")]
-    pub(crate) interactive: bool,
+    #[command(flatten)]
+    pub(crate) target: Target,
     /// Key by key, where the container has a terminal; with -i
     #[arg(short, long)]
     pub(crate) tty: bool,

@@ -109,8 +109,8 @@ fn with_helpers(pid: u32) -> Vec<u32> {
     std::iter::once(pid).chain(children.filter(is_helper)).collect()
 }
 
-/// Of processes together; of threads the most that one has.
-fn together(pids: &[u32]) -> Outcome<Footprint> {
+/// Of processes together, their threads counted as `threads` says.
+fn together(pids: &[u32], threads: fn(f64, f64) -> f64) -> Outcome<Footprint> {
     let mut sum = Footprint::default();
     for &pid in pids {
         let one = footprint(pid)?;
@@ -118,7 +118,7 @@ fn together(pids: &[u32]) -> Outcome<Footprint> {
         sum.pss_kb += one.pss_kb;
         sum.uss_kb += one.uss_kb;
         sum.fds += one.fds;
-        sum.threads = sum.threads.max(one.threads);
+        sum.threads = threads(sum.threads, one.threads);
     }
     Ok(sum)
 }
@@ -166,14 +166,7 @@ impl Table {
         let before: Vec<_> = pids.iter().copied().map(sleeps).collect();
         for _ in 0..count {
             std::thread::sleep(IDLE / u32::try_from(count).unwrap_or(1));
-            let mut sum = Footprint::default();
-            for &pid in pids {
-                let one = footprint(pid)?;
-                sum.rss_kb += one.rss_kb;
-                sum.pss_kb += one.pss_kb;
-                sum.uss_kb += one.uss_kb;
-                sum.threads += one.threads;
-            }
+            let sum = together(pids, |sum, one| sum + one)?;
             self.daemon_rss.sample(name, sum.rss_kb / 1024.0);
             self.daemon_pss.sample(name, sum.pss_kb / 1024.0);
             self.daemon_uss.sample(name, sum.uss_kb / 1024.0);
@@ -204,7 +197,7 @@ impl Table {
         for (group, before) in groups.iter().zip(&before) {
             let woken: f64 = group.iter().zip(before).map(|(&pid, before)| sleeps_since(pid, before)).sum();
             self.sleeps.sample(name, woken / containers);
-            let all = together(group)?;
+            let all = together(group, f64::max)?;
             self.rss.sample(name, all.rss_kb / containers);
             self.pss.sample(name, all.pss_kb / containers);
             self.uss.sample(name, all.uss_kb / containers);

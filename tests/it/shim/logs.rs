@@ -242,6 +242,7 @@ fn an_upgrade_takes_no_line_along_that_a_log_has_not_taken_yet() {
     let (container, writer) = far_behind(&rig);
     std::thread::scope(|scope| {
         scope.spawn(|| container.client().upgrade().unwrap());
+        // The upgrade is to find the writer stopped; should it come later, there is less to wait for.
         std::thread::sleep(Duration::from_millis(200));
         kill(writer, Signal::SIGCONT).unwrap();
     });

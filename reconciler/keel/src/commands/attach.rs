@@ -7,11 +7,11 @@ use std::time::Duration;
 use keel_proto::{Attachment, Client, ClientError, Event, Stream};
 use keel_sys::epoll::{BATCH, Epoll, IN, OUT, Ready};
 
-use super::exec::{configured, pick};
+use super::exec::{configured, find};
 use crate::cli::{Attach, DetachKeys};
 use crate::context::Context;
 use crate::failure::{Failure, Outcome};
-use crate::{object, world};
+use crate::world;
 
 const OUTPUT: u64 = 0;
 const INPUT: u64 = 1;
@@ -24,21 +24,22 @@ const AT_ONCE: Duration = Duration::ZERO;
 
 /// Ends with the container's code, or with 0 when it is left.
 pub(crate) fn attach(context: &Context, args: &Attach) -> Outcome<u8> {
-    let status = world::status(context)?;
-    let pods = object::pods(&status, &context.settings.namespace, &args.object)?;
-    let (pod, container) = pick(context, &pods, args.container.as_deref())?;
-    let running = world::running(context, pod, container)?;
+    let running = find(context, &args.target)?;
     let has_terminal = configured(&running)?["terminal"] == true;
-    let wants_terminal = args.interactive && args.tty;
+    let wants_terminal = args.target.interactive && args.tty;
     if wants_terminal && !has_terminal {
         context.term.note("the container has no terminal (tty: true in its manifest): going on without -t\n");
     }
     let raw = wants_terminal && has_terminal && io::stdin().is_terminal();
-    let what =
-        keel_proto::Attach { stdin: args.interactive, stdout: true, stderr: true, replay_kib: args.replay };
+    let what = keel_proto::Attach {
+        stdin: args.target.interactive,
+        stdout: true,
+        stderr: true,
+        replay_kib: args.replay,
+    };
     let client = Client::connect(&running.bundle).map_err(|error| Failure::of(&error))?;
     let attachment = client.attach(what).map_err(|error| match &error {
-        ClientError::Refused { .. } if args.interactive => {
+        ClientError::Refused { .. } if args.target.interactive => {
             Failure::of(&error).hint("-i needs a container with `stdin: true` in its manifest")
         }
         _ => Failure::of(&error),
@@ -103,7 +104,7 @@ impl<'a> Session<'a> {
             session.saved = Some(keel_sys::tty::make_raw(io::stdin()).map_err(fail)?);
             session.resize();
         }
-        if args.interactive {
+        if args.target.interactive {
             session.input = Input::Told;
             match session.listen() {
                 Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {

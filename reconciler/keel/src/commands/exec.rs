@@ -6,13 +6,11 @@ use std::io::{self, IsTerminal, Read, Seek, SeekFrom, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Command, Stdio};
-use std::sync::Arc;
 use std::thread;
 
-use keel_plan::PodStatus;
 use serde_json::{Value, json};
 
-use crate::cli::Exec;
+use crate::cli::{Exec, Target};
 use crate::context::Context;
 use crate::failure::{Failure, Outcome};
 use crate::passwd::{self, User};
@@ -27,38 +25,38 @@ const MAX_CONFIG_BYTES: u64 = 4 << 20;
 
 /// Ends with the command's own code.
 pub(crate) fn exec(context: &Context, args: &Exec) -> Outcome<u8> {
-    let status = world::status(context)?;
-    let pods = object::pods(&status, &context.settings.namespace, &args.object)?;
-    let (pod, container) = pick(context, &pods, args.container.as_deref())?;
-    let running = world::running(context, pod, container)?;
+    let running = find(context, &args.target)?;
     let tty = args.tty && terminal(context);
     let run = || {
         let process =
             lower_process(&configured(&running)?, args, tty, |user| passwd::find(running.pid, user))?;
-        run(&running, &process, args.interactive, tty)
+        run(&running, &process, args.target.interactive, tty)
     };
     run().map_err(not_tried)
 }
 
-/// The pod that runs and the container that is meant: the first, unless one is named.
-pub(super) fn pick<'a>(
-    context: &Context,
-    pods: &'a [Arc<PodStatus>],
-    named: Option<&'a str>,
-) -> Outcome<(&'a PodStatus, &'a str)> {
-    let runs = |pod: &&Arc<PodStatus>| pod.container_statuses.iter().any(|c| c.pid.is_some());
-    let pod = pods.iter().find(runs).unwrap_or(&pods[0]);
-    if let Some(name) = named {
-        return Ok((pod, name));
-    }
-    let Some((first, others)) = pod.container_statuses.split_first() else {
-        return Err(Failure::failed(format!("pod {} has no containers yet", pod.key.name)));
+/// Of the pod that runs: the first container, unless one is named.
+pub(super) fn find(context: &Context, target: &Target) -> Outcome<world::Running> {
+    let status = world::status(context)?;
+    let pods = object::pods(&status, &context.settings.namespace, &target.object)?;
+    let pod =
+        pods.iter().find(|pod| pod.container_statuses.iter().any(|c| c.pid.is_some())).unwrap_or(&pods[0]);
+    let container = match &target.container {
+        Some(name) => name,
+        None => match pod.container_statuses.split_first() {
+            Some((first, others)) => {
+                if !others.is_empty() && io::stderr().is_terminal() {
+                    context.term.note(&format!(
+                        "container {} of pod {} (choose with -c)\n",
+                        first.name, pod.key.name
+                    ));
+                }
+                &first.name
+            }
+            None => return Err(Failure::failed(format!("pod {} has no containers yet", pod.key.name))),
+        },
     };
-    if !others.is_empty() && io::stderr().is_terminal() {
-        let note = format!("container {} of pod {} (choose with -c)\n", first.name, pod.key.name);
-        context.term.note(&note);
-    }
-    Ok((pod, &first.name))
+    world::running(context, pod, container)
 }
 
 /// A failure without a code of its own is the engine's, not the command's.
